@@ -1,0 +1,28 @@
+"""lipjax: classifiers whose robustness is proved. `import lipjax` loads the theory; nn, models, training and interop are explicit."""
+
+import os
+
+# OpenBLAS threads beside XLA's make batched solves up to 1000 times slower and have corrupted the heap (jax issue 39292).
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from lipjax import activations, bounds, certify, conv, losses, network, operators, parametrize, spectral  # noqa: E402
+from lipjax.errors import NotCertifiable, UserError  # noqa: E402
+from lipjax.frozen import FrozenNetwork, freeze  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FrozenNetwork",
+    "NotCertifiable",
+    "UserError",
+    "activations",
+    "bounds",
+    "certify",
+    "conv",
+    "freeze",
+    "losses",
+    "network",
+    "operators",
+    "parametrize",
+    "spectral",
+]

@@ -1,0 +1,248 @@
+"""Proved upper bounds for the largest eigenvalue of Hermitian matrices: rounding helpers and Cholesky verification.
+
+Every inequality used here is derived in docs/soundness.md, section 1; the names of the constants are the same.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from lipjax.errors import NotCertifiable
+
+UNIT = Fraction(1, 2**53)
+# More than all underflows (flush to zero included) of scaled matrices with fewer than 2^40 entries can add up to.
+UNDERFLOW = Fraction(1, 2**900)
+# Shifts start here: far below the rounding error of a scaled Gram matrix, but positive.
+_FLOOR = 2.0**-60
+_FIRST_EXCESS, _GROWTH, _COARSE = 2.0**-40, 16.0, 1e-7
+_EIGVALSH_SIDE, _SMALL_SIDE = 1024, 128
+
+
+def gamma(k: int) -> Fraction:
+    """gamma_k = k u / (1 - k u), u = 2^-53 (Higham 2002, section 3.1)."""
+    return k * UNIT / (1 - k * UNIT)
+
+
+def float_up(x: Fraction) -> float:
+    """The least double >= x. Raises NotCertifiable beyond the double range."""
+    try:
+        value = float(x)
+    except OverflowError:
+        value = math.inf
+    if math.isinf(value):
+        raise NotCertifiable("the norm bound exceeds the float64 range; rescale the operator")
+    return value if Fraction(value) >= x else math.nextafter(value, math.inf)
+
+
+def sqrt_up(x: Fraction) -> float:
+    """A double r with r^2 >= x, at most two units above the root. x must lie well inside the double range or be 0."""
+    root = math.sqrt(float(x))
+    while Fraction(root) ** 2 < x:
+        root = math.nextafter(root, math.inf)
+    return root
+
+
+def scale_to_unit(array: np.ndarray) -> tuple[np.ndarray, int]:
+    """Returns (array * 2^-e, e) with the largest component in [1/2, 1), exact up to underflow; e = 0 for zeros.
+
+    Takes and returns a C-contiguous float64 or complex128 array. Raises NotCertifiable if an entry is not finite.
+    """
+    parts = np.ascontiguousarray(array).reshape(-1).view(np.float64)
+    largest = float(np.abs(parts).max())
+    if not math.isfinite(largest):
+        raise NotCertifiable("the operator has NaN or infinite entries")
+    exponent = math.frexp(largest)[1]
+    return np.ldexp(parts, -exponent).view(array.dtype).reshape(array.shape), exponent
+
+
+def sum_of_squares_up(array: np.ndarray) -> Fraction:
+    """Upper bound of the sum of |entry|^2 of a scaled array."""
+    parts = np.ascontiguousarray(array).reshape(-1).view(np.float64)
+    return Fraction(float(np.sum(parts * parts))) / (1 - gamma(parts.size + 2)) + UNDERFLOW
+
+
+def parallel_map(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """Maps over items with one thread per available core (NumPy releases the GIL in the work done here)."""
+    items = list(items)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(len(items), cores, 32)
+    if workers <= 1:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(function, items))
+
+
+@dataclasses.dataclass(frozen=True)
+class GramFamily:
+    """Hermitian positive semidefinite matrices G_0, ..., G_{count-1}, each known up to `error` in spectral norm.
+
+    Attributes:
+      side: side of every matrix.
+      count: number of matrices.
+      grams: array of indices (b,) -> the computed matrices (b, side, side), float64 or complex128. Only lower
+        triangles are read, and of the diagonal only the real part; a fresh array that the caller may overwrite.
+      error: bound on the distance between each G_f and the computed one, rounding included.
+    """
+
+    side: int
+    count: int
+    grams: Callable[[np.ndarray], np.ndarray]
+    error: Fraction
+
+    def chunks(self, indices: np.ndarray) -> list[np.ndarray]:
+        """Splits indices so that a chunk holds about two million entries."""
+        size = min(max(1, 2**21 // self.side**2), 1024)
+        return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def _verify(gram: np.ndarray, shift: float) -> Fraction | None:
+    """Returns `slack` with lambda_max(gram) <= shift + slack if floating Cholesky of shift I - gram completes.
+
+    gram is (n, n) or a stack (b, n, n); for a stack the slack serves all. None if some factorisation fails.
+    """
+    n = gram.shape[-1]
+    shifted = -gram
+    diagonal = np.einsum("...ii->...i", shifted)  # a view
+    pivots = shift + diagonal.real
+    if not (pivots > 0).all():
+        return None
+    diagonal[...] = pivots
+    try:
+        factor = np.linalg.cholesky(shifted)
+    except np.linalg.LinAlgError:
+        return None
+    # A NaN anywhere in a row of the factor reaches its diagonal, and not every potrf stops there.
+    roots = np.einsum("...ii->...i", factor).real
+    if not (np.isfinite(roots).all() and (roots > 0).all()):
+        return None
+    # Twice Demmel's constant with one more rounding per entry (multiplication by reciprocals); twice that if complex.
+    backward = gamma((4 if np.iscomplexobj(gram) else 2) * (n + 4))
+    trace = Fraction(float(pivots.sum(-1).max())) / (1 - gamma(n))
+    return backward / (1 - backward) * trace + 2 * UNIT * Fraction(float(pivots.max())) + UNDERFLOW
+
+
+def _lanczos(gram: np.ndarray, steps: int = 300) -> float:
+    """Largest Ritz value after at most `steps` steps with full reorthogonalisation: a guess from below."""
+    n = gram.shape[-1]
+    rng = np.random.default_rng(0)
+    basis = np.zeros((min(steps, n), n), gram.dtype)
+    alphas, betas = [], []
+    v = rng.normal(size=n) + (1j * rng.normal(size=n) if np.iscomplexobj(gram) else 0)
+    v /= np.linalg.norm(v)
+    top = 0.0
+    for step in range(len(basis)):
+        basis[step] = v
+        w = gram @ v
+        alphas.append(float(np.vdot(v, w).real))
+        known = basis[: step + 1]
+        for _ in range(2):
+            w -= known.T @ (known.conj() @ w)
+        beta = float(np.linalg.norm(w))
+        last = step + 1 == len(basis) or beta <= 1e-14 * abs(alphas[0])
+        if last or step % 10 == 9:
+            values, vectors = np.linalg.eigh(np.diag(alphas) + np.diag(betas, 1) + np.diag(betas, -1))
+            top = float(values[-1])
+            if last or beta * abs(vectors[-1, -1]) <= 1e-9 * top:
+                break
+        betas.append(beta)
+        v = w / beta
+    return top
+
+
+def _guess(gram: np.ndarray) -> float:
+    """Estimates the largest eigenvalue; may be wrong, since nothing is concluded from it."""
+    if gram.shape[-1] > _EIGVALSH_SIDE:
+        # The Lanczos products read both triangles; they differ in rounding at most.
+        return _lanczos(gram)
+    return float(np.linalg.eigvalsh(gram)[-1])
+
+
+def _raise_shift(gram: np.ndarray, shift: float) -> tuple[float, Fraction]:
+    """Returns (new shift >= shift, slack) such that lambda_max(gram) <= new shift + slack, new shift nearly least."""
+    slack = _verify(gram, shift)
+    if slack is not None:
+        return shift, slack
+    top = max(_guess(gram), shift)
+    excess, failed = _FIRST_EXCESS, 0.0
+    while (slack := _verify(gram, top * (1 + excess))) is None:
+        failed, excess = excess, excess * _GROWTH
+        if not excess < 2.0**20:
+            raise NotCertifiable("no Cholesky factorisation completed: the matrix is not numerically Hermitian")
+    for _ in range(4 if excess > _COARSE else 0):
+        # Only the shift changes, so that halving the logarithm of the excess costs one factorisation.
+        middle = math.sqrt(failed * excess)
+        if (better := _verify(gram, top * (1 + middle))) is None:
+            failed = middle
+        else:
+            excess, slack = middle, better
+    return top * (1 + excess), slack
+
+
+def _estimates(stack: np.ndarray, steps: int = 24) -> np.ndarray:
+    """Estimates the largest eigenvalue of every matrix of a stack (b, n, n); a few Lanczos steps for large ones."""
+    count, n = stack.shape[:2]
+    if n <= _SMALL_SIDE:
+        return np.linalg.eigvalsh(stack)[:, -1]
+    start = np.random.default_rng(0).normal(size=n)
+    v, before = np.tile((start / np.linalg.norm(start)).astype(stack.dtype), (count, 1)), 0.0
+    projected, beta = np.zeros((count, steps, steps)), np.zeros((count, 1))
+    for step in range(steps):
+        w = (stack @ v[..., None])[..., 0]
+        alpha = np.sum(v.conj() * w, -1, keepdims=True).real
+        w = w - alpha * v - beta * before
+        beta = np.linalg.norm(w, axis=-1, keepdims=True)
+        projected[:, step, step] = alpha[:, 0]
+        if step + 1 < steps:
+            projected[:, step + 1, step] = beta[:, 0]
+        before, v = v, w / np.where(beta > 0, beta, 1)
+    return np.linalg.eigvalsh(projected)[:, -1]
+
+
+def rank_members(family: GramFamily) -> tuple[np.ndarray, float]:
+    """Orders the members by estimated norm, largest first, and estimates the largest eigenvalue of all."""
+    parts = parallel_map(lambda chunk: _estimates(family.grams(chunk)), family.chunks(np.arange(family.count)))
+    order = np.argsort(-np.concatenate(parts), kind="stable")
+    return order, max(parallel_map(lambda member: _guess(family.grams(np.array([member]))[0]), order[:6]))
+
+
+def is_below(family: GramFamily, order: np.ndarray, shift: float) -> bool:
+    """Whether floating Cholesky factorisations of every shift I - G_f complete, tried in the given order."""
+    return all(_verify(family.grams(chunk), shift) is not None for chunk in family.chunks(order))
+
+
+def largest_eigenvalue_bound(family: GramFamily, order: np.ndarray) -> tuple[Fraction, dict[str, float]]:
+    """Proved upper bound of max_f lambda_max(G_f), f over the whole family.
+
+    Args:
+      family: the matrices.
+      order: all indices, those of large norm preferably first.
+    Returns: the bound as an exact fraction, and what was verified: `shift` (every shift I - G_f has a floating Cholesky
+      factor) and `slack` (what rounding adds to it). The result does not depend on the number of threads.
+    Raises: NotCertifiable if no factorisation completes.
+    """
+    shift, slacks = _FLOOR, []
+    for member in order[:4]:
+        shift, slack = _raise_shift(family.grams(np.array([member]))[0], shift)
+        slacks.append(slack)
+
+    def verify(indices: np.ndarray, shift: float = shift) -> tuple[float, Fraction]:
+        stack = family.grams(indices)
+        slack = _verify(stack, shift)
+        if slack is not None:
+            return shift, slack
+        slack = Fraction(0)
+        for gram in stack:
+            shift, one = _raise_shift(gram, shift)
+            slack = max(slack, one)
+        return shift, slack
+
+    results = parallel_map(verify, family.chunks(order[4:]))
+    shift = max([shift] + [result[0] for result in results])
+    slack = max(slacks + [result[1] for result in results]) + family.error
+    return Fraction(shift) + slack, {"shift": shift, "slack": float_up(slack)}

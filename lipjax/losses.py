@@ -1,0 +1,87 @@
+"""Training losses that ask for a certified margin: (logits, labels, lipschitz, ...) -> one value per example.
+
+Everywhere lipschitz[i, j] bounds or estimates the Lipschitz constant of logit_i - logit_j in pixel units, labels are integers in
+[0, k), and epsilon is an l2 radius in pixel units. With z_i = y_i - y_t, t the label, m_i = lipschitz[t, i].
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Logits = Float[Array, "b k"]
+Labels = Int[Array, " b"]
+Lipschitz = Float[Array, "k k"]
+PerExample = Float[Array, " b"]
+
+
+def _own_class(labels: Labels, num_classes: int):
+    return labels[:, None] == jnp.arange(num_classes)
+
+
+def cross_entropy(logits: Logits, labels: Labels) -> PerExample:
+    """-log softmax(logits)[label], one value per example, in nats."""
+    picked = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+    return jax.nn.logsumexp(logits, axis=1) - picked
+
+
+def shifted_logits(logits: Logits, labels: Labels, lipschitz: Lipschitz, epsilon, *, adaptive: bool) -> Logits:
+    """z_i + rho_i epsilon m_i: the rivals' logits at the worst point of a ball, relative to the label's.
+
+    Args:
+      epsilon: radius in pixel units. adaptive: False for rho = 1; True for EMMA's rho = clip(-z_i / (epsilon m_i), 0.01, 1),
+        constant under differentiation: the full ball where the example is certified against i, else as far as it is.
+    Returns: (b, k), 0 in the column of the label.
+    """
+    own = _own_class(labels, logits.shape[1])
+    z = logits - jnp.take_along_axis(logits, labels[:, None], axis=1)
+    reach = epsilon * jnp.where(own, 0.0, lipschitz[labels])
+    if adaptive:
+        reach = reach * jax.lax.stop_gradient(jnp.clip(-z / jnp.maximum(reach, 1e-8), 0.01, 1.0))
+    return jnp.where(own, 0.0, z + reach)
+
+
+def emma(logits: Logits, labels: Labels, lipschitz: Lipschitz, epsilon) -> PerExample:
+    """Efficient Margin MAximization: cross-entropy of `shifted_logits` with the adaptive radius.
+
+    Not the gradient of a function, since the radius factor is held constant under differentiation.
+
+    Args: logits (b, k), labels (b,), lipschitz (k, k), epsilon: l2 radius in pixel units. Returns: (b,), nats.
+    Source: Hu et al. 2023, arXiv:2301.12549.
+    """
+    return cross_entropy(shifted_logits(logits, labels, lipschitz, epsilon, adaptive=True), labels)
+
+
+def margin(logits: Logits, labels: Labels, lipschitz: Lipschitz, epsilon) -> PerExample:
+    """Lipschitz-margin training: cross-entropy of the logits with epsilon m_i added to every rival.
+
+    Args, returns: as `emma`. Source: Tsuzuku, Sato & Sugiyama 2018, arXiv:1802.04034.
+    """
+    return cross_entropy(shifted_logits(logits, labels, lipschitz, epsilon, adaptive=False), labels)
+
+
+def bottom_logit(logits: Logits, lipschitz: Lipschitz, epsilon) -> PerExample:
+    """y_bot = max_{i != j} (y_i + epsilon lipschitz[j, i]), j the predicted class: above y_j unless certified at epsilon."""
+    predicted = jnp.argmax(logits, axis=1)
+    raised = logits + epsilon * lipschitz[predicted]
+    return jnp.max(jnp.where(_own_class(predicted, logits.shape[1]), -jnp.inf, raised), axis=1)
+
+
+def gloro(logits: Logits, labels: Labels, lipschitz: Lipschitz, epsilon) -> PerExample:
+    """Cross-entropy over k + 1 classes, the last being the bottom logit.
+
+    Args, returns: as `emma`. Source: Leino, Wang & Fredrikson 2021, arXiv:2102.08452.
+    """
+    bottom = bottom_logit(logits, lipschitz, epsilon)
+    return cross_entropy(jnp.concatenate([logits, bottom[:, None]], axis=1), labels)
+
+
+def trades(logits: Logits, labels: Labels, lipschitz: Lipschitz, epsilon, *, weight: float = 1.0) -> PerExample:
+    """TRADES-GloRo: cross-entropy + weight KL(softmax(y) | softmax([y, y_bot])).
+
+    The divergence is softplus(y_bot - logsumexp(y)), since the two distributions differ by one normalising factor.
+
+    Args: as `emma`; weight: lambda of the paper. Returns: (b,), nats.
+    Source: Leino, Wang & Fredrikson 2021, arXiv:2102.08452, with Zhang et al. 2019, arXiv:1901.08573.
+    """
+    gap = bottom_logit(logits, lipschitz, epsilon) - jax.nn.logsumexp(logits, axis=1)
+    return cross_entropy(logits, labels) + weight * jax.nn.softplus(gap)

@@ -1,0 +1,98 @@
+"""Layers: called with the shape of their input, they declare parameters and return named operators."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lipjax import conv, operators
+from lipjax.parametrize import lln, residual
+
+Initializer = Callable[..., jax.Array]
+NamedOperators = list[tuple[str, object]]
+
+orthogonal = nn.initializers.orthogonal
+
+
+def torch_linear(key, shape, dtype=jnp.float32):
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for (out, in) matrices: torch's default of a linear layer."""
+    return jax.random.uniform(key, shape, dtype, -1, 1) * shape[1] ** -0.5
+
+
+def _with_bias(module: nn.Module, op, use_bias: bool, activation) -> NamedOperators:
+    name = module.name or type(module).__name__
+    ops = [(f"{name}/linear", op)]
+    shape = op.out_shape
+    if use_bias:
+        bias = module.param("bias", nn.initializers.zeros, (shape[-1],))
+        ops.append((f"{name}/bias", operators.Bias(bias, shape)))
+    if activation is not None:
+        ops.append((f"{name}/activation", activation(shape)))
+    return ops
+
+
+class Conv(nn.Module):
+    """An unconstrained convolution, bias and activation; its norm is estimated and bounded as that of any operator."""
+
+    features: int
+    kernel_size: int
+    strides: int = 1
+    padding: conv.Padding = "ZERO"
+    use_bias: bool = True
+    activation: Callable | None = operators.MaxMin
+    kernel_init: Initializer = orthogonal()
+
+    @nn.compact
+    def __call__(self, in_shape: tuple[int, ...]) -> NamedOperators:
+        shape = (self.kernel_size, self.kernel_size, in_shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        op = operators.Conv(kernel, tuple(in_shape), self.strides, self.padding)
+        return _with_bias(self, op, self.use_bias, self.activation)
+
+
+class LinearResidual(nn.Module):
+    """One block of LiResNet: `parametrize.residual.linear_residual`, bias, activation. num_layers: depth of its stack."""
+
+    num_layers: int
+    kernel_size: int = 3
+    activation: Callable = operators.MaxMin
+
+    @nn.compact
+    def __call__(self, in_shape: tuple[int, ...]) -> NamedOperators:
+        channels = in_shape[-1]
+        fan_in = self.kernel_size**2 * channels
+        weight = self.param("weight", nn.initializers.normal(fan_in**-0.5), (self.kernel_size,) * 2 + (channels,) * 2)
+        gamma = self.param("gamma", nn.initializers.ones, (channels,))
+        kernel = residual.linear_residual(weight, gamma, num_layers=self.num_layers)
+        return _with_bias(self, operators.Conv(kernel, tuple(in_shape)), True, self.activation)
+
+
+class Dense(nn.Module):
+    """An unconstrained dense layer, bias and activation."""
+
+    features: int
+    use_bias: bool = True
+    activation: Callable | None = operators.MaxMin
+    kernel_init: Initializer = orthogonal()
+
+    @nn.compact
+    def __call__(self, in_shape: tuple[int, ...]) -> NamedOperators:
+        matrix = self.param("matrix", self.kernel_init, (self.features, in_shape[-1]))
+        return _with_bias(self, operators.Dense(matrix), self.use_bias, self.activation)
+
+
+class LinearHead(nn.Module):
+    """Logits by rows of length 1 (normalize=True, LLN) or free rows (False), plus a bias."""
+
+    num_classes: int
+    normalize: bool = True
+
+    @nn.compact
+    def __call__(self, in_shape: tuple[int, ...]) -> operators.LinearHead:
+        matrix = self.param("matrix", torch_linear, (self.num_classes, in_shape[-1]))
+        bias = self.param("bias", nn.initializers.zeros, (self.num_classes,))
+        return operators.LinearHead(lln.normalize_rows(matrix) if self.normalize else matrix, bias)
+
+
+

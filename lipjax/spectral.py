@@ -1,0 +1,283 @@
+"""Norms of linear maps given by arrays: estimates (power iteration, in JAX) and proved upper bounds (NumPy, float64).
+
+An estimate may be low and is for training; only a bound reaches a certificate. The proofs are in docs/soundness.md.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Complex, Float
+from threadpoolctl import threadpool_limits
+
+from lipjax import _symbol, _verified, conv
+from lipjax.errors import NotCertifiable
+
+# The dense operator is bounded itself up to this many inputs: its norm has no embedding loss.
+_DENSE_SIDE, _DENSE_WINDOW = 4096, 8192
+# Cost of a family in factorisation flops above which only the least grid, and then only one variant, is tried.
+_CHEAP, _DEAR = 2e9, 2e11
+
+
+@dataclasses.dataclass(frozen=True)
+class NormBound:
+    """A proved upper bound of a spectral norm.
+
+    Attributes:
+      value: the bound; at least the norm of the stored operator in exact arithmetic.
+      method: how it was proved.
+      details: what was verified (JSON-serialisable): side of the matrices, their number, grid, `shift` and `slack`
+        (of the squared norm, in units of 4^exponent).
+    """
+
+    value: float
+    method: str
+    details: dict[str, Any]
+
+
+def _as_finite(array: Any, ndim: int, name: str) -> tuple[np.ndarray, int]:
+    """Checks the array and returns it as float64 or complex128 scaled by a power of two, with the exponent."""
+    array = np.asarray(array)
+    if array.dtype.kind not in "fc" or array.dtype.itemsize > (16 if array.dtype.kind == "c" else 8):
+        raise ValueError(f"{name}: expected real or complex floating-point entries, got dtype {array.dtype}")
+    if array.ndim != ndim or array.size == 0:
+        raise ValueError(f"{name}: expected {ndim} axes, none empty, got shape {array.shape}")
+    wide = np.complex128 if array.dtype.kind == "c" else np.float64
+    return _verified.scale_to_unit(np.ascontiguousarray(array, wide))
+
+
+def _finish(squared: Fraction, extra: Fraction, exponent: int, method: str, details: dict[str, Any]) -> NormBound:
+    """Undoes the scaling: sqrt(squared) + extra, times 2^exponent, rounded up."""
+    root = Fraction(_verified.sqrt_up(squared)) + extra
+    value = _verified.float_up(root * Fraction(2) ** exponent)
+    return NormBound(value, method, details | {"exponent": exponent})
+
+
+def matrix_norm_bound(matrix: Float[np.ndarray, "m n"] | Complex[np.ndarray, "m n"]) -> NormBound:
+    """Proved upper bound of the spectral norm of a matrix.
+
+    Args:
+      matrix: real or complex, of at most double precision.
+    Returns: value >= |matrix|_2 for the stored entries, in their unit; usually 1e-10 above it, and at most 1e-3 above
+      it where the guess of the norm is poor (sides above 1024, clustered spectra). 0.0 for the zero matrix.
+    Raises: ValueError for an array that is empty, not two-dimensional or not floating-point; NotCertifiable (a
+      ValueError) for entries that are not finite, and for a norm beyond the float64 range.
+    Source: Rump, Verification of positive definiteness, BIT 46 (2006); docs/soundness.md, section 1.
+    """
+    scaled, exponent = _as_finite(matrix, 2, "matrix_norm_bound")
+    if not scaled.any():
+        return NormBound(0.0, "zero", {})
+    with threadpool_limits(limits=1, user_api="blas"):
+        squared, details = _single(*_matrix_gram(scaled))
+    return _finish(squared, Fraction(0), exponent, "Cholesky of the Gram matrix", details)
+
+
+def _matrix_gram(scaled: np.ndarray) -> tuple[np.ndarray, Fraction]:
+    """The Gram matrix of the smaller side of a scaled matrix, and the bound on its error in spectral norm."""
+    tall = np.ascontiguousarray(scaled if scaled.shape[0] >= scaled.shape[1] else scaled.conj().T)
+    is_complex = np.iscomplexobj(tall)
+    gram = (tall.conj().T if is_complex else tall.T) @ tall
+    relative = _verified.gamma((4 if is_complex else 1) * (tall.shape[0] + 2))
+    return gram, relative * _verified.sum_of_squares_up(tall) + _verified.UNDERFLOW
+
+
+def _single(gram: np.ndarray, error: Fraction) -> tuple[Fraction, dict[str, Any]]:
+    """Bounds the largest eigenvalue of one Gram matrix known up to `error`; says what was verified."""
+    family = _verified.GramFamily(len(gram), 1, lambda _: gram[None], error)
+    squared, verified = _verified.largest_eigenvalue_bound(family, np.zeros(1, int))
+    return squared, {"side": len(gram), "count": 1} | verified
+
+
+def conv_norm_bound(
+    kernel: Float[np.ndarray, "kh kw i o"],
+    in_shape: Sequence[int],
+    strides: int | tuple[int, int] = 1,
+    padding: str | tuple[tuple[int, int], tuple[int, int]] = "CIRCULAR",
+) -> NormBound:
+    """Proved upper bound of the spectral norm of the convolution y[p] = sum_t K[t] x[s p + t - lo].
+
+    Circular convolutions and the dense operators of small maps (h w c <= 4096) are bounded as tightly as matrices.
+    Other zero-padded ones are compressions of (twisted) block circulants, whose norm is bounded instead: 0 to 1 %
+    more on maps much larger than the kernel.
+
+    Args:
+      kernel: HWIO, real.
+      in_shape: (h, w, c) of the input.
+      strides: one number or one per axis.
+      padding: ((lo, hi), (lo, hi)) zeros, or "CIRCULAR" (tap (k - 1) // 2 aligned with the output, sizes divisible by
+        the strides, taps beyond the map wrapped and summed).
+    Returns: value >= the norm for the stored kernel.
+    Raises: ValueError for shapes, strides or padding that do not fit, and as `matrix_norm_bound`.
+    Source: docs/soundness.md, sections 2 and 3.
+    """
+    kernel = np.asarray(kernel)
+    if kernel.dtype.kind == "c":
+        raise ValueError("conv_norm_bound: expected a real kernel, got a complex one")
+    scaled, exponent = _as_finite(kernel, 4, "conv_norm_bound")
+    axes = _axes(scaled, in_shape, strides, padding)
+    taps = _symbol.polyphase(scaled, axes)
+    if not taps.any():
+        return NormBound(0.0, "zero", {})
+    dense = math.prod(in_shape) <= _DENSE_SIDE and math.prod(kernel.shape[:3]) <= _DENSE_WINDOW
+    with threadpool_limits(limits=1, user_api="blas"):
+        if taps.shape[:2] == (1, 1):
+            squared, details = _single(*_matrix_gram(taps[0, 0]))
+            method = "Cholesky of the Gram matrix of the only block tap"
+        elif dense and padding != "CIRCULAR":
+            squared, details = _single(*_symbol.dense_gram(scaled, axes))
+            method = "Cholesky of the dense operator's Gram matrix"
+        else:
+            squared, details = _embedding_bound(_symbol.GramPolynomial(taps), axes)
+            method = "Cholesky per frequency of a block circulant"
+    return _finish(squared, Fraction(0), exponent, method, details)
+
+
+def _axes(kernel: np.ndarray, in_shape: Sequence[int], strides: Any, padding: Any) -> tuple[_symbol.Axis, _symbol.Axis]:
+    """Checks the geometry of a convolution and describes its two axes."""
+    if len(in_shape) != 3 or in_shape[2] != kernel.shape[2]:
+        raise ValueError(f"expected in_shape (h, w, {kernel.shape[2]}) for a kernel {kernel.shape}, got {in_shape}")
+    if isinstance(padding, str) and padding != "CIRCULAR":
+        raise ValueError(f"expected padding 'CIRCULAR' or ((lo, hi), (lo, hi)), got {padding!r}")
+    size, sides = (int(in_shape[0]), int(in_shape[1])), kernel.shape[:2]
+    steps, pads = conv.stride_pair(strides), conv.explicit_padding(sides, padding)
+    out = conv.output_size(size, sides, strides, padding)
+    first, second = (
+        _symbol.Axis(sides[a], size[a], steps[a], pads[a][0], out[a], padding == "CIRCULAR") for a in range(2)
+    )
+    return first, second
+
+
+def _embedding_bound(polynomial: _symbol.GramPolynomial, axes: Sequence[_symbol.Axis]) -> tuple[Fraction, dict]:
+    """Least bound of the squared norm over several embeddings: every grid from the least up, twisted or not, holds."""
+    least = axes[0].least_grid(), axes[1].least_grid()
+    circular = axes[0].circular
+    cost = polynomial.family(least, (0, 0)).count * polynomial.side**3
+    variants = [(least, (0, 0))]
+    if not circular and cost <= _DEAR:
+        grids = [least, (least[0] + 1, least[1] + 1)] if cost <= _CHEAP else [least]
+        free = [(0, 1) if q > 1 else (0,) for q in polynomial.taps.shape[:2]]
+        variants = [(grid, (t1, t2)) for grid in grids for t1 in free[0] for t2 in free[1]]
+    families = {variant: polynomial.family(*variant) for variant in variants}
+    ranks = {variant: _verified.rank_members(family) for variant, family in families.items()}
+    best: tuple[Fraction, dict] | None = None
+    for grid, twist in sorted(variants, key=lambda variant: ranks[variant][1]):
+        family, (order, _) = families[grid, twist], ranks[grid, twist]
+        if best is None or _verified.is_below(family, order, best[1]["shift"]):
+            squared, verified = _verified.largest_eigenvalue_bound(family, order)
+            details = {"side": family.side, "count": family.count, "grid": list(grid), "twist": list(twist)}
+            found = squared, details | verified
+            best = found if best is None or found[0] < best[0] else best
+    return best
+
+
+def response_norm_bound(response: Complex[np.ndarray, "h f o i"], size: tuple[int, int]) -> NormBound:
+    """Proved upper bound of the norm of the circular convolution that has the given frequency response.
+
+    Args:
+      response: (h, w // 2 + 1, o, i), the half grid of `numpy.fft.rfft2`. In the columns that are their own mirror
+        image (0, and w / 2 if w is even) the operator uses the Hermitian part (R[j] + conj R[-j]) / 2, as the exact
+        inverse transform to real images does.
+      size: (h, w) of the images.
+    Returns: value >= the largest norm over all frequencies.
+    Raises: ValueError if the shape does not fit the size, and as `matrix_norm_bound`.
+    Source: docs/soundness.md, section 4.
+    """
+    h, w = size
+    blocks, exponent = _as_finite(response, 4, "response_norm_bound")
+    if blocks.shape[:2] != (h, w // 2 + 1):
+        raise ValueError(f"expected a response (h, w // 2 + 1, o, i) for size {tuple(size)}, got {blocks.shape}")
+    blocks = blocks.astype(np.complex128)
+    for column in {0, w // 2} if w % 2 == 0 else {0}:
+        mirrored = np.roll(blocks[::-1, column], 1, axis=0)
+        blocks[:, column] = (blocks[:, column] + mirrored.conj()) / 2
+    if not blocks.any():
+        return NormBound(0.0, "zero", {})
+    blocks = blocks.reshape(-1, *blocks.shape[2:])
+    if blocks.shape[1] < blocks.shape[2]:
+        blocks = np.ascontiguousarray(blocks.conj().swapaxes(1, 2))
+    frobenius = max(_verified.sum_of_squares_up(block) for block in blocks)
+    error = _verified.gamma(4 * (blocks.shape[1] + 4)) * frobenius + _verified.UNDERFLOW
+    # The sums of the projection round once per component, relative to the result.
+    projection = 2 * _verified.UNIT * Fraction(_verified.sqrt_up(frobenius))
+
+    def grams(indices: np.ndarray) -> np.ndarray:
+        return blocks[indices].conj().swapaxes(1, 2) @ blocks[indices]
+
+    family = _verified.GramFamily(blocks.shape[2], len(blocks), grams, error)
+    with threadpool_limits(limits=1, user_api="blas"):
+        squared, verified = _verified.largest_eigenvalue_bound(family, _verified.rank_members(family)[0])
+    details = {"side": family.side, "count": family.count} | verified
+    return _finish(squared, projection, exponent, "Cholesky per frequency of the response", details)
+
+
+def norm_bound(operator: Any) -> float:
+    """Proved upper bound of an operator's norm: the value of its `bound()`.
+
+    Raises: NotCertifiable naming the type if it has none, and whatever `bound` raises.
+    """
+    bound = getattr(operator, "bound", None)
+    if bound is None:
+        raise NotCertifiable(f"{type(operator).__name__} has no bound() method: no norm bound is proved for it")
+    return bound().value
+
+
+def norm_estimate(
+    operator: Any, v: Float[Array, "..."], num_iters: int
+) -> tuple[Float[Array, ""], Float[Array, "..."]]:
+    """Differentiable estimate (sigma, v) of an operator's norm, from the vector v: `operator.estimate`. May be low."""
+    return operator.estimate(v, num_iters)
+
+
+def _normalise(v: Array, fallback: Array) -> Array:
+    """v / |v|, or the fallback if v is zero; scaled first, so that squares neither underflow nor overflow."""
+    largest = jnp.max(jnp.abs(v))
+    scaled = v / jnp.where(largest > 0, largest, 1)
+    norm = jnp.sqrt(jnp.sum(jnp.abs(scaled) ** 2))
+    return jnp.where(largest > 0, scaled / jnp.where(norm > 0, norm, 1), fallback)
+
+
+def power_iteration(
+    apply: Callable[[Array], Array], adjoint: Callable[[Array], Array], v: Float[Array, "..."], num_iters: int
+) -> tuple[Float[Array, ""], Float[Array, "..."]]:
+    """Estimates the norm of a linear map A by v <- A^T A v / |A^T A v|, then sigma = |A v|.
+
+    Args:
+      apply: v -> A v.
+      adjoint: y -> A^T y.
+      v: start vector, any nonzero norm; one that A maps to zero is kept as it is.
+      num_iters: number of steps, >= 0.
+    Returns: (sigma, v): sigma <= |A| before rounding, differentiable with respect to what `apply` closes over with v
+      held constant (so d sigma / dA = u v^T at convergence; 0 where A v = 0); v of norm 1, without gradient.
+    Raises: ValueError if num_iters is negative.
+    Source: Miyato et al. 2018, arXiv:1802.05957, with v detached.
+    """
+    if num_iters < 0:
+        raise ValueError(f"power_iteration: expected num_iters >= 0, got {num_iters}")
+    v = lax.stop_gradient(v)
+    v = _normalise(v, v)
+
+    def step(u: Array) -> Array:
+        return _normalise(adjoint(apply(u)), u)
+
+    # Hoisting what the closures capture lets the loop see constants: nothing of it is kept for the gradient.
+    closed, captured = jax.closure_convert(step, v)
+    captured = [lax.stop_gradient(c) for c in captured]
+    if num_iters <= 16:
+        for _ in range(num_iters):
+            v = closed(v, *captured)
+    else:
+        v = lax.fori_loop(0, num_iters, lambda _, u: closed(u, *captured), v)
+    v = lax.stop_gradient(v)
+    image = apply(v)
+    largest = lax.stop_gradient(jnp.max(jnp.abs(image)))
+    positive = largest > 0
+    largest = jnp.where(positive, largest, 1)
+    squares = jnp.sum(jnp.abs(image / largest) ** 2)
+    sigma = jnp.where(positive, largest * jnp.sqrt(jnp.where(positive, squares, 1)), 0)
+    return sigma, v

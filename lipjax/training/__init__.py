@@ -1,0 +1,1 @@
+"""The trainer: data, train state, step, loop, checkpoints, evaluation."""

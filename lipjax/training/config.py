@@ -1,0 +1,153 @@
+"""The fields of a config, their defaults, and the checks that run before any work."""
+
+import math
+
+import ml_collections
+
+from lipjax.errors import UserError
+from lipjax.training import optimizer
+from lipjax.training.step import LOSSES
+
+PRECISIONS = ("default", "high", "highest")
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """All fields with their defaults; a config file changes some and locks the result. Radii are l2 in [0, 1]-pixel units."""
+    config = ml_collections.ConfigDict()
+    config.seeds = (0,)  # one run per seed: of the initialisation, the batches and the train/validation split
+    config.batch_size = 256  # global, whatever the number of devices
+    config.num_epochs = 100
+    config.matmul_precision = "default"  # of the forward and backward pass; norms are estimated at the highest
+    config.power_iterations = 10  # per training step, warm-started
+    config.power_iterations_eval = 100  # before a validation
+
+    config.data = ml_collections.ConfigDict()
+    config.data.name = "digits"
+    config.data.data_dir = "~/tensorflow_datasets"
+    config.data.path = ""  # of the user's own data: an .npz file, or a folder with a folder per class
+    config.data.download = False
+    config.data.validation_fraction = 0.1  # of the training images; keep-best selects on them
+    config.data.test_fraction = 0.2  # of all images, for sets without a test split of their own
+    config.data.image_size = 0  # ImageNet's, in pixels; 0: 224 there, and the size that the images have elsewhere
+    config.data.crop_padding = 0  # random crops after zero padding of this many pixels
+    config.data.flip = False  # random horizontal flips
+    config.data.affine = (0.0, 0.0, 0.0)  # random rotation (degrees), scale and shift (fractions), each up to +-
+
+    config.model = ml_collections.ConfigDict()
+    config.model.name = "liresnet"
+    config.model.depth = 12
+    config.model.width = 512
+    config.model.stem_kernel = 5
+    config.model.stem_strides = 2
+    config.model.stem_padding = 2
+    config.model.neck_features = ml_collections.config_dict.placeholder(int)  # None: 4 * width
+    config.model.head_normalize = True
+    config.model.input_mean = 0.5
+    config.model.input_std = 1.0
+
+    config.loss = ml_collections.ConfigDict()
+    config.loss.name = "emma"
+    config.loss.epsilon = 36 / 255  # the radius that validation certifies at
+    config.loss.epsilon_start = 0.1  # training radius as a multiple of epsilon, in the first epoch
+    config.loss.epsilon_end = 3.0  # and from epsilon_ramp on
+    config.loss.epsilon_ramp = 0.5  # fraction of the epochs over which it rises linearly
+    config.loss.trades_weight = 1.0  # lambda, read by the loss "trades"
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.warmup_epochs = 1.0
+    config.optimizer.final_fraction = 1e-5  # of the learning rate, at the end of the cosine
+    config.optimizer.clip_norm = 3.0  # global norm of the gradients
+
+    config.checkpoint = ml_collections.ConfigDict()
+    config.checkpoint.every_epochs = 1  # validation and save
+    config.checkpoint.every_steps = 0  # saves in between, for long epochs; 0: none
+    config.checkpoint.keep = 2  # last ones, beside the best
+
+    config.certify = ml_collections.ConfigDict()
+    config.certify.radii = (36 / 255, 72 / 255, 108 / 255)
+    config.certify.batch_size = 250
+    config.certify.num_images = 0  # of the test set, the first ones; 0 for all
+    config.certify.attack_steps = 50
+    config.certify.attack_images = 0  # as num_images, for the attack
+
+    config.mesh = ml_collections.ConfigDict({"data": -1})  # devices along the batch; -1 for all
+    return config
+
+
+def _check(condition: bool, field: str, expected: str, value) -> None:
+    if not condition:
+        raise UserError(f"config.{field}: expected {expected}, got {value!r}.")
+
+
+def validate(config) -> None:
+    """Raises: UserError naming the first field whose value cannot be used. (An unknown field is refused by the flag parser.)"""
+    defaults = default_config()
+    _check_types(config, defaults, "")
+    for field in ("batch_size", "num_epochs", "power_iterations", "power_iterations_eval"):
+        _check(config[field] >= 1, field, "at least 1", config[field])
+    seeds = config.seeds
+    _check(
+        len(seeds) > 0 and len(set(seeds)) == len(seeds) and all(type(s) is int and 0 <= s < 2**31 for s in seeds),
+        "seeds",
+        "different integers in [0, 2**31), such as (0, 1, 2)",
+        seeds,
+    )
+    _check(config.matmul_precision in PRECISIONS, "matmul_precision", f"one of {PRECISIONS}", config.matmul_precision)
+    for field in ("validation_fraction", "test_fraction"):
+        _check(0 <= config.data[field] < 1, f"data.{field}", "a fraction in [0, 1)", config.data[field])
+    _check(config.data.crop_padding >= 0, "data.crop_padding", "at least 0 pixels", config.data.crop_padding)
+    _check(
+        len(config.data.affine) == 3 and all(0 <= a < math.inf for a in config.data.affine),
+        "data.affine",
+        "three numbers >= 0: degrees, scale, shift",
+        config.data.affine,
+    )
+    _check(config.loss.name in LOSSES, "loss.name", f"one of {sorted(LOSSES)}", config.loss.name)
+    for field in ("epsilon", "epsilon_end"):
+        _check(0 < config.loss[field] < math.inf, f"loss.{field}", "a positive number", config.loss[field])
+    _check(config.loss.epsilon_start >= 0, "loss.epsilon_start", "at least 0", config.loss.epsilon_start)
+    _check(0 <= config.loss.epsilon_ramp <= 1, "loss.epsilon_ramp", "a fraction in [0, 1]", config.loss.epsilon_ramp)
+    names = sorted(optimizer.OPTIMIZERS)
+    _check(config.optimizer.name in names, "optimizer.name", f"one of {names}", config.optimizer.name)
+    for field in ("learning_rate", "clip_norm"):
+        _check(0 < config.optimizer[field] < math.inf, f"optimizer.{field}", "positive", config.optimizer[field])
+    for field in ("weight_decay", "warmup_epochs", "final_fraction"):
+        _check(0 <= config.optimizer[field] < math.inf, f"optimizer.{field}", "at least 0", config.optimizer[field])
+    for field in ("every_epochs", "keep"):
+        _check(config.checkpoint[field] >= 1, f"checkpoint.{field}", "at least 1", config.checkpoint[field])
+    _check(config.checkpoint.every_steps >= 0, "checkpoint.every_steps", "at least 0", config.checkpoint.every_steps)
+    radii = config.certify.radii
+    _check(
+        len(radii) > 0 and all(0 < r < math.inf for r in radii), "certify.radii", "positive numbers, at least one", radii
+    )
+    _check(config.certify.batch_size >= 1, "certify.batch_size", "at least 1", config.certify.batch_size)
+    for field in ("num_images", "attack_steps", "attack_images"):
+        _check(config.certify[field] >= 0, f"certify.{field}", "at least 0", config.certify[field])
+    _check(config.mesh.data == -1 or config.mesh.data >= 1, "mesh.data", "-1 or a number of devices", config.mesh.data)
+
+
+def _check_types(config, defaults, prefix: str) -> None:
+    for field in defaults:
+        _check(field in config, f"{prefix}{field}", "to be set (start from default_config())", None)
+    for field, value in config.items():
+        name = f"{prefix}{field}"
+        if prefix == "model.":  # a model checks its own attributes
+            continue
+        _check(field in defaults, name, f"no such field; the fields here are {sorted(defaults)}", value)
+        default = defaults[field]
+        if isinstance(default, ml_collections.ConfigDict):
+            _check(isinstance(value, ml_collections.ConfigDict), name, "a group of fields", value)
+            if field == "model":
+                _check("name" in value, "model.name", "the name of a model", None)
+            else:
+                _check_types(value, default, f"{name}.")
+        elif isinstance(default, float):
+            _check(type(value) in (int, float) and math.isfinite(value), name, "a finite number", value)
+        elif isinstance(default, tuple):
+            numbers = isinstance(value, tuple) and all(type(v) in (int, float) for v in value)
+            _check(numbers, name, "a tuple of numbers, such as (0.25, 0.5)", value)
+        else:
+            _check(type(value) is type(default), name, f"a value of type {type(default).__name__}", value)

@@ -1,0 +1,64 @@
+"""`load_dataset`: from the config group `data` to a data set."""
+
+from typing import Any
+
+from lipjax.errors import UserError
+from lipjax.training.data import local, prepared, stream
+from lipjax.training.data.arrays import ArrayDataset
+from lipjax.training.data.stream import StreamDataset
+
+IMAGENET_SIZE = 224  # pixels of an image given to the network, as in the papers
+OWN_DATA = ("npz", "folder")
+NAMES = ("digits", *prepared.PREPARED, *OWN_DATA)
+
+
+def load_dataset(config: Any, seed: int) -> ArrayDataset | StreamDataset:
+    """Loads the data set that `config` describes. Nothing is fetched unless config.download is True.
+
+    Args:
+      config: the config group `data`. Read by attribute:
+        name: one of `NAMES`.
+        path: the file ("npz") or folder ("folder") of your own data; "" otherwise.
+        data_dir: where TFDS keeps prepared data; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets.
+        download: prepare a data set that is not there, fetching its archive.
+        validation_fraction: the part of the training images held out for selection, 0 <= f < 1.
+        test_fraction: the part held out for test where the data have no test split of their own: digits, folder, and
+          npz without test_images.
+      seed: decides which images are held out, 0 <= seed < 2**32.
+    Raises: UserError, at once, for a data set that is not there or not as expected.
+    """
+    name, fraction = config.name, config.validation_fraction
+    if name not in NAMES:
+        raise UserError(f"config.data.name must be one of {', '.join(NAMES)}; got {name!r}.")
+    if config.path and name not in OWN_DATA:
+        raise UserError(
+            f"config.data.path is for your own data (config.data.name npz or folder), not for {name!r}; "
+            f"got {config.path!r}."
+        )
+    if name == "imagenet":
+        return _load_imagenet(config, seed)
+    if name in prepared.PREPARED:
+        return prepared.load_prepared(name, _prepared_dir(config), validation_fraction=fraction, seed=seed)
+    split = {"validation_fraction": fraction, "test_fraction": config.test_fraction, "seed": seed}
+    if name == "digits":
+        return local.load_digits(**split)
+    return (local.load_npz if name == "npz" else local.load_folder)(config.path, **split)
+
+
+def _load_imagenet(config: Any, seed: int) -> StreamDataset:
+    sources, names = prepared.open_prepared("imagenet", _prepared_dir(config))
+    train, validation = stream.hold_out(sources["train"], config.validation_fraction, seed)
+    splits = {"train": train, "validation": validation, "test": sources["test"]}
+    return StreamDataset("imagenet", splits, len(names), IMAGENET_SIZE, 255, names)
+
+
+def _prepared_dir(config: Any):
+    """The data_dir of a prepared data set; prepares it first where the user asked for that."""
+    data_dir = prepared.resolve_data_dir(config.data_dir)
+    if prepared.find_prepared(config.name, data_dir) is None:
+        if not config.download:
+            raise prepared.not_prepared(config.name, data_dir)
+        from lipjax.training.prepare import prepare  # here, because reading needs none of it
+
+        prepare(config.name, data_dir, download=True)
+    return data_dir

@@ -1,0 +1,196 @@
+"""Data sets too large for memory: ImageNet, read by index through Grain, decoded and cropped on the host."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from lipjax.errors import UserError
+from lipjax.training.data.arrays import check_split, stable_random_words
+from lipjax.training.data.prepared import open_image
+
+Batch = tuple[np.ndarray, np.ndarray]
+# Decoding releases the interpreter lock, so threads suffice; each may decode ahead a little.
+NUM_THREADS = 16
+
+
+class Records(Protocol):
+    """Records by index: {"image": encoded bytes, "label": int}."""
+
+    @property
+    def where(self) -> str: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """Some records of a source, in the given order."""
+
+    records: Records
+    indices: np.ndarray
+
+    @property
+    def where(self) -> str:
+        return self.records.where
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.records[int(self.indices[index])]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StreamDataset:
+    """Batches of uint8 images (b, s, s, 3) and int32 labels (b,), s = image_size. A pixel in [0, 1] is image / 255.
+
+    Training images: the shorter side resized to a uniform size in [s, 9 s / 7], then a random s x s crop. Not flipped:
+    that is left to `augment`, on the device. Evaluation: the shorter side resized to 8 s / 7, then the centre crop.
+    At s = 224 these are 224 … 288 and 256, as in the code of arXiv:2301.12549.
+    """
+
+    name: str
+    splits: Mapping[str, Records]  # train, validation, test
+    num_classes: int
+    image_size: int
+    pixel_max: int = 255
+    class_names: tuple[str, ...] | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of every image of a batch."""
+        return self.image_size, self.image_size, 3
+
+    def size(self, split: str) -> int:
+        """The number of images in a split."""
+        check_split(split)
+        return len(self.splits[split])
+
+    def train_batches(
+        self, batch_size: int, seed: int, start_step: int = 0, shard_index: int = 0, num_shards: int = 1
+    ) -> Iterator[Batch]:
+        """Endless training batches, a function of (seed, step) alone.
+
+        The epochs, each shuffled anew, form one endless sequence; step t takes its entries t B … (t + 1) B - 1, crops
+        included, and shard i of n every n-th of them from the i-th. So the n shards of a step together hold the same
+        images for every n, and starting at step t reads nothing of the steps before.
+
+        Args:
+          batch_size: B, the global batch; a shard yields B / num_shards images.
+          seed: decides order and crops, 0 <= seed < 2**32.
+          start_step: the step of the first batch.
+        Raises: ValueError if the batch does not divide over the shards; UserError for a damaged record.
+        """
+        import grain  # here, because only streamed data sets need it
+
+        _check_shards(batch_size, shard_index, num_shards)
+        records = self.splits["train"]
+
+        def crop(record: dict[str, Any], generator: np.random.Generator) -> tuple[np.ndarray, int]:
+            return random_crop(record["image"], self.image_size, generator, records.where), record["label"]
+
+        images = grain.MapDataset.source(records).seed(seed).shuffle().repeat().random_map(crop)
+        first = start_step * batch_size + shard_index
+        return _batches(images[first::num_shards], batch_size // num_shards)
+
+    def eval_batches(self, split: str, batch_size: int, shard_index: int = 0, num_shards: int = 1) -> Iterator[Batch]:
+        """Every image of a split once, in order, in full batches: the last is filled up with black images labelled -1.
+
+        Shard i of n takes every n-th image from the i-th. All shards yield ceil(size / batch_size) batches of
+        batch_size / num_shards images, so that processes stay in step.
+        """
+        import grain  # as above
+
+        _check_shards(batch_size, shard_index, num_shards)
+        size = self.size(split)
+        records = self.splits[split]
+
+        def crop(record: dict[str, Any]) -> tuple[np.ndarray, int]:
+            return centre_crop(record["image"], self.image_size, records.where), record["label"]
+
+        images = grain.MapDataset.source(records).map(crop)[shard_index::num_shards]
+        per_shard = batch_size // num_shards
+        steps = -(-size // batch_size)
+        return _batches(images, per_shard, fill=(steps, self.image_shape))
+
+    def fingerprint(self, split: str) -> str:
+        """SHA-256 (hex) over image size, labels and encoded images of a split, in order. Reads the whole split."""
+        check_split(split)
+        records = self.splits[split]
+        digest = hashlib.sha256(f"image_size {self.image_size} count {len(records)}\n".encode())
+        for index in range(len(records)):
+            record = records[index]
+            digest.update(f"{record['label']} {len(record['image'])}\n".encode())
+            digest.update(record["image"])
+        return digest.hexdigest()
+
+
+def hold_out(records: Records, fraction: float, seed: int) -> tuple[Subset, Subset]:
+    """(rest, validation) of the training records. Not stratified: that would read every label first.
+
+    The validation part is a uniform random sample; each class is represented to within its sampling error.
+    """
+    if not 0 <= fraction < 1:
+        raise UserError(f"config.data.validation_fraction must be at least 0 and below 1, got {fraction}.")
+    order = np.argsort(stable_random_words(len(records), seed, "validation"), kind="stable")
+    count = int(fraction * len(records) + 0.5)
+    return Subset(records, np.sort(order[count:])), Subset(records, np.sort(order[:count]))
+
+
+def random_crop(encoded: bytes, size: int, generator: np.random.Generator, where: str) -> np.ndarray:
+    """The training view of `StreamDataset`: a random scale and place, resampled once from the original pixels."""
+    image = open_image(encoded, where).convert("RGB")
+    resized_short = generator.uniform(size, size * 9 / 7)
+    side = size * min(image.size) / resized_short  # of the crop, in original pixels
+    left, top = (generator.uniform(0, length - side) for length in image.size)
+    return _resample(image, (size, size), (left, top, left + side, top + side))
+
+
+def centre_crop(encoded: bytes, size: int, where: str) -> np.ndarray:
+    """The evaluation view of `StreamDataset`: resize the shorter side to 8/7 size, then cut out the centre."""
+    image = open_image(encoded, where).convert("RGB")
+    resized_short = round(size * 8 / 7)
+    width, height = (round(length * resized_short / min(image.size)) for length in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    return _resample(image, (width, height), None)[top : top + size, left : left + size]
+
+
+def _resample(image: Any, size: tuple[int, int], box: tuple[float, float, float, float] | None) -> np.ndarray:
+    from PIL import Image  # as in open_image
+
+    return np.asarray(image.resize(size, Image.Resampling.BILINEAR, box=box))
+
+
+def _check_shards(batch_size: int, shard_index: int, num_shards: int) -> None:
+    if not 0 <= shard_index < num_shards:
+        raise ValueError(f"Expected 0 <= shard_index < num_shards, got {shard_index} of {num_shards}.")
+    if batch_size < 1 or batch_size % num_shards:
+        raise ValueError(f"The batch of {batch_size} images does not divide over {num_shards} shards.")
+
+
+def _batches(images: Any, batch_size: int, fill: tuple[int, tuple[int, int, int]] | None = None) -> Iterator[Batch]:
+    """Groups decoded images; with fill = (steps, image shape), yields that many full batches."""
+    import grain  # as above
+
+    # Grain's default buffer of 500 elements is meant for whole batches; here an element is one image.
+    options = grain.ReadOptions(num_threads=NUM_THREADS, prefetch_buffer_size=max(2 * batch_size, NUM_THREADS))
+    group: list[tuple[np.ndarray, int]] = []
+    steps = 0
+    for image in images.to_iter_dataset(options):
+        group.append(image)
+        if len(group) == batch_size:
+            yield _stack(group)
+            group, steps = [], steps + 1
+    if fill is not None:
+        nothing = np.zeros(fill[1], np.uint8), -1
+        while steps < fill[0]:
+            yield _stack(group + [nothing] * (batch_size - len(group)))
+            group, steps = [], steps + 1
+
+
+def _stack(group: Sequence[tuple[np.ndarray, int]]) -> Batch:
+    images, labels = zip(*group, strict=True)
+    return np.stack(images), np.array(labels, np.int32)

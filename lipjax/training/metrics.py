@@ -1,0 +1,171 @@
+"""Where the numbers of a run go: metrics.jsonl (the record), TensorBoard files, and the terminal."""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.summary import scalar as scalar_summary
+
+from lipjax.errors import UserError
+
+FILE_NAME = "metrics.jsonl"
+
+
+class MetricWriter:
+    """Writes scalars of one run; use it as a context manager. In a multi-process run only process 0 writes.
+
+    A metric that rests on an estimate (of a norm, hence of a radius) carries the suffix "_estimate" in its name.
+    """
+
+    def __init__(
+        self, workdir: str | os.PathLike[str], *, resume_step: int | None = None, console: Console | None = None
+    ):
+        """Opens the files under `workdir`.
+
+        Args:
+          workdir: created if it does not exist.
+          resume_step: the step the run goes on from: what an earlier process wrote of later steps is dropped, since
+            this run writes them again. None starts anew and drops everything.
+          console: where progress is shown (default: the standard output).
+        Raises: UserError if the files cannot be written.
+        """
+        self._active = jax.process_index() == 0
+        self._console = Console() if console is None else console
+        if not self._active:
+            return
+        self._path = Path(workdir) / FILE_NAME
+        with self._writing():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            _keep_until(self._path, -1 if resume_step is None else resume_step)
+            self._file = self._path.open("a", encoding="utf-8")
+            self._board = self._open_board(resume_step)
+
+    def write(self, step: int, scalars: Mapping[str, Any], split: str = "train") -> None:
+        """Appends one line {"step": ..., "split": ..., **scalars} and flushes it; a value that is not finite is null.
+
+        Args:
+          step: number of optimizer steps done.
+          scalars: name → number (a scalar array is fetched from its device).
+          split: "train", "validation" or "test"; TensorBoard shows "split/name".
+        Raises: UserError if the file cannot be written (a full disk).
+        """
+        reserved = {"step", "split"} & set(scalars)
+        if reserved:
+            raise ValueError(f"{sorted(reserved)[0]!r} is a field of every line and cannot name a metric")
+        if not self._active:
+            return
+        values = {name: float(value) for name, value in scalars.items()}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        line = dict.fromkeys(values) | finite
+        with self._writing():
+            self._file.write(json.dumps({"step": int(step), "split": split, **line}) + "\n")
+            self._file.flush()
+            for name, value in finite.items():
+                summary = scalar_summary(f"{split}/{name}", value)
+                self._board.write_event(Event(wall_time=time.time(), step=int(step), summary=summary))
+            self._board.flush()
+
+    @contextlib.contextmanager
+    def progress(self, total_steps: int, first_step: int = 0) -> Iterator["TrainingProgress"]:
+        """Shows a bar while training if the output is a terminal; `TrainingProgress.epoch` prints lines anywhere."""
+        if not (self._active and self._console.is_terminal):
+            yield TrainingProgress(self._console if self._active else None, None, None)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, TextColumn("{task.fields[shown]}"), console=self._console) as bar:
+            task = bar.add_task("training", total=total_steps, completed=first_step, shown="")
+            yield TrainingProgress(self._console, bar, task)
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        if self._active:
+            with self._writing():
+                self._file.close()
+                self._board.close()
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None):
+        try:
+            self.close()
+        except UserError:
+            if error is None:
+                raise
+
+    def _open_board(self, resume_step: int | None) -> EventsWriter:
+        """Opens an event file without SummaryWriter, whose thread dies on a full disk and leaves the caller waiting."""
+        directory = self._path.parent / "tensorboard"
+        directory.mkdir(exist_ok=True)
+        first_step = 0 if resume_step is None else resume_step + 1
+        board = EventsWriter(str(directory / "events"), f".{os.getpid()}.{first_step}")
+        # TensorBoard hides what earlier files hold from this step on.
+        board.write_event(
+            Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START))
+        )
+        return board
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._path} ({error.strerror or error}); free some space or choose another --workdir"
+            ) from error
+
+
+class TrainingProgress:
+    """The terminal's view of one training; `MetricWriter.progress` makes it."""
+
+    def __init__(self, console: Console | None, bar: Progress | None, task: TaskID | None):
+        self._console, self._bar, self._task = console, bar, task
+
+    def step(self, step: int, **shown: float) -> None:
+        """Moves the bar to `step` optimizer steps and shows the given numbers beside it, e.g. loss and accuracy."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step)
+            if shown:
+                self._bar.update(self._task, shown=_numbers(shown))
+
+    def epoch(self, epoch: int, num_epochs: int, scalars: Mapping[str, Any]) -> None:
+        """Prints one line for a finished epoch (1 to num_epochs), above the bar if there is one."""
+        if self._console is not None:
+            text = f"epoch {epoch}/{num_epochs}  {_numbers(scalars)}"
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _keep_until(path: Path, last_step: int) -> None:
+    """Drops the lines of steps after `last_step`, and a last line that a killed process left half-written."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _numbers(scalars: Mapping[str, Any]) -> str:
+    return "  ".join(f"{name} {float(value):.4g}" for name, value in scalars.items())

@@ -1,0 +1,109 @@
+"""What a run ends with: the table in the terminal, report.json and certified_accuracy.png."""
+
+import pathlib
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from lipjax.certify import certified_accuracy
+
+
+def radius_key(radius: float) -> str:
+    """A radius as a key of report.json: a decimal number with six digits, such as "0.25" or "0.141176"."""
+    return f"{radius:.6g}"
+
+
+def radius_label(radius: float) -> str:
+    """A radius for people: multiples of 1/255 as "36/255", others as `radius_key`."""
+    steps = round(radius * 255)
+    return f"{steps}/255" if steps > 0 and abs(radius * 255 - steps) < 1e-6 * steps else radius_key(radius)
+
+
+def make_report(certificate, labels, radii, attack, attack_labels) -> dict:
+    """Accuracies of one run.
+
+    Args:
+      certificate: of the test images, whose labels are `labels`. radii: l2, pixel units.
+      attack: AttackResult of the first images, whose labels are `attack_labels`.
+    Returns: clean_accuracy; certified_accuracy and attacked_accuracy by `radius_key`; the numbers of images behind them.
+    """
+    correct = certificate.predictions == labels
+    attacked = {radius_key(r): float(np.mean(attack.distances > r * (1 + 1e-6))) for r in radii}
+    certified = {radius_key(r): certified_accuracy(certificate.predictions, labels, certificate.radii, r) for r in radii}
+    return {
+        "clean_accuracy": float(np.mean(correct)),
+        "certified_accuracy": certified,
+        "attacked_accuracy": attacked,
+        "radii": list(radii),
+        "num_images": len(labels),
+        "num_attacked_images": len(attack_labels),
+    }
+
+
+def summarize(reports: list[dict]) -> dict:
+    """Mean and standard deviation (of the sample) over runs, for clean accuracy and every radius."""
+
+    def both(values):
+        spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        return {"mean": float(np.mean(values)), "sd": spread}
+
+    first = reports[0]
+    return {
+        "clean_accuracy": both([r["clean_accuracy"] for r in reports]),
+        **{
+            field: {key: both([r[field][key] for r in reports]) for key in first[field]}
+            for field in ("certified_accuracy", "attacked_accuracy")
+        },
+    }
+
+
+def print_table(report: dict, summary: dict | None = None, console: Console | None = None) -> None:
+    """One row per radius: proved below, attacked above. With a summary of several runs: mean ± sd."""
+
+    def cell(value, spread=None):
+        text = f"{100 * value:.2f} %"
+        return text if spread is None else f"{text} ± {100 * spread:.2f}"
+
+    def entry(field, key=None):
+        found = report[field] if key is None else report[field][key]
+        if summary is None:
+            return cell(found)
+        stats = summary[field] if key is None else summary[field][key]
+        return cell(stats["mean"], stats["sd"])
+
+    table = Table(title=f"Accuracy on {report['num_images']} test images")
+    table.add_column("l2 radius")
+    table.add_column("certified (proved)", justify="right")
+    table.add_column("under attack (upper bound)", justify="right")
+    table.add_row("0 (clean)", entry("clean_accuracy"), entry("clean_accuracy"))
+    for radius in report["radii"]:
+        key = radius_key(radius)
+        table.add_row(radius_label(radius), entry("certified_accuracy", key), entry("attacked_accuracy", key))
+    console = console or Console()
+    console.print(table)
+    if report["num_attacked_images"] != report["num_images"]:
+        console.print(f"The attack ran on the first {report['num_attacked_images']} images.")
+
+
+def plot_certified_accuracy(path: pathlib.Path, certificate, labels, attack, radii, num_attacked: int) -> None:
+    """Certified accuracy over the radius, the attack's upper bound, and the radii of the table, as a PNG."""
+    correct = certificate.predictions == labels
+    shown = np.sort(np.where(correct, certificate.radii, 0.0))
+    limit = 1.6 * max(radii)
+    grid = np.linspace(0, limit, 400)
+    proved = 1 - np.searchsorted(shown, grid, side="right") / len(shown)
+    proved[0] = np.mean(correct)
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(grid, 100 * proved, label="certified (proved)")
+    marks = np.array([0.0, *sorted(radii)])
+    upper = [100 * np.mean(attack.distances > r * (1 + 1e-6)) for r in marks]
+    of = "" if num_attacked == len(labels) else f", first {num_attacked} images"
+    axes.plot(marks, upper, "v--", label=f"under attack (upper bound{of})")
+    for r in radii:
+        axes.axvline(r, color="0.85", zorder=0)
+    axes.set(xlabel="l2 radius, pixels in [0, 1]", ylabel="accuracy on the test set (%)", xlim=(0, limit), ylim=(0, 101))
+    axes.legend()
+    figure.savefig(path, dpi=120)
