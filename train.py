@@ -1,38 +1,60 @@
-"""Trains, certifies and reports: python train.py --config=configs/X.py --workdir=DIR --config.optimizer.learning_rate=0.01"""
+"""Trains, certifies and reports.
+
+Run: python train.py --config=configs/X.py --workdir=DIR --config.optimizer.learning_rate=0.01
+"""
 
 import os
 import sys
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: see lipjax/__init__.py
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from lipjax.errors import NotCertifiable, UserError
 from lipjax.training.run import run
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file(
-    "config", os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "digits.py"), "The experiment."
-)
-flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and reports go; default runs/<config>. A run there resumes.")
+DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "digits.py")
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parses the flags; whatever is wrong with them or with the config file ends as one message and exit code 2."""
+    try:
+        about = "The experiment; its fields are set as --config.field=value."
+        config_flags.DEFINE_config_file("config", DEFAULT, about, flag_values=FLAGS)
+        about = "Gets checkpoints, metrics, reports; default runs/<config>. A run there resumes."
+        flags.DEFINE_string("workdir", None, about, flag_values=FLAGS)
+        rest = FLAGS(argv)
+        if len(rest) > 1:
+            raise UserError(f"unexpected arguments {rest[1:]}; fields are set as --config.field=value")
+        FLAGS.config.to_dict()  # raises if the file could not be loaded
+        return rest
+    except (AttributeError, KeyError) as error:
+        given = " ".join(a for a in argv[1:] if a.startswith("--config"))
+        where = "lipjax/training/config.py lists all fields."
+        print(f"Error: no such config field: {error} ({given}). {where}", file=sys.stderr)
+    except (flags.Error, UserError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+    except Exception as error:  # a config file is a program, and may raise anything
+        print(f"Error: {type(error).__name__}: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise UserError(f"Unexpected arguments {argv[1:]}: fields are set as --config.field=value.")
+    del argv
+    logging.set_verbosity(logging.WARNING)
     name = os.path.splitext(os.path.basename(config_flags.get_config_filename(FLAGS["config"])))[0]
-    run(FLAGS.config, FLAGS.workdir or os.path.join("runs", name))
+    try:
+        run(FLAGS.config, FLAGS.workdir or os.path.join("runs", name))
+    except (UserError, NotCertifiable, OSError) as error:  # OSError: a full disk, a directory without permission
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
     return 0
 
 
-def main_with_clear_errors(argv: list[str]) -> int:
-    try:
-        return main(argv)
-    except (UserError, NotCertifiable) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-
-
 if __name__ == "__main__":
-    app.run(main_with_clear_errors)
+    app.run(main, flags_parser=parse)

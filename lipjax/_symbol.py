@@ -76,16 +76,20 @@ class Axis:
         return max(self.out, -(-(self.size + self.low) // self.stride), reach // self.stride + 1)
 
 
+def without_idle_taps(kernel: np.ndarray, axes: tuple[Axis, Axis]) -> np.ndarray:
+    """The kernel (HWIO) with zeros for the taps that only ever meet padding: the same operator."""
+    rows, columns = (np.array([offset is not None for offset in axis.offsets()]) for axis in axes)
+    return np.where((rows[:, None] & columns)[..., None, None], kernel, 0.0)
+
+
 def polyphase(kernel: np.ndarray, axes: tuple[Axis, Axis]) -> np.ndarray:
     """The block taps P[q1, q2] of the kernel: (q1, q2, o, rho1 rho2 c) with t - lo = s q + rho, 0 <= rho < s.
 
-    Taps that only meet padding count as zero, and block columns that are zero throughout are left out. If o is
-    the smaller side the taps are transposed, which transposes the symbol. A zero operator gives an array of size 0.
+    Idle taps must have been removed, and some tap be left; block columns that are zero throughout are left out. If o
+    is the smaller side the taps are transposed, which transposes the symbol.
     """
     offsets = [axis.offsets() for axis in axes]
     used = [[d // axis.stride for d in found if d is not None] for found, axis in zip(offsets, axes, strict=True)]
-    if not (used[0] and used[1]):
-        return np.zeros((0, 0, 0, 0))
     (s1, s2), (_, _, c, o) = (axis.stride for axis in axes), kernel.shape
     blocks = np.zeros((max(used[0]) - min(used[0]) + 1, max(used[1]) - min(used[1]) + 1, o, s1, s2, c))
     for t1, d1 in enumerate(offsets[0]):

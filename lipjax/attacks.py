@@ -74,7 +74,7 @@ def pgd_l2(
 
 @dataclasses.dataclass(frozen=True)
 class AttackResult:
-    """For each image the nearest misclassified point found: its distance (inf if none) and itself (the image if none)."""
+    """For each image the distance of the nearest misclassified point found (inf if none) and the point (or the image)."""
 
     distances: np.ndarray
     points: np.ndarray
@@ -83,10 +83,11 @@ class AttackResult:
 def attack_l2(
     network, images: np.ndarray, labels: np.ndarray, radii, *, num_steps: int, seed: int = 0, batch_size: int = 256
 ) -> AttackResult:
-    """Runs `pgd_l2` at each radius, and keeps for every image the nearest point that the network does not give its label.
+    """Runs `pgd_l2` at each radius, and keeps for each image the nearest point that the network does not give its label.
 
     Args:
-      network: a pytree that is called on pixels, such as a Network in float32. images: (n, ...) in [0, 1]. labels: (n,).
+      network: a pytree that is called on pixels, such as a Network in float32.
+      images: (n, ...) in [0, 1]. labels: (n,).
       radii: l2, pixel units. num_steps: at each radius; 0 only looks at the images themselves.
     """
     distances = np.full(len(images), np.inf)

@@ -69,7 +69,7 @@ def _pad_input(x: Float[Array, "b h w c"], kernel_size: tuple[int, int], padding
 
 
 def conv2d(
-    x: Float[Array, "b h w i"],
+    x: Float[Array, "b h w c"],
     kernel: Float[Array, "kh kw i o"],
     *,
     strides: int | tuple[int, int] = 1,
@@ -98,7 +98,7 @@ def conv2d(
 
 
 def conv2d_adjoint(
-    y: Float[Array, "b hh ww o"],
+    y: Float[Array, "b hh ww c"],
     kernel: Float[Array, "kh kw i o"],
     *,
     in_size: tuple[int, int],

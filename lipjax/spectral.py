@@ -41,15 +41,16 @@ class NormBound:
     details: dict[str, Any]
 
 
-def _as_finite(array: Any, ndim: int, name: str) -> tuple[np.ndarray, int]:
-    """Checks the array and returns it as float64 or complex128 scaled by a power of two, with the exponent."""
+def _checked(array: Any, ndim: int, name: str) -> np.ndarray:
+    """Checks the array and returns it, contiguous, as float64 or complex128."""
     array = np.asarray(array)
     if array.dtype.kind not in "fc" or array.dtype.itemsize > (16 if array.dtype.kind == "c" else 8):
         raise ValueError(f"{name}: expected real or complex floating-point entries, got dtype {array.dtype}")
     if array.ndim != ndim or array.size == 0:
         raise ValueError(f"{name}: expected {ndim} axes, none empty, got shape {array.shape}")
-    wide = np.complex128 if array.dtype.kind == "c" else np.float64
-    return _verified.scale_to_unit(np.ascontiguousarray(array, wide))
+    if not np.isfinite(array).all():
+        raise NotCertifiable(f"{name}: the operator has NaN or infinite entries")
+    return np.ascontiguousarray(array, np.complex128 if array.dtype.kind == "c" else np.float64)
 
 
 def _finish(squared: Fraction, extra: Fraction, exponent: int, method: str, details: dict[str, Any]) -> NormBound:
@@ -70,9 +71,10 @@ def matrix_norm_bound(matrix: Float[np.ndarray, "m n"] | Complex[np.ndarray, "m 
       ValueError) for entries that are not finite, and for a norm beyond the float64 range.
     Source: Rump, Verification of positive definiteness, BIT 46 (2006); docs/soundness.md, section 1.
     """
-    scaled, exponent = _as_finite(matrix, 2, "matrix_norm_bound")
-    if not scaled.any():
+    checked = _checked(matrix, 2, "matrix_norm_bound")
+    if not checked.any():
         return NormBound(0.0, "zero", {})
+    scaled, exponent = _verified.scale_to_unit(checked)
     with threadpool_limits(limits=1, user_api="blas"):
         squared, details = _single(*_matrix_gram(scaled))
     return _finish(squared, Fraction(0), exponent, "Cholesky of the Gram matrix", details)
@@ -97,8 +99,8 @@ def _single(gram: np.ndarray, error: Fraction) -> tuple[Fraction, dict[str, Any]
 def conv_norm_bound(
     kernel: Float[np.ndarray, "kh kw i o"],
     in_shape: Sequence[int],
-    strides: int | tuple[int, int] = 1,
-    padding: str | tuple[tuple[int, int], tuple[int, int]] = "CIRCULAR",
+    strides: int | tuple[int, int],
+    padding: str | tuple[tuple[int, int], tuple[int, int]],
 ) -> NormBound:
     """Proved upper bound of the spectral norm of the convolution y[p] = sum_t K[t] x[s p + t - lo].
 
@@ -116,14 +118,15 @@ def conv_norm_bound(
     Raises: ValueError for shapes, strides or padding that do not fit, and as `matrix_norm_bound`.
     Source: docs/soundness.md, sections 2 and 3.
     """
-    kernel = np.asarray(kernel)
+    kernel = _checked(kernel, 4, "conv_norm_bound")
     if kernel.dtype.kind == "c":
         raise ValueError("conv_norm_bound: expected a real kernel, got a complex one")
-    scaled, exponent = _as_finite(kernel, 4, "conv_norm_bound")
-    axes = _axes(scaled, in_shape, strides, padding)
-    taps = _symbol.polyphase(scaled, axes)
-    if not taps.any():
+    axes = _axes(kernel, in_shape, strides, padding)
+    kernel = _symbol.without_idle_taps(kernel, axes)
+    if not kernel.any():
         return NormBound(0.0, "zero", {})
+    scaled, exponent = _verified.scale_to_unit(kernel)
+    taps = _symbol.polyphase(scaled, axes)
     dense = math.prod(in_shape) <= _DENSE_SIDE and math.prod(kernel.shape[:3]) <= _DENSE_WINDOW
     with threadpool_limits(limits=1, user_api="blas"):
         if taps.shape[:2] == (1, 1):
@@ -165,15 +168,16 @@ def _embedding_bound(polynomial: _symbol.GramPolynomial, axes: Sequence[_symbol.
         variants = [(grid, (t1, t2)) for grid in grids for t1 in free[0] for t2 in free[1]]
     families = {variant: polynomial.family(*variant) for variant in variants}
     ranks = {variant: _verified.rank_members(family) for variant, family in families.items()}
-    best: tuple[Fraction, dict] | None = None
-    for grid, twist in sorted(variants, key=lambda variant: ranks[variant][1]):
+    variants.sort(key=lambda variant: ranks[variant][1])
+    results: list[tuple[Fraction, dict]] = []
+    for grid, twist in variants:
         family, (order, _) = families[grid, twist], ranks[grid, twist]
-        if best is None or _verified.is_below(family, order, best[1]["shift"]):
-            squared, verified = _verified.largest_eigenvalue_bound(family, order)
-            details = {"side": family.side, "count": family.count, "grid": list(grid), "twist": list(twist)}
-            found = squared, details | verified
-            best = found if best is None or found[0] < best[0] else best
-    return best
+        if results and not _verified.is_below(family, order, min(found["shift"] for _, found in results)):
+            continue
+        squared, verified = _verified.largest_eigenvalue_bound(family, order)
+        details = {"side": family.side, "count": family.count, "grid": list(grid), "twist": list(twist)}
+        results.append((squared, details | verified))
+    return min(results, key=lambda result: result[0])
 
 
 def response_norm_bound(response: Complex[np.ndarray, "h f o i"], size: tuple[int, int]) -> NormBound:
@@ -189,15 +193,15 @@ def response_norm_bound(response: Complex[np.ndarray, "h f o i"], size: tuple[in
     Source: docs/soundness.md, section 4.
     """
     h, w = size
-    blocks, exponent = _as_finite(response, 4, "response_norm_bound")
+    blocks = _checked(response, 4, "response_norm_bound")
     if blocks.shape[:2] != (h, w // 2 + 1):
         raise ValueError(f"expected a response (h, w // 2 + 1, o, i) for size {tuple(size)}, got {blocks.shape}")
-    blocks = blocks.astype(np.complex128)
+    if not blocks.any():
+        return NormBound(0.0, "zero", {})
+    blocks, exponent = _verified.scale_to_unit(blocks.astype(np.complex128))
     for column in {0, w // 2} if w % 2 == 0 else {0}:
         mirrored = np.roll(blocks[::-1, column], 1, axis=0)
         blocks[:, column] = (blocks[:, column] + mirrored.conj()) / 2
-    if not blocks.any():
-        return NormBound(0.0, "zero", {})
     blocks = blocks.reshape(-1, *blocks.shape[2:])
     if blocks.shape[1] < blocks.shape[2]:
         blocks = np.ascontiguousarray(blocks.conj().swapaxes(1, 2))

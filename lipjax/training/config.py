@@ -6,13 +6,18 @@ import ml_collections
 
 from lipjax.errors import UserError
 from lipjax.training import optimizer
+from lipjax.training.data import NAMES
+from lipjax.training.report import radius_key
 from lipjax.training.step import LOSSES
 
 PRECISIONS = ("default", "high", "highest")
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """All fields with their defaults; a config file changes some and locks the result. Radii are l2 in [0, 1]-pixel units."""
+    """All fields with their defaults; a config file changes some and locks the result.
+
+    Radii are l2 in [0, 1]-pixel units.
+    """
     config = ml_collections.ConfigDict()
     config.seeds = (0,)  # one run per seed: of the initialisation, the batches and the train/validation split
     config.batch_size = 256  # global, whatever the number of devices
@@ -83,7 +88,7 @@ def _check(condition: bool, field: str, expected: str, value) -> None:
 
 
 def validate(config) -> None:
-    """Raises: UserError naming the first field whose value cannot be used. (An unknown field is refused by the flag parser.)"""
+    """Raises: UserError naming the first field that does not exist or whose value cannot be used."""
     defaults = default_config()
     _check_types(config, defaults, "")
     for field in ("batch_size", "num_epochs", "power_iterations", "power_iterations_eval"):
@@ -98,13 +103,20 @@ def validate(config) -> None:
     _check(config.matmul_precision in PRECISIONS, "matmul_precision", f"one of {PRECISIONS}", config.matmul_precision)
     for field in ("validation_fraction", "test_fraction"):
         _check(0 <= config.data[field] < 1, f"data.{field}", "a fraction in [0, 1)", config.data[field])
+    _check(config.data.image_size >= 0, "data.image_size", "0 or a number of pixels", config.data.image_size)
+    _check(config.data.name in NAMES, "data.name", f"one of {NAMES}", config.data.name)
     _check(config.data.crop_padding >= 0, "data.crop_padding", "at least 0 pixels", config.data.crop_padding)
     _check(
-        len(config.data.affine) == 3 and all(0 <= a < math.inf for a in config.data.affine),
+        len(config.data.affine) == 3
+        and all(0 <= a < math.inf for a in config.data.affine)
+        and config.data.affine[1] < 1,
         "data.affine",
-        "three numbers >= 0: degrees, scale, shift",
+        "three numbers >= 0 (degrees, scale, shift), scale below 1",
         config.data.affine,
     )
+    std = config.model.input_std if "input_std" in config.model else 1.0
+    positive = all(0 < s < math.inf for s in (std if isinstance(std, tuple) else (std,)))
+    _check(positive, "model.input_std", "positive, one or one per channel", std)
     _check(config.loss.name in LOSSES, "loss.name", f"one of {sorted(LOSSES)}", config.loss.name)
     for field in ("epsilon", "epsilon_end"):
         _check(0 < config.loss[field] < math.inf, f"loss.{field}", "a positive number", config.loss[field])
@@ -120,9 +132,9 @@ def validate(config) -> None:
         _check(config.checkpoint[field] >= 1, f"checkpoint.{field}", "at least 1", config.checkpoint[field])
     _check(config.checkpoint.every_steps >= 0, "checkpoint.every_steps", "at least 0", config.checkpoint.every_steps)
     radii = config.certify.radii
-    _check(
-        len(radii) > 0 and all(0 < r < math.inf for r in radii), "certify.radii", "positive numbers, at least one", radii
-    )
+    keys = {radius_key(r) for r in radii}
+    distinct = len(radii) > 0 and len(keys) == len(radii) and all(0 < r < math.inf for r in radii)
+    _check(distinct, "certify.radii", "positive numbers, at least one, that differ in six digits", radii)
     _check(config.certify.batch_size >= 1, "certify.batch_size", "at least 1", config.certify.batch_size)
     for field in ("num_images", "attack_steps", "attack_images"):
         _check(config.certify[field] >= 0, f"certify.{field}", "at least 0", config.certify[field])
@@ -130,24 +142,29 @@ def validate(config) -> None:
 
 
 def _check_types(config, defaults, prefix: str) -> None:
-    for field in defaults:
+    a_model = prefix == "model."  # which models have which attributes they check themselves
+    for field in () if a_model else defaults:
         _check(field in config, f"{prefix}{field}", "to be set (start from default_config())", None)
     for field, value in config.items():
         name = f"{prefix}{field}"
-        if prefix == "model.":  # a model checks its own attributes
+        if a_model and field not in defaults:
             continue
         _check(field in defaults, name, f"no such field; the fields here are {sorted(defaults)}", value)
         default = defaults[field]
         if isinstance(default, ml_collections.ConfigDict):
             _check(isinstance(value, ml_collections.ConfigDict), name, "a group of fields", value)
-            if field == "model":
-                _check("name" in value, "model.name", "the name of a model", None)
-            else:
-                _check_types(value, default, f"{name}.")
-        elif isinstance(default, float):
-            _check(type(value) in (int, float) and math.isfinite(value), name, "a finite number", value)
-        elif isinstance(default, tuple):
-            numbers = isinstance(value, tuple) and all(type(v) in (int, float) for v in value)
+            _check(field != "model" or "name" in value, "model.name", "the name of a model", None)
+            _check_types(value, default, f"{name}.")
+        elif isinstance(default, tuple) or a_model and isinstance(value, tuple) and isinstance(default, float):
+            numbers = isinstance(value, tuple) and all(_is_number(v) for v in value)
             _check(numbers, name, "a tuple of numbers, such as (0.25, 0.5)", value)
+        elif isinstance(default, float):
+            _check(_is_number(value), name, "a finite number", value)
+        elif default is None:  # an integer that may be left out
+            _check(value is None or type(value) is int, name, "an integer or None", value)
         else:
             _check(type(value) is type(default), name, f"a value of type {type(default).__name__}", value)
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)

@@ -1,12 +1,14 @@
 """One training run: batches in, checkpoints and metrics out. Resumes by itself from its directory."""
 
+import dataclasses
 import json
 import os
 import pathlib
 
 import jax
 import numpy as np
-from absl import logging
+from jax.sharding import Mesh
+from rich.console import Console
 
 from lipjax.certify import write_json
 from lipjax.errors import UserError
@@ -15,12 +17,13 @@ from lipjax.training import optimizer as optimizers
 from lipjax.training import sharding
 from lipjax.training import step as steps
 from lipjax.training.checkpoint import Checkpointer
+from lipjax.training.config import default_config
 from lipjax.training.data import StreamDataset, load_dataset
 from lipjax.training.metrics import MetricWriter
 
 METRIC = "certified_accuracy_estimate"
-# What may change between the runs that a directory holds: none of it alters the function that training follows.
-FREE_TO_CHANGE = ("checkpoint", "certify", "mesh")
+# What may change when a run resumes: none of it alters what training computes. (The seed of a directory is checked apart.)
+FREE_TO_CHANGE = ("checkpoint.", "certify.", "mesh.", "seeds", "data.data_dir", "data.download")
 
 
 def plain(config) -> dict:
@@ -28,36 +31,39 @@ def plain(config) -> dict:
     return json.loads(config.to_json_best_effort())
 
 
-def check_same_config(directory, saved: dict, config) -> None:
+def _flat(tree: dict, prefix: str = "") -> dict:
+    """{"group.field": value} of nested dicts."""
+    found = {}
+    for field, value in tree.items():
+        found |= _flat(value, f"{prefix}{field}.") if isinstance(value, dict) else {f"{prefix}{field}": value}
+    return found
+
+
+def check_same_run(directory, meta: dict, config, seed: int) -> None:
     """Raises: UserError naming the first fields by which a run's saved config differs from the one asked for."""
-
-    def flat(tree, prefix=""):
-        for field, value in tree.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{prefix}{field}.")
-            else:
-                yield f"{prefix}{field}", value
-
-    ours, theirs = dict(flat(plain(config))), dict(flat(saved))
+    ours, saved, defaults = _flat(plain(config)), _flat(meta["config"]), _flat(plain(default_config()))
+    # A run of an older lipjax lacks the fields that came later; their defaults are what it did.
+    theirs = {name: value for name, value in defaults.items() if name in ours} | saved
+    names = [n for n in sorted({*ours, *theirs}) if not n.startswith(FREE_TO_CHANGE)]
     differ = [
-        f"config.{name}: {theirs.get(name)!r} there, {ours.get(name)!r} now"
-        for name in sorted({*ours, *theirs})
-        if name.split(".")[0] not in FREE_TO_CHANGE and ours.get(name) != theirs.get(name)
+        f"config.{n}: {theirs.get(n)!r} there, {ours.get(n)!r} now" for n in names if ours.get(n) != theirs.get(n)
     ]
-    differ = [line for line in differ if not line.startswith(("config.data.data_dir", "config.data.download"))]
+    if meta["seed"] != seed:
+        differ.insert(0, f"config.seeds: {meta['seed']} there, {seed} now")
     if differ:
         raise UserError(
-            f"{directory} holds a run with another config ({'; '.join(differ[:4])}): choose another --workdir, or go back."
+            f"{directory} holds a run with another config ({'; '.join(differ[:4])}): choose another --workdir, or the same "
+            "values."
         )
 
 
 class Run:
     """Everything that one seed's training needs, made from the config: data, model, mesh, optimizer, jitted steps."""
 
-    def __init__(self, config, seed: int):
+    def __init__(self, config, seed: int, mesh: Mesh | None = None):
         self.config, self.seed = config, seed
-        self.mesh = sharding.make_mesh(config.mesh, config.batch_size)
-        self.dataset = load_dataset(config.data, seed)
+        self.mesh = sharding.make_mesh(config.mesh.data, config.batch_size) if mesh is None else mesh
+        self.dataset = _of_size(load_dataset(config.data, seed), config.data.image_size)
         self.streams = isinstance(self.dataset, StreamDataset)
         self.num_images = self.dataset.size("train")
         self.steps_per_epoch = self.num_images // config.batch_size
@@ -68,21 +74,33 @@ class Run:
         self.total_steps = self.steps_per_epoch * config.num_epochs
         if not self.streams and max(self.dataset.split("train").labels.max(), 0) >= self.dataset.num_classes:
             raise UserError(f"The labels of {self.dataset.name} exceed its {self.dataset.num_classes} classes.")
-        self.model = get_model(
-            config.model, input_shape=self.dataset.image_shape, num_classes=self.dataset.num_classes
-        )
+        self.model = get_model(config.model, input_shape=self.dataset.image_shape, num_classes=self.dataset.num_classes)
         self.optimizer = optimizers.make_optimizer(config.optimizer, self.steps_per_epoch, config.num_epochs)
         self.pixel_max = self.dataset.pixel_max
 
         def initialise():
             return steps.init_state(self.model, self.optimizer, jax.random.key(seed))
 
-        abstract = jax.eval_shape(initialise)
+        try:
+            abstract = jax.eval_shape(initialise)
+        except ValueError as error:  # of operators that do not fit each other or the images
+            raise UserError(f"config.model does not fit images {self.dataset.image_shape}: {error}") from error
         self.shardings = sharding.state_shardings(abstract, self.mesh)
         self.abstract_state = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, self.shardings
         )
         self._initialise = jax.jit(initialise, out_shardings=self.shardings)
+
+    def __str__(self) -> str:
+        """What is trained, for people."""
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.abstract_state.params))
+        sizes = ", ".join(f"{self.dataset.size(split)} {split}" for split in ("train", "validation", "test"))
+        devices = self.mesh.devices.flat
+        return (
+            f"{self.config.model.name} with {count:,} parameters on {self.dataset.name} ({sizes} images), seed "
+            f"{self.seed}: {self.config.num_epochs} epochs of {self.steps_per_epoch} steps of "
+            f"{self.config.batch_size} images, {len(devices)} x {devices[0].device_kind}"
+        )
 
     def fresh_state(self) -> steps.TrainState:
         """The state before the first step."""
@@ -157,14 +175,29 @@ class Run:
         return validate
 
 
+def _of_size(dataset, image_size: int):
+    """The data set with the images that config.data.image_size asks for."""
+    if image_size == 0:
+        return dataset
+    if isinstance(dataset, StreamDataset):
+        return dataclasses.replace(dataset, image_size=image_size)
+    if dataset.image_shape[:2] != (image_size, image_size):
+        raise UserError(
+            f"config.data.image_size: the images of {dataset.name} are {dataset.image_shape[:2]} and are not resized; "
+            f"got {image_size}, leave it at 0."
+        )
+    return dataset
+
+
 def _check_finite(metrics: dict, step: int, epoch: int) -> None:
     """Raises: UserError saying where, if the step met a value that is not finite."""
     flags = {name: bool(value) for name, value in metrics.pop("finite").items()}
     bad = [name for name, good in flags.items() if not good]
     if bad:
         raise UserError(
-            f"Training stopped at step {step + 1} (epoch {epoch + 1}): not finite were {', '.join(bad)}. Nothing of that step was "
-            f"kept; the last checkpoint is intact. Lower config.optimizer.learning_rate or clip_norm, then start again."
+            f"Training stopped at step {step + 1} (epoch {epoch + 1}): not finite were {', '.join(bad)}. Nothing of that "
+            "step was kept, and the checkpoints are intact. Lower config.optimizer.learning_rate or "
+            "config.optimizer.clip_norm and train into another --workdir."
         )
 
 
@@ -176,74 +209,82 @@ def train(config, workdir: str | os.PathLike, seed: int) -> Run:
     """
     workdir = pathlib.Path(workdir)
     run = Run(config, seed)
-    with Checkpointer(
-        workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=METRIC
-    ) as checkpointer, jax.default_matmul_precision(config.matmul_precision):
-        latest = checkpointer.latest_step()
+    console = Console(quiet=jax.process_index() != 0, soft_wrap=True, highlight=False)
+    with (
+        Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=METRIC) as checkpointer,
+        jax.default_matmul_precision(config.matmul_precision),
+    ):
+        latest, meta = checkpointer.latest_step(), {}
+        if latest is not None:
+            meta = checkpointer.meta()
+            check_same_run(workdir, meta, config, seed)
+        if jax.process_index() == 0:
+            write_json(workdir / "config.json", {"config": plain(config), "seed": seed})
+        if latest is not None and latest >= run.total_steps:
+            console.print(f"{workdir} is trained already, to step {latest} of {run.total_steps}.")
+            return run
+        console.print(f"Training {run}.")
         if latest is None:
             state = run.fresh_state()
         else:
-            check_same_config(workdir, checkpointer.meta()["config"], config)
             state, _ = checkpointer.restore(run.abstract_state)
-            logging.info("Resuming %s from step %d of %d.", workdir, latest, run.total_steps)
-        if jax.process_index() == 0:
-            write_json(workdir / "config.json", {"config": plain(config), "seed": seed})
-        if (latest or 0) >= run.total_steps:
-            return run
-        with MetricWriter(workdir, resume_step=latest) as writer:
-            _train_epochs(run, state, checkpointer, writer)
+            console.print(f"Resuming {workdir} from step {latest} of {run.total_steps}.")
+        with MetricWriter(workdir, resume_step=latest, console=console) as writer:
+            _train_epochs(run, state, checkpointer, writer, meta.get("epoch_totals", {}))
     return run
 
 
-def _train_epochs(run: Run, state, checkpointer: Checkpointer, writer: MetricWriter) -> None:
+def _train_epochs(run: Run, state, checkpointer: Checkpointer, writer: MetricWriter, totals: dict[str, float]) -> None:
+    """Trains to the end. totals: sums of the metrics over the steps already done in this epoch, and their "count"."""
     config, first = run.config, int(state.step)
     train_batch, validate = run.batch_runner(first), run.validator()
     rate = optimizers.learning_rate_schedule(config.optimizer, run.steps_per_epoch, config.num_epochs)
-    meta = {"config": plain(config), "seed": run.seed}
-    totals: dict[str, float] = {}
-    counted, pending = 0, None
+    pending = None
+
+    def save(step, metric):
+        meta = {"config": plain(config), "seed": run.seed, "epoch_totals": dict(totals)}
+        checkpointer.save(step, state, meta, metric)
+
+    def averages():
+        return {name: value / totals["count"] for name, value in totals.items() if name != "count"}
 
     def collect(found):
-        nonlocal counted
         step, metrics = found
         metrics = jax.device_get(metrics)
         _check_finite(metrics, step, step // run.steps_per_epoch)
-        for name, value in metrics.items():
+        for name, value in {**metrics, "count": 1}.items():
             totals[name] = totals.get(name, 0.0) + float(value)
-        counted += 1
-        shown = {name: totals[name] / counted for name in ("loss", "accuracy", METRIC)}
-        progress.step(step + 1, **shown)
+        means = averages()
+        progress.step(step + 1, **{name: means[name] for name in ("loss", "accuracy", METRIC)})
 
     with writer.progress(run.total_steps, first) as progress:
         for step in range(first, run.total_steps):
-            epoch = step // run.steps_per_epoch
+            epoch, done = step // run.steps_per_epoch, step + 1
             epsilon = optimizers.epsilon_at(config.loss, epoch, config.num_epochs)
             state, metrics = train_batch(state, step, epsilon)
             # One step behind, so that the device always has work while the host looks at numbers.
             if pending is not None:
                 collect(pending)
             pending = (step, metrics)
-            done = step + 1
-            if done % run.steps_per_epoch and done != run.total_steps:
-                if config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0:
-                    collect(pending)
-                    pending = None
-                    checkpointer.save(done, state, meta, None)
+            ends_epoch = done % run.steps_per_epoch == 0
+            if not ends_epoch and (config.checkpoint.every_steps == 0 or done % config.checkpoint.every_steps):
                 continue
-            collect(pending)
+            collect(pending)  # before anything is saved, so that a state is saved only if it is good
             pending = None
-            averages = {name: value / counted for name, value in totals.items()}
-            averages |= {"epsilon": epsilon, "learning_rate": float(rate(step))}
-            writer.write(done, averages, "train")
-            totals, counted = {}, 0
+            if not ends_epoch:
+                save(done, None)
+                continue
+            shown = averages() | {"epsilon": epsilon, "learning_rate": float(rate(step))}
+            writer.write(done, shown, "train")
+            totals.clear()
             if (epoch + 1) % config.checkpoint.every_epochs == 0 or done == run.total_steps:
                 found = validate(state)
                 if found:
                     writer.write(done, found, "validation")
-                checkpointer.save(done, state, meta, found.get(METRIC))
-                averages |= {f"val_{name}": found[name] for name in ("accuracy", METRIC) if name in found}
-            shown = ("loss", "accuracy", METRIC, "val_accuracy", f"val_{METRIC}")
-            progress.epoch(epoch + 1, config.num_epochs, {n: averages[n] for n in shown if n in averages})
+                save(done, found.get(METRIC))
+                shown |= {f"val_{name}": found[name] for name in ("accuracy", METRIC) if name in found}
+            names = ("loss", "accuracy", METRIC, "val_accuracy", f"val_{METRIC}")
+            progress.epoch(epoch + 1, config.num_epochs, {n: shown[n] for n in names if n in shown})
 
 
 def load_best(workdir: str | os.PathLike, run: Run):
@@ -258,4 +299,4 @@ def load_best(workdir: str | os.PathLike, run: Run):
     return {"params": state.params}, state, step
 
 
-__all__ = ["Run", "check_same_config", "load_best", "plain", "train"]
+__all__ = ["Run", "check_same_run", "load_best", "plain", "train"]

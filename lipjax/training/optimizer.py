@@ -12,7 +12,7 @@ OPTIMIZERS = {
 
 
 def learning_rate_schedule(config, steps_per_epoch: int, num_epochs: int) -> optax.Schedule:
-    """Per step: linear warm-up from 0, then cosine to final_fraction of the peak at the last step.
+    """Per step: linear warm-up, then a cosine that would reach final_fraction of the peak one step after the last.
 
     Args: config: the optimizer group: learning_rate, warmup_epochs, final_fraction.
     """
@@ -29,9 +29,7 @@ def learning_rate_schedule(config, steps_per_epoch: int, num_epochs: int) -> opt
 def make_optimizer(config, steps_per_epoch: int, num_epochs: int) -> optax.GradientTransformation:
     """Global-norm clipping, then the named optimiser with its learning-rate schedule."""
     rate = learning_rate_schedule(config, steps_per_epoch, num_epochs)
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm), OPTIMIZERS[config.name](rate, config.weight_decay)
-    )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), OPTIMIZERS[config.name](rate, config.weight_decay))
 
 
 def epsilon_at(config, epoch: int, num_epochs: int) -> float:

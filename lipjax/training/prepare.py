@@ -72,18 +72,22 @@ def _check_archives(name: str, builder: Any, data_dir: pathlib.Path, download: b
                 f"https://image-net.org/download-images, put them under {folder} and run\n"
                 f"  {prepared.prepare_command(name, data_dir)}"
             )
-    elif not download:
-        missing = [
-            f"  {info.filename} from {url}"
-            for url, info in builder.url_infos.items()
-            if not (folder / info.filename).is_file()
-        ]
-        if missing:
-            raise UserError(
-                f"The archives of {name!r} are not under {folder}, and nothing is fetched unless you ask:\n"
-                + "\n".join(missing)
-                + f"\nPut them there, or fetch them with\n  {prepared.prepare_command(name, data_dir)}"
-            )
+        return
+    missing = {url: info.filename for url, info in builder.url_infos.items() if not (folder / info.filename).is_file()}
+    if not missing:
+        return
+    listing = "\n".join(f"  {filename} from {url}" for url, filename in missing.items())
+    if not download:
+        raise UserError(
+            f"The archives of {name!r} are not under {folder}, and nothing is fetched unless you ask:\n{listing}\n"
+            f"Put them there, or fetch them with\n  {prepared.prepare_command(name, data_dir)}"
+        )
+    import requests  # TFDS's own
+
+    try:
+        requests.head(next(iter(missing)), timeout=30)
+    except requests.RequestException as error:
+        raise UserError(f"No connection ({error}). Put these files under {folder} by hand:\n{listing}") from error
 
 
 @contextlib.contextmanager

@@ -27,11 +27,12 @@ def make_report(certificate, labels, radii, attack, attack_labels) -> dict:
     Args:
       certificate: of the test images, whose labels are `labels`. radii: l2, pixel units.
       attack: AttackResult of the first images, whose labels are `attack_labels`.
-    Returns: clean_accuracy; certified_accuracy and attacked_accuracy by `radius_key`; the numbers of images behind them.
+    Returns: clean_accuracy; certified_accuracy and attacked_accuracy by `radius_key`; the numbers of images behind.
     """
     correct = certificate.predictions == labels
     attacked = {radius_key(r): float(np.mean(attack.distances > r * (1 + 1e-6))) for r in radii}
-    certified = {radius_key(r): certified_accuracy(certificate.predictions, labels, certificate.radii, r) for r in radii}
+    proved = certificate.predictions, labels, certificate.radii
+    certified = {radius_key(r): certified_accuracy(*proved, r) for r in radii}
     return {
         "clean_accuracy": float(np.mean(correct)),
         "certified_accuracy": certified,
@@ -42,25 +43,29 @@ def make_report(certificate, labels, radii, attack, attack_labels) -> dict:
     }
 
 
-def summarize(reports: list[dict]) -> dict:
-    """Mean and standard deviation (of the sample) over runs, for clean accuracy and every radius."""
+def summarize(found: list[dict]) -> dict:
+    """The report of several runs: means where one run has numbers, "summary" (mean and sd, ddof 1), and the runs."""
 
     def both(values):
-        spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-        return {"mean": float(np.mean(values)), "sd": spread}
+        return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
 
-    first = reports[0]
+    maps = ("certified_accuracy", "attacked_accuracy")
+    first = found[0]
+    summary = {"clean_accuracy": both([r["clean_accuracy"] for r in found])}
+    summary |= {field: {key: both([r[field][key] for r in found]) for key in first[field]} for field in maps}
     return {
-        "clean_accuracy": both([r["clean_accuracy"] for r in reports]),
-        **{
-            field: {key: both([r[field][key] for r in reports]) for key in first[field]}
-            for field in ("certified_accuracy", "attacked_accuracy")
-        },
+        "clean_accuracy": summary["clean_accuracy"]["mean"],
+        **{field: {key: value["mean"] for key, value in summary[field].items()} for field in maps},
+        **{field: first[field] for field in ("radii", "num_images", "num_attacked_images")},
+        "summary": summary,
+        "seeds": [r["seed"] for r in found],
+        "runs": found,
     }
 
 
-def print_table(report: dict, summary: dict | None = None, console: Console | None = None) -> None:
-    """One row per radius: proved below, attacked above. With a summary of several runs: mean ± sd."""
+def print_table(report: dict, console: Console | None = None) -> None:
+    """One row per radius: proved below, attacked above; mean ± sd for the report of several runs."""
+    summary = report.get("summary")
 
     def cell(value, spread=None):
         text = f"{100 * value:.2f} %"
@@ -73,7 +78,8 @@ def print_table(report: dict, summary: dict | None = None, console: Console | No
         stats = summary[field] if key is None else summary[field][key]
         return cell(stats["mean"], stats["sd"])
 
-    table = Table(title=f"Accuracy on {report['num_images']} test images")
+    runs = f", mean and standard deviation of {len(report['seeds'])} runs" if summary else ""
+    table = Table(title=f"Accuracy on {report['num_images']} test images{runs}")
     table.add_column("l2 radius")
     table.add_column("certified (proved)", justify="right")
     table.add_column("under attack (upper bound)", justify="right")
@@ -104,6 +110,7 @@ def plot_certified_accuracy(path: pathlib.Path, certificate, labels, attack, rad
     axes.plot(marks, upper, "v--", label=f"under attack (upper bound{of})")
     for r in radii:
         axes.axvline(r, color="0.85", zorder=0)
-    axes.set(xlabel="l2 radius, pixels in [0, 1]", ylabel="accuracy on the test set (%)", xlim=(0, limit), ylim=(0, 101))
+    axes.set(xlabel="l2 radius, pixels in [0, 1]", ylabel="accuracy on the test set (%)")
+    axes.set(xlim=(0, limit), ylim=(0, 101))
     axes.legend()
     figure.savefig(path, dpi=120)

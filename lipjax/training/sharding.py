@@ -9,13 +9,13 @@ from lipjax.errors import UserError
 DATA = "data"
 
 
-def make_mesh(config_mesh, batch_size: int) -> Mesh:
-    """A mesh over `config_mesh.data` devices (-1: all), whose axis "data" divides the batch.
+def make_mesh(num_devices: int, batch_size: int) -> Mesh:
+    """A mesh over num_devices devices (-1: all), whose axis "data" divides the batch.
 
     Raises: UserError if there are fewer devices, or the batch size does not divide over them.
     """
     devices = jax.devices()
-    count = len(devices) if config_mesh.data == -1 else config_mesh.data
+    count = len(devices) if num_devices == -1 else num_devices
     if count > len(devices):
         raise UserError(f"config.mesh.data = {count} devices, but JAX sees {len(devices)}: lower it, or set it to -1.")
     if batch_size % count:

@@ -60,9 +60,7 @@ def preprocess(key: jax.Array, images: jax.Array, config_data, pixel_max: int) -
     pixels = augment.to_pixels(images, pixel_max)
     rotation, scale, shift = config_data.affine
     if rotation or scale or shift:
-        pixels = augment.random_affine(
-            affine_key, pixels, max_rotation=rotation, max_scale=scale, max_shift=shift
-        )
+        pixels = augment.random_affine(affine_key, pixels, max_rotation=rotation, max_scale=scale, max_shift=shift)
     return pixels
 
 
@@ -73,8 +71,8 @@ def _finite(tree) -> jax.Array:
 def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int):
     """The training step (state, images, labels, epsilon) -> (state, metrics).
 
-    images: uint8 (global batch, h, w, c); labels: int32; epsilon: the training radius, pixel units. A step whose loss or gradients
-    are not finite leaves parameters, vectors and optimizer as they are and says so in metrics["finite"], by part of the model.
+    images: uint8 (global batch, h, w, c); labels: int32; epsilon: the training radius, pixel units. A step that meets a
+    value that is not finite leaves parameters, vectors and optimizer as they are; metrics["finite"] says where it was.
     """
     loss_function = LOSSES[config.loss.name](config.loss)
 
@@ -92,12 +90,12 @@ def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int):
 
         (loss, (logits, lipschitz, vectors)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        finite = {"loss": _finite(loss), "logits": _finite(logits), "norm estimates": _finite(lipschitz)}
+        finite = {"loss": _finite(loss), "logits": _finite(logits), "norm estimates": _finite((lipschitz, vectors))}
         finite |= {f"gradient of {name}": _finite(grads[name]) for name in grads}
-        good = _finite(loss) & _finite(grads)
-        fresh = dataclasses.replace(
-            state, params=optax.apply_updates(state.params, updates), vectors=vectors, opt_state=opt_state
-        )
+        params = optax.apply_updates(state.params, updates)
+        finite["updated parameters"] = _finite((params, opt_state))
+        good = jnp.array(list(finite.values())).all()
+        fresh = dataclasses.replace(state, params=params, vectors=vectors, opt_state=opt_state)
         kept = jax.tree.map(lambda new, old: new if new is old else jnp.where(good, new, old), fresh, state)
         state = dataclasses.replace(kept, step=state.step + 1)
         radii = certify.certified_radius(logits, lipschitz)
@@ -117,8 +115,8 @@ def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int):
 def jit_array_step(step, mesh: Mesh, batch_size: int):
     """Jits a step for a data set that lives on the devices: (state, images, labels, order, start, epsilon).
 
-    images, labels: the whole training set, replicated; order: of this epoch; start: position of the batch in it. The gather of a
-    batch-sharded index from a replicated array needs no communication.
+    images, labels: the whole training set, replicated; order: of this epoch; start: position of the batch in it. The
+    gather of a batch-sharded index from a replicated array needs no communication.
     """
 
     def array_step(state, images, labels, order, start, epsilon):
@@ -130,14 +128,14 @@ def jit_array_step(step, mesh: Mesh, batch_size: int):
 
 
 def jit_stream_step(step, mesh: Mesh):
-    """Jits a step for batches that come from the host: (state, images, labels, epsilon), images sharded over the mesh."""
+    """Jits a step for batches from the host: (state, images, labels, epsilon), images sharded over the mesh."""
     return jax.jit(step, donate_argnums=0, out_shardings=sharding.replicated(mesh))
 
 
 def make_eval_step(model, config, mesh: Mesh, pixel_max: int):
-    """Two jitted functions: (params, vectors) -> (network, L), L an estimate, and (network, L, images, labels) -> sums over the batch.
+    """Two jitted functions: (params, vectors) -> (network, L), and (network, L, images, labels) -> sums over the batch.
 
-    images: uint8; labels: int32, -1 for images that only fill up the batch.
+    L is an estimate. images: uint8; labels: int32, -1 for images that only fill up the batch.
     """
     everywhere = sharding.replicated(mesh)
 

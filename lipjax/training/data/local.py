@@ -2,6 +2,7 @@
 
 import pathlib
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -33,9 +34,10 @@ def load_npz(path: str, *, validation_fraction: float, test_fraction: float, see
     """
     file = _existing(path, "npz", pathlib.Path.is_file)
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        # Opened here, because np.load leaves a broken file open.
+        with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
-    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, OSError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
             f"{file} is not a readable npz file of plain arrays ({error}); write it with np.savez."
         ) from error

@@ -148,7 +148,7 @@ def load_prepared(name: str, data_dir: pathlib.Path, *, validation_fraction: flo
     sources, names = open_prepared(name, data_dir)
     everything, test = (_read_all(sources[split], PREPARED[name]) for split in ("train", "test"))
     train, validation, test = split_by_seed(
-        everything, test, validation_fraction=validation_fraction, test_fraction=0, seed=seed
+        everything, test, validation_fraction=validation_fraction, test_fraction=0.0, seed=seed
     )
     return ArrayDataset(name, train, validation, test, len(names), 255, names)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,6 +16,7 @@ Batch = tuple[np.ndarray, np.ndarray]
 NUM_THREADS = 16
 
 
+@runtime_checkable
 class Records(Protocol):
     """Records by index: {"image": encoded bytes, "label": int}."""
 

@@ -1,0 +1,71 @@
+"""What every test starts from: 64-bit JAX on 8 host CPU devices, checked array annotations, warnings as errors."""
+
+import contextlib
+import os
+
+# Read once, when JAX first makes its backends. Eight devices on one CPU let the tests of meshes run anywhere.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+# Enforces the shapes and dtypes in every annotation of lipjax; must precede its first import.
+install_import_hook("lipjax", "beartype.beartype")
+
+jax.config.update("jax_enable_x64", True)
+
+# Files of tests/ that test pure theory: there two dtypes never meet unless the code says so.
+THEORY_TESTS = (
+    "activations",
+    "bounds",
+    "certify",
+    "conv",
+    "linalg",
+    "losses",
+    "network",
+    "operators",
+    "parametrize",
+    "pooling",
+    "spectral",
+)
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """A typed PRNG key."""
+    return jax.random.key(0)
+
+
+@contextlib.contextmanager
+def _x64(on: bool):
+    """Sets the flag for the whole process, since the threads of Orbax do not see JAX's thread-local context."""
+    before = jax.config.read("jax_enable_x64")
+    jax.config.update("jax_enable_x64", on)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
+@pytest.fixture(autouse=True)
+def _marked_precision(request):
+    with _x64("x64_off" not in request.keywords):
+        yield
+
+
+@pytest.fixture(params=["x64", "x32"])
+def precision(request, _marked_precision):
+    """Runs a test twice, with x64 on and off; its value is "x64" or "x32"."""
+    with _x64(request.param == "x64"):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _strict_dtypes(request):
+    """An accidental float32 among float64 costs a bound its proof. Ranks may differ: a bias is added to images."""
+    theory = request.path.stem.startswith(tuple(f"test_{name}" for name in THEORY_TESTS))
+    with jax.numpy_dtype_promotion("strict" if theory else "standard"):
+        yield

@@ -1,0 +1,165 @@
+"""Operators: shapes, adjoints, bounds against dense SVDs, rounding errors against exact arithmetic, pytrees."""
+
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lipjax import operators
+from lipjax.errors import NotCertifiable
+
+
+def to_matrix(op):
+    """The dense matrix of a linear operator, by applying it to the identity."""
+    size = int(np.prod(op.in_shape))
+    images = op(jnp.eye(size).reshape(size, *op.in_shape))
+    return np.asarray(images).reshape(size, -1).T
+
+
+def conv_operator(kernel=(3, 3), size=(5, 4), strides=1, padding="ZERO", seed=0, channels=(2, 3)):
+    values = np.random.default_rng(seed).normal(size=(*kernel, *channels))
+    return operators.Conv(jnp.asarray(values), (*size, channels[0]), strides, padding)
+
+
+LINEAR = {
+    "dense tall": operators.Dense(jnp.asarray(np.random.default_rng(0).normal(size=(7, 4)))),
+    "dense wide": operators.Dense(jnp.asarray(np.random.default_rng(1).normal(size=(3, 9)))),
+    "conv": conv_operator(),
+    "conv strided": conv_operator(strides=2),
+    "conv even": conv_operator((2, 4), (6, 6), padding="VALID"),
+    "conv patches": conv_operator((4, 4), (8, 8), 4, "VALID"),
+    "conv circular": conv_operator(padding="CIRCULAR", size=(4, 6), strides=2),
+    "conv 1x1 map": conv_operator(size=(1, 1)),
+    "conv kernel larger than map": conv_operator((5, 5), (2, 3), padding="CIRCULAR"),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_shapes_adjoint_estimate_and_bound(name, key):
+    op = LINEAR[name]
+    matrix = to_matrix(op)
+    assert matrix.shape == (np.prod(op.out_shape), np.prod(op.in_shape))
+    y = jax.random.normal(key, (2, *op.out_shape))
+    back = np.asarray(op.adjoint(y)).reshape(2, -1)
+    np.testing.assert_allclose(back, np.asarray(y).reshape(2, -1) @ matrix, atol=1e-12)
+    norm = np.linalg.norm(matrix, 2)
+    bound = op.bound()
+    assert norm * (1 - 1e-13) <= bound.value <= norm * 1.35
+    sigma, v = op.estimate(jax.random.normal(key, op.in_shape), 500)
+    assert norm * 0.99 < float(sigma) <= norm * (1 + 1e-13) and v.shape == op.in_shape
+    few, _ = op.estimate(jax.random.normal(key, op.in_shape), 0)
+    assert float(few) < norm * 0.999  # control: an estimate can be low, and then it is no bound
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_batch_of_another_shape_is_refused(name):
+    op = LINEAR[name]
+    with pytest.raises(ValueError, match="expects a batch"):
+        op(jnp.zeros((2, *op.in_shape, 1)))
+
+
+def test_operators_are_pytrees_whose_shapes_are_static():
+    op = conv_operator()
+    leaves, tree = jax.tree.flatten(op)
+    assert len(leaves) == 1
+    doubled = jax.tree.unflatten(tree, [2 * leaves[0]])
+    assert doubled.in_shape == op.in_shape and doubled.padding == op.padding
+    x = jnp.ones((1, *op.in_shape))
+    np.testing.assert_allclose(jax.jit(lambda o, a: o(a))(doubled, x), 2 * op(x), rtol=1e-14)
+
+
+def exact_dense(matrix, x):
+    """The error-free product, as fractions."""
+    return [sum(Fraction(float(m)) * Fraction(float(a)) for m, a in zip(row, x, strict=True)) for row in matrix]
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_rounding_error_covers_the_distance_to_exact_arithmetic(name):
+    op = LINEAR[name]
+    # Values of both signs and many magnitudes: cancellation makes the relative error of single outputs large.
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(3, *op.in_shape)) * 10.0 ** rng.integers(-8, 8, (3, *op.in_shape))
+    computed = np.asarray(op(jnp.asarray(x))).reshape(3, -1)
+    claimed = np.asarray(op.rounding_error(jnp.asarray(x)))
+    matrix = to_matrix(op)
+    largest = 0.0
+    for row, got, bound in zip(x.reshape(3, -1), computed, claimed, strict=True):
+        distance = sum((e - Fraction(float(g))) ** 2 for e, g in zip(exact_dense(matrix, row), got, strict=True))
+        assert distance <= Fraction(float(bound)) ** 2
+        largest = max(largest, float(distance) ** 0.5 / bound)
+    assert largest > 0 or matrix.shape[1] == 2  # control: rounding does happen
+
+
+def test_rounding_error_of_a_bias_and_of_the_head():
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(4, 6)) * 10.0 ** rng.integers(-5, 5, (4, 6))
+    bias = rng.normal(size=6)
+    op = operators.Bias(jnp.asarray(bias), (6,))
+    got, claimed = np.asarray(op(jnp.asarray(x))), np.asarray(op.rounding_error(jnp.asarray(x)))
+    errors = []
+    for i in range(4):
+        exact = [Fraction(float(a)) + Fraction(float(b)) for a, b in zip(x[i], bias, strict=True)]
+        distance = sum((e - Fraction(float(g))) ** 2 for e, g in zip(exact, got[i], strict=True))
+        assert distance <= Fraction(float(claimed[i])) ** 2
+        errors.append(distance)
+    assert max(errors) > 0
+    head = operators.LinearHead(jnp.asarray(rng.normal(size=(3, 6))), jnp.asarray(rng.normal(size=3)))
+    logits, claimed = np.asarray(head(jnp.asarray(x))), np.asarray(head.rounding_error(jnp.asarray(x)))
+    errors = []
+    for i in range(4):
+        exact = exact_dense(np.asarray(head.matrix), x[i])
+        for j in range(3):
+            error = abs(exact[j] + Fraction(float(head.bias[j])) - Fraction(float(logits[i, j])))
+            assert error <= Fraction(float(claimed[i, j]))
+            errors.append(error)
+    assert max(errors) > 0
+
+
+@pytest.mark.parametrize(
+    "op", [operators.Bias(jnp.arange(4.0), (3, 3, 4)), operators.MaxMin((3, 3, 4)), operators.Flatten((3, 3, 4))]
+)
+def test_isometric_operators_never_stretch(op, key):
+    x, y = jax.random.normal(key, (2, 50, *op.in_shape))
+    moved = np.linalg.norm(np.asarray(op(x) - op(y)).reshape(50, -1), axis=1)
+    apart = np.linalg.norm(np.asarray(x - y).reshape(50, -1), axis=1)
+    assert (moved <= apart * (1 + 1e-14)).all() and op.bound().value == 1.0
+    if not isinstance(op, operators.MaxMin):
+        np.testing.assert_allclose(moved, apart, rtol=1e-14)
+
+
+def test_maxmin_sorts_halves_and_needs_pairs():
+    y = operators.MaxMin((4,))(jnp.array([[1.0, 5.0, 3.0, 2.0]]))
+    np.testing.assert_array_equal(np.asarray(y), [[3.0, 5.0, 1.0, 2.0]])
+    with pytest.raises(ValueError, match="even number"):
+        operators.MaxMin((3,))
+
+
+def test_pairwise_bound_covers_the_exact_distances_of_rows():
+    rng = np.random.default_rng(11)
+    for scale in (1.0, 1e-280, 1e150):
+        w = rng.normal(size=(4, 5)) * scale
+        w[2] = w[0] * (1 + 1e-12)  # a difference that cancels
+        w[3] = w[1]
+        head = operators.LinearHead(jnp.asarray(w), jnp.zeros(4))
+        bound = head.pairwise_bound()
+        for i, j in np.ndindex(4, 4):
+            exact = sum((Fraction(float(a)) - Fraction(float(b))) ** 2 for a, b in zip(w[i], w[j], strict=True))
+            assert exact <= Fraction(float(bound[i, j])) ** 2
+            if exact:
+                assert Fraction(float(bound[i, j])) ** 2 <= exact * Fraction(1 + 1e-12)
+        assert bound[1, 3] == 0 and (np.diag(bound) == 0).all()
+    with pytest.raises(NotCertifiable, match="finite"):
+        operators.LinearHead(jnp.array([[1.0, np.inf]]), jnp.zeros(1)).pairwise_bound()
+
+
+@pytest.mark.parametrize("rows", [3, 400])
+def test_pairwise_lipschitz_and_its_gradient(rows):
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(rows, 120)))
+    head = lambda m: operators.LinearHead(m, jnp.zeros(rows))  # noqa: E731
+    expected = np.linalg.norm(np.asarray(w)[:, None] - np.asarray(w)[None], axis=2)
+    np.testing.assert_allclose(np.asarray(head(w).pairwise_lipschitz()), expected, rtol=1e-12, atol=1e-300)
+    grad = jax.grad(lambda m: head(m).pairwise_lipschitz()[0, 1])(w)
+    np.testing.assert_allclose(np.asarray(grad[0]), np.asarray(w[0] - w[1]) / expected[0, 1], rtol=1e-12)
+    assert np.isfinite(np.asarray(jax.grad(lambda m: head(m).pairwise_lipschitz().sum())(w))).all()
