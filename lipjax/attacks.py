@@ -74,7 +74,7 @@ def pgd_l2(
 
 @dataclasses.dataclass(frozen=True)
 class AttackResult:
-    """For each image the distance of the nearest misclassified point found (inf if none) and the point (or the image)."""
+    """The nearest misclassified point found for each image: its distance (inf if none), itself (or the image)."""
 
     distances: np.ndarray
     points: np.ndarray
@@ -83,7 +83,7 @@ class AttackResult:
 def attack_l2(
     network, images: np.ndarray, labels: np.ndarray, radii, *, num_steps: int, seed: int = 0, batch_size: int = 256
 ) -> AttackResult:
-    """Runs `pgd_l2` at each radius, and keeps for each image the nearest point that the network does not give its label.
+    """Runs `pgd_l2` at each radius and keeps, for each image, the nearest point that does not get the image's label.
 
     Args:
       network: a pytree that is called on pixels, such as a Network in float32.

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 SCHEMA = 1
 
 
-def certified_radius(logits: Float[Array, "b k"], lipschitz: Float[Array, "k k"]) -> Float[Array, " b"]:
+def certified_radius(logits: Float[Array, "b k"], lipschitz: Float[Array, "i j"]) -> Float[Array, " b"]:
     """min over rivals i != j of (y_j - y_i) / lipschitz[j, i], j the predicted class.
 
     Plain arithmetic in the inputs' precision: with a proved `lipschitz` and exact logits a certificate, otherwise a number.

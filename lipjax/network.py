@@ -1,12 +1,13 @@
 """A network as one pytree, and the only forward pass."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lipjax.operators import LinearHead
+from lipjax.operators import Leaf, LinearHead
 
 
 @jax.tree_util.register_dataclass
@@ -22,9 +23,9 @@ class Network:
     """
 
     ops: tuple
-    head: LinearHead
-    input_mean: Float[Array, " c"]
-    input_std: Float[Array, " c"]
+    head: Any
+    input_mean: Leaf
+    input_std: Leaf
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
     @property

@@ -9,6 +9,8 @@ the stored x, with conventional summation in any order (docs/soundness.md).
 import dataclasses
 import math
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,9 @@ from jaxtyping import Array, Float
 
 from lipjax import activations, conv, spectral
 from lipjax.errors import NotCertifiable
+
+# A field that holds an array: a JAX array, a NumPy array once frozen, or what a tree transformation puts in its place.
+Leaf = Any
 
 UNIT_ROUNDOFF = 2.0**-53
 # The error bounds are themselves computed in float64: their relative error is below 1e-8 for sums of up to 1e7 terms.
@@ -79,7 +84,7 @@ class _Linear:
 class Dense(_Linear):
     """x -> W x on vectors. matrix: (out, in)."""
 
-    matrix: Float[Array, "o i"]
+    matrix: Leaf
 
     @property
     def in_shape(self):
@@ -104,9 +109,9 @@ class Dense(_Linear):
 
 @_operator("kernel", static=("in_shape", "strides", "padding"))
 class Conv(_Linear):
-    """Convolution of NHWC images with an HWIO kernel; see `conv.conv2d` for strides and padding. in_shape: (h, w, c)."""
+    """Convolution of NHWC images. kernel: HWIO; strides, padding: as in `conv.conv2d`; in_shape: (h, w, c)."""
 
-    kernel: Float[Array, "kh kw i o"]
+    kernel: Leaf
     in_shape: tuple[int, int, int]
     strides: int | tuple[int, int] = 1
     padding: conv.Padding = "ZERO"
@@ -154,7 +159,7 @@ class _Isometric:
 class Bias(_Isometric):
     """x -> x + b along the last axis. bias: (in_shape[-1],)."""
 
-    bias: Float[Array, " c"]
+    bias: Leaf
     in_shape: tuple[int, ...]
     _reason = "exact: a translation"
 
@@ -202,8 +207,8 @@ class Flatten(_Isometric):
 class LinearHead:
     """Logits W x + b. matrix: (classes, features), used as it is: LLN is a parametrisation of it. bias: (classes,)."""
 
-    matrix: Float[Array, "k d"]
-    bias: Float[Array, " k"]
+    matrix: Leaf
+    bias: Leaf
 
     @property
     def in_shape(self):

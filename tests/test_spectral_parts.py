@@ -85,6 +85,12 @@ def test_lanczos_guess_above_1024_is_good():
         q = np.linalg.qr(rng.normal(size=(n, n)))[0]
         for spectrum in (1 - np.linspace(0, 1, n) ** 2, np.r_[1.0, np.full(n - 1, 0.9999)], np.ones(n)):
             assert abs(_verified._lanczos((q * spectrum) @ q.T) - 1) <= 1e-5
+        for size in (1e-17, 1e-16, 1e-15, 1e-14, 1e-10):  # the basis breaks down, and a Ritz value would explode
+            noise = rng.normal(size=(n, n))
+            gram = np.eye(n) + size * (noise + noise.T)
+            assert abs(_verified._lanczos(gram) - 1) <= 200 * size + 1e-12
+            estimate = _verified._estimates(gram[None].astype(complex))[0]
+            assert abs(estimate - 1) <= 200 * size + 1e-5
 
 
 def iterate(matrix, v, num_iters):

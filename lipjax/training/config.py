@@ -3,6 +3,7 @@
 import math
 
 import ml_collections
+from ml_collections import config_dict
 
 from lipjax.errors import UserError
 from lipjax.training import optimizer
@@ -45,7 +46,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.model.stem_kernel = 5
     config.model.stem_strides = 2
     config.model.stem_padding = 2
-    config.model.neck_features = ml_collections.config_dict.placeholder(int)  # None: 4 * width
+    config.model.neck_features = config_dict.placeholder(int)  # None: 4 * width
     config.model.head_normalize = True
     config.model.input_mean = 0.5
     config.model.input_std = 1.0

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import platform
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from lipjax.training.loop import Run, load_best, plain
 VERSIONED = ("jax", "jaxlib", "numpy", "scipy", "flax", "optax", "orbax-checkpoint")
 
 
-def load_config(workdir: str | os.PathLike):
+def load_config(workdir: str | os.PathLike) -> tuple[Any, int]:
     """The config and seed that a run's directory records.
 
     Raises: UserError if the directory holds no run, or the file is damaged.
@@ -92,8 +93,8 @@ def certify_run(workdir: str | os.PathLike, config, seed: int, run: Run | None =
 
     Writes frozen/ (the network), certificate.json, report.json and certified_accuracy.png into workdir.
     Returns: the report.
-    Raises: UserError without a usable checkpoint or data set; NotCertifiable if a layer has no proved bound; RuntimeError if
-      the attack finds a certificate to be false, before any of the reports is written.
+    Raises: UserError without a usable checkpoint or data set; NotCertifiable if a layer has no proved bound;
+      RuntimeError if the attack finds a certificate to be false, before any of the reports is written.
     """
     workdir, console = pathlib.Path(workdir), console or Console()
     # One device, so that a run of many can be certified anywhere.
@@ -132,7 +133,7 @@ def certify_run(workdir: str | os.PathLike, config, seed: int, run: Run | None =
 
 
 def _check_not_broken(network, certificate, images, pixel_max: int, attack, workdir) -> None:
-    """Raises: RuntimeError if the attack moved an image within its certified radius and changed its class in float64."""
+    """Raises: RuntimeError if an attacked image lies within its certified radius but has another class in float64."""
     suspects = np.flatnonzero(attack.distances < np.inf)
     pixels = images[suspects] / np.float64(pixel_max)
     points = np.clip(attack.points[suspects].astype(np.float64), 0, 1)
@@ -153,8 +154,8 @@ def _check_not_broken(network, certificate, images, pixel_max: int, attack, work
 
 def _document(network, certificate, labels, run: Run, config, seed: int, step: int, vectors) -> dict:
     claim = (
-        "For every x' with |x' - x|_2 < radius, the class that the frozen network computes in exact real arithmetic at x' "
-        "is the class reported for x. Radii are l2, for pixels in [0, 1]."
+        "For every x' with |x' - x|_2 < radius, the class that the frozen network computes in exact real arithmetic at "
+        "x' is the class reported for x. Radii are l2, for pixels in [0, 1]."
     )
     constants = network.margin_lipschitz()
     return {

@@ -22,7 +22,7 @@ from lipjax.training.data import StreamDataset, load_dataset
 from lipjax.training.metrics import MetricWriter
 
 METRIC = "certified_accuracy_estimate"
-# What may change when a run resumes: none of it alters what training computes. (The seed of a directory is checked apart.)
+# What may change when a run resumes: none of it alters what training computes. (A directory's seed is checked apart.)
 FREE_TO_CHANGE = ("checkpoint.", "certify.", "mesh.", "seeds", "data.data_dir", "data.download")
 
 
@@ -52,8 +52,8 @@ def check_same_run(directory, meta: dict, config, seed: int) -> None:
         differ.insert(0, f"config.seeds: {meta['seed']} there, {seed} now")
     if differ:
         raise UserError(
-            f"{directory} holds a run with another config ({'; '.join(differ[:4])}): choose another --workdir, or the same "
-            "values."
+            f"{directory} holds a run with another config ({'; '.join(differ[:4])}): "
+            "choose another --workdir, or the same values."
         )
 
 
@@ -64,7 +64,6 @@ class Run:
         self.config, self.seed = config, seed
         self.mesh = sharding.make_mesh(config.mesh.data, config.batch_size) if mesh is None else mesh
         self.dataset = _of_size(load_dataset(config.data, seed), config.data.image_size)
-        self.streams = isinstance(self.dataset, StreamDataset)
         self.num_images = self.dataset.size("train")
         self.steps_per_epoch = self.num_images // config.batch_size
         if self.steps_per_epoch == 0:
@@ -72,8 +71,6 @@ class Run:
                 f"config.batch_size = {config.batch_size} exceeds the {self.num_images} training images: lower it."
             )
         self.total_steps = self.steps_per_epoch * config.num_epochs
-        if not self.streams and max(self.dataset.split("train").labels.max(), 0) >= self.dataset.num_classes:
-            raise UserError(f"The labels of {self.dataset.name} exceed its {self.dataset.num_classes} classes.")
         self.model = get_model(config.model, input_shape=self.dataset.image_shape, num_classes=self.dataset.num_classes)
         self.optimizer = optimizers.make_optimizer(config.optimizer, self.steps_per_epoch, config.num_epochs)
         self.pixel_max = self.dataset.pixel_max
@@ -109,8 +106,8 @@ class Run:
     def batch_runner(self, first_step: int):
         """A function (state, step, epsilon) -> (state, metrics) that trains on the batch of that step."""
         train_step = steps.make_train_step(self.model, self.optimizer, self.config, self.mesh, self.pixel_max)
-        if self.streams:
-            return self._stream_runner(train_step, first_step)
+        if isinstance(self.dataset, StreamDataset):
+            return self._stream_runner(train_step, self.dataset, first_step)
         everywhere = sharding.replicated(self.mesh)
         part = self.dataset.split("train")
         images, labels = jax.device_put((part.images, part.labels), everywhere)
@@ -126,10 +123,10 @@ class Run:
 
         return run
 
-    def _stream_runner(self, train_step, first_step: int):
+    def _stream_runner(self, train_step, dataset: StreamDataset, first_step: int):
         jitted = steps.jit_stream_step(train_step, self.mesh)
         split = sharding.batch_sharded(self.mesh)
-        batches = self.dataset.train_batches(
+        batches = dataset.train_batches(
             self.config.batch_size, self.seed, first_step, jax.process_index(), jax.process_count()
         )
 
@@ -148,7 +145,7 @@ class Run:
         split = sharding.batch_sharded(self.mesh)
 
         def batches():
-            if self.streams:
+            if isinstance(self.dataset, StreamDataset):
                 yield from self.dataset.eval_batches("validation", batch)
             else:
                 part = self.dataset.split("validation")
@@ -195,8 +192,8 @@ def _check_finite(metrics: dict, step: int, epoch: int) -> None:
     bad = [name for name, good in flags.items() if not good]
     if bad:
         raise UserError(
-            f"Training stopped at step {step + 1} (epoch {epoch + 1}): not finite were {', '.join(bad)}. Nothing of that "
-            "step was kept, and the checkpoints are intact. Lower config.optimizer.learning_rate or "
+            f"Training stopped at step {step + 1} (epoch {epoch + 1}): not finite were {', '.join(bad)}. Nothing of "
+            "that step was kept, and the checkpoints are intact. Lower config.optimizer.learning_rate or "
             "config.optimizer.clip_norm and train into another --workdir."
         )
 
@@ -274,7 +271,7 @@ def _train_epochs(run: Run, state, checkpointer: Checkpointer, writer: MetricWri
             if not ends_epoch:
                 save(done, None)
                 continue
-            shown = averages() | {"epsilon": epsilon, "learning_rate": float(rate(step))}
+            shown = averages() | {"epsilon": epsilon, "learning_rate": np.asarray(rate(step)).item()}
             writer.write(done, shown, "train")
             totals.clear()
             if (epoch + 1) % config.checkpoint.every_epochs == 0 or done == run.total_steps:
@@ -294,9 +291,7 @@ def load_best(workdir: str | os.PathLike, run: Run):
     """
     with Checkpointer(pathlib.Path(workdir) / "checkpoints", best_metric=METRIC, read_only=True) as checkpointer:
         state, _ = checkpointer.restore_best(run.abstract_state)
-        best = checkpointer.best_step()
-        step = checkpointer.latest_step() if best is None else best
-    return {"params": state.params}, state, step
+    return {"params": state.params}, state, int(state.step)
 
 
 __all__ = ["Run", "check_same_run", "load_best", "plain", "train"]

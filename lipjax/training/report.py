@@ -1,6 +1,7 @@
 """What a run ends with: the table in the terminal, report.json and certified_accuracy.png."""
 
 import pathlib
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -51,7 +52,7 @@ def summarize(found: list[dict]) -> dict:
 
     maps = ("certified_accuracy", "attacked_accuracy")
     first = found[0]
-    summary = {"clean_accuracy": both([r["clean_accuracy"] for r in found])}
+    summary: dict[str, Any] = {"clean_accuracy": both([r["clean_accuracy"] for r in found])}
     summary |= {field: {key: both([r[field][key] for r in found]) for key in first[field]} for field in maps}
     return {
         "clean_accuracy": summary["clean_accuracy"]["mean"],
@@ -65,7 +66,7 @@ def summarize(found: list[dict]) -> dict:
 
 def print_table(report: dict, console: Console | None = None) -> None:
     """One row per radius: proved below, attacked above; mean ± sd for the report of several runs."""
-    summary = report.get("summary")
+    summary: Any = report.get("summary")
 
     def cell(value, spread=None):
         text = f"{100 * value:.2f} %"

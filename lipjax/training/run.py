@@ -16,7 +16,7 @@ from lipjax.training.loop import train
 def run(config, workdir: str | os.PathLike) -> dict:
     """Trains, certifies and reports every seed of a config; resumes what an earlier call on the same directory began.
 
-    With one seed everything lies in workdir; with several, in workdir/seed_<n> for each, and workdir/report.json sums up.
+    With one seed everything lies in workdir; with several, in workdir/seed_<n>, and workdir/report.json sums up.
     Returns: the report that is written to workdir/report.json.
     """
     validate(config)

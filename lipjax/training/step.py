@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,17 +33,17 @@ class TrainState:
       opt_state: optax. key: typed PRNG key, constant; batches are functions of (key, step).
     """
 
-    step: jax.Array
-    params: dict
-    vectors: dict
+    step: Any  # these are arrays, or what stands for arrays: shapes, shardings
+    params: Any
+    vectors: Any
     opt_state: optax.OptState
-    key: jax.Array
+    key: Any
 
 
 def init_state(model: LipschitzModel, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """A fresh state. key: typed PRNG key."""
     init_key, data_key = jax.random.split(key)
-    variables = model.init(init_key, jnp.zeros((1, *model.input_shape)))
+    variables: Any = model.init(init_key, jnp.zeros((1, *model.input_shape)))
     params = variables["params"]
     vectors = variables[COLLECTION]["vectors"]
     return TrainState(jnp.zeros((), jnp.int32), params, vectors, optimizer.init(params), data_key)
@@ -104,7 +105,7 @@ def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int):
             "loss": loss,
             "accuracy": jnp.mean(correct),
             "certified_accuracy_estimate": jnp.mean(correct & (radii > config.loss.epsilon)),
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "finite": finite,
         }
         return state, metrics
