@@ -109,8 +109,10 @@ def test_certificates_hold_against_steps_towards_the_nearest_rival():
     found = frozen.certify(images)
     assert (found.radii > 0).all()
 
+    network = jax.tree.map(jnp.asarray, frozen.network)
+
     def gap(x, p, i):
-        logits = frozen.network(x[None])[0]
+        logits = network(x[None])[0]
         return logits[p] - logits[i]
 
     flips = 0

@@ -1,0 +1,35 @@
+"""LiResNet L12W512 on Tiny-ImageNet (64 x 64, 200 classes), as published at NeurIPS 2023 (arXiv:2301.12549).
+Run: python train.py --config=configs/tiny_imagenet_liresnet.py --workdir=DIR
+Expects: not run by us yet (it needs accelerators). The paper's figure with generated images, which this config does not use, is
+33.6 % certified at 36/255, by power iteration.
+"""
+
+from lipjax.training.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.batch_size = 256
+    config.num_epochs = 800
+
+    config.data.name = "tiny_imagenet"
+    config.data.validation_fraction = 0.02
+    config.data.crop_padding = 8
+    config.data.flip = True
+
+    config.model.depth = 12
+    config.model.width = 512
+    config.model.stem_kernel = 7  # 64 x 64 images to 16 x 16 maps
+    config.model.stem_strides = 4
+    config.model.stem_padding = 3
+
+    config.loss.epsilon = 36 / 255
+    config.loss.epsilon_end = 1.5
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.warmup_epochs = 20.0
+    config.checkpoint.every_epochs = 5
+    config.certify.radii = (36 / 255, 72 / 255, 108 / 255)
+    config.certify.attack_images = 1000
+    return config.lock()

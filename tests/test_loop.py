@@ -1,0 +1,206 @@
+"""The training loop: an interrupted run continues as if nothing had happened, selects on validation, stops on NaN."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from training_helpers import (  # noqa: F401  quick_compiles is a fixture
+    differing,
+    final_state,
+    made_up_images,
+    npz_file,
+    quick_compiles,
+    scratch,
+    tiny_config,
+    trained,
+)
+
+from lipjax.errors import UserError
+from lipjax.training import loop, optimizer
+from lipjax.training.checkpoint import Checkpointer
+from lipjax.training.loop import METRIC, Run, train
+
+pytestmark = pytest.mark.x64_off
+
+
+def metric_lines(directory):
+    return (directory / "metrics.jsonl").read_text().splitlines()
+
+
+def latest_step(directory):
+    with Checkpointer(directory / "checkpoints", read_only=True) as checkpointer:
+        return checkpointer.latest_step()
+
+
+def interrupt_at(monkeypatch, step, error=KeyboardInterrupt):
+    """Makes training raise instead of running the given step (counted from 0)."""
+    original = Run.batch_runner
+
+    def batch_runner(self, first_step):
+        train_batch = original(self, first_step)
+
+        def interrupted(state, at, epsilon):
+            if at == step:
+                raise error
+            return train_batch(state, at, epsilon)
+
+        return interrupted
+
+    monkeypatch.setattr(Run, "batch_runner", batch_runner)
+
+
+# Nine steps in three epochs, saved after 2, 3, 4, 6, 8 and 9: the first is the middle of an epoch, the second its end.
+@pytest.mark.parametrize(("step", "resumes_at"), [(5, 4), (7, 6)])
+def test_an_interrupted_run_resumed_is_the_uninterrupted_run_bit_for_bit(
+    tmp_path, monkeypatch, capsys, step, resumes_at
+):
+    config = tiny_config()
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path, 0)
+    assert latest_step(tmp_path) == resumes_at
+    with monkeypatch.context() as patch:  # control: an iterator that starts one step off is noticed
+        patch.setattr(Run, "batch_runner", lambda self, first: lambda *_: pytest.fail("ran"))
+        with pytest.raises(pytest.fail.Exception):
+            train(config, tmp_path, 0)
+    capsys.readouterr()
+    train(config, tmp_path, 0)
+    said = capsys.readouterr().out
+    assert f"Resuming {tmp_path} from step {resumes_at} of 9." in said and "48 train, 12 validation, 15 test" in said
+    assert differing(final_state(tmp_path, config), final_state(trained(), config)) == []
+    assert metric_lines(tmp_path) == metric_lines(trained())
+    # Controls: the comparison of states sees another seed's, and the lines say something.
+    assert any("params" in name for name in differing(final_state(trained(), config), Run(config, 1).fresh_state()))
+    losses = [json.loads(line)["loss"] for line in metric_lines(trained())]
+    assert len(losses) == 6 and len(set(losses)) == 6
+
+
+def test_training_never_sees_the_test_split(tmp_path):
+    images, labels = made_up_images(21, seed=5)
+    config = tiny_config(**{"data.path": str(npz_file("other_test", test_images=images[::-1], test_labels=labels[::-1]))})
+    train(config, tmp_path, 0)
+    assert metric_lines(tmp_path) == metric_lines(trained())
+    assert differing(final_state(tmp_path, config), final_state(trained(), tiny_config())) == []
+
+
+def test_the_best_checkpoint_is_that_of_the_validation_metric(tmp_path, monkeypatch):
+    scores = iter([0.5, 0.9, 0.7])
+    monkeypatch.setattr(Run, "validator", lambda self: lambda state: {METRIC: next(scores)})
+    run = train(tiny_config(), tmp_path, 0)
+    _, state, step = loop.load_best(tmp_path, run)
+    assert step == int(state.step) == 6
+    assert latest_step(tmp_path) == 9  # control: the best is not simply the last
+
+
+def test_validation_counts_each_image_once(tmp_path):
+    run = Run(tiny_config(), 0)
+    state = run.fresh_state()
+    found = run.validator()(state)  # 12 images in a batch of 16
+    part = run.dataset.split("validation")
+    logits = np.asarray(run.model.apply({"params": state.params}, part.images.astype(np.float32) / 255), np.float64)
+    own = np.take_along_axis(logits, part.labels[:, None], 1)[:, 0]
+    assert found["accuracy"] == np.mean(logits.argmax(1) == part.labels)
+    # Twelve float32 losses of size 1, each with a relative error of some eps.
+    np.testing.assert_allclose(found["loss"], np.mean(np.log(np.exp(logits).sum(1)) - own), rtol=1e-5)
+    assert set(found) == {"accuracy", "loss", METRIC, "lipschitz_estimate"}
+
+
+def test_nan_stops_the_run_says_where_and_keeps_the_last_good_state(tmp_path, monkeypatch):
+    config, original = tiny_config(), optimizer.epsilon_at
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer, "epsilon_at", lambda c, epoch, n: original(c, epoch, n) if epoch < 1 else float("nan"))
+        with pytest.raises(UserError, match=r"step 4 \(epoch 2\): not finite were loss, gradient of block_01"):
+            train(config, tmp_path, 0)
+    assert latest_step(tmp_path) == 3
+    train(config, tmp_path, 0)  # control: without the NaN it goes on, from a state that the NaN did not touch
+    assert differing(final_state(tmp_path, config), final_state(trained(), config)) == []
+
+
+def test_a_learning_rate_that_overflows_is_caught_at_its_first_step(tmp_path):
+    config = tiny_config(**{"optimizer.learning_rate": 1e39, "optimizer.warmup_epochs": 0.0})
+    with pytest.raises(UserError, match=r"step 1 \(epoch 1\): not finite were updated parameters.*another --workdir"):
+        train(config, tmp_path, 0)
+    assert latest_step(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "seed", "message"),
+    [
+        ({"certify.radii": (0.5,), "checkpoint.every_steps": 0, "mesh.data": 2, "seeds": (0, 1)}, 0, None),
+        ({"data.download": True, "data.data_dir": "/elsewhere"}, 0, None),
+        ({"optimizer.learning_rate": 0.04}, 0, r"config.optimizer.learning_rate: 0.03 there, 0.04 now"),
+        ({"data.crop_padding": 0, "certify.radii": (0.5,)}, 0, r"\(config.data.crop_padding: 1 there, 0 now\)"),
+        ({}, 1, "config.seeds: 0 there, 1 now"),
+    ],
+)
+def test_what_may_change_between_runs(capsys, changes, seed, message):
+    config = tiny_config(**changes)
+    if message is None:
+        train(config, trained(), seed)
+        assert "trained already, to step 9 of 9" in capsys.readouterr().out
+    else:
+        before = metric_lines(trained())
+        with pytest.raises(UserError, match=message):
+            train(config, trained(), seed)
+        assert metric_lines(trained()) == before
+    saved = json.loads((trained() / "config.json").read_text())["config"]
+    assert saved["optimizer"]["learning_rate"] == 0.03
+    train(tiny_config(), trained(), 0)  # puts config.json back
+
+
+def test_a_run_of_an_older_version_lacks_fields_and_resumes():
+    meta = {"config": loop.plain(tiny_config()), "seed": 0}
+    del meta["config"]["data"]["affine"], meta["config"]["optimizer"]["clip_norm"]
+    loop.check_same_run("run", meta, tiny_config(), 0)
+    with pytest.raises(UserError, match="clip_norm: 3.0 there, 2.0 now"):
+        loop.check_same_run("run", meta, tiny_config(**{"optimizer.clip_norm": 2.0}), 0)
+
+
+def test_a_directory_without_a_checkpoint_starts_anew_with_any_config(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_config(**{"optimizer.clip_norm": 2.0}), tmp_path, 0)
+    assert (tmp_path / "config.json").exists() and latest_step(tmp_path) is None
+    train(tiny_config(), tmp_path, 0)
+    assert metric_lines(tmp_path) == metric_lines(trained())
+
+
+def test_each_function_compiles_once(tmp_path, caplog):
+    shutil.copytree(trained(), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "9")
+    for step in (6, 8):
+        if (tmp_path / "run" / "checkpoints" / str(step)).exists():
+            break
+    with jax.log_compiles():
+        train(tiny_config(), tmp_path / "fresh", 0)  # two ways to come by a state: fresh and restored
+        fresh = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling jit(")]
+        caplog.clear()
+        train(tiny_config(), tmp_path / "run", 0)
+        resumed = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling jit(")]
+    for name in ("array_step", "prepare", "evaluate", "epoch_order"):
+        assert [sum(f"jit({name})" in m for m in messages) for messages in (fresh, resumed)] == [1, 1], name
+
+
+def test_bad_data_stop_before_anything_is_written(tmp_path):
+    for changes, message in (
+        ({"batch_size": 15, "mesh.data": 2}, "batch_size = 15 does not divide over 2 devices"),
+        ({"batch_size": 64}, "batch_size = 64 exceeds the 48 training images"),
+        ({"mesh.data": 9}, "9 devices, but JAX sees 8"),
+        ({"data.path": str(tmp_path / "none.npz")}, "there is no file"),
+        ({"model.width": 5}, "an even width, got depth 1 and width 5"),
+        ({"model.name": "resnet"}, "config.model.name: expected one of"),
+        ({"model.input_mean": (0.5, 0.5)}, "config.model does not fit images"),
+        ({"data.image_size": 9}, "config.data.image_size: the images of npz:data.npz are"),
+    ):
+        config = tiny_config(**{n: v for n, v in changes.items() if n != "model.input_mean"})
+        if "model.input_mean" in changes:
+            with config.unlocked(), config.ignore_type():
+                config.model.input_mean = changes["model.input_mean"]
+        with pytest.raises(UserError, match=message):
+            train(config, tmp_path / "run", 0)
+        assert not (tmp_path / "run").exists()
+    train(tiny_config(**{"data.image_size": 8}), scratch() / "trained_of_size", 0) if False else None

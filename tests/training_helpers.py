@@ -1,0 +1,120 @@
+"""What the tests of training share: made-up data, a config of a few hundred parameters, one trained run, quick compiles."""
+
+import atexit
+import functools
+import pathlib
+import shutil
+import tempfile
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from lipjax.training.config import default_config
+from lipjax.training.loop import METRIC, Run, train
+from lipjax.training.checkpoint import Checkpointer
+
+
+@functools.cache
+def scratch() -> pathlib.Path:
+    """A directory of this process: made-up data, compiled programs, the run of `trained`."""
+    path = pathlib.Path(tempfile.mkdtemp(prefix="lipjax-tests-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def quick_compiles():
+    """A training compiles for seconds and runs for milliseconds: compile with little optimisation, and once per program."""
+    wanted = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(scratch() / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.read(name) for name in wanted}
+    for name, value in wanted.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def made_up_images(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Three classes that a small network separates: a bright stripe in one of three places, and noise."""
+    labels = np.arange(count) % 3
+    images = np.random.default_rng(seed).integers(0, 40, (count, 8, 8, 1))
+    for image, label in zip(images, labels, strict=True):
+        image[2 * label : 2 * label + 3] += 200
+    return images.astype(np.uint8), labels
+
+
+def npz_file(name: str = "data", **changes) -> pathlib.Path:
+    """60 images for training and validation, 15 for test; `changes` replace or add arrays (None: leave out)."""
+    path = scratch() / f"{name}.npz"
+    images, labels = made_up_images(60)
+    test_images, test_labels = made_up_images(15, seed=1)
+    arrays = {"images": images, "labels": labels, "test_images": test_images, "test_labels": test_labels, **changes}
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    return path
+
+
+def tiny_config(**changes):
+    """Nine steps on one device; `changes` are keyed by "group.field"."""
+    config = default_config()
+    config.update_from_flattened_dict(
+        {
+            "batch_size": 16,
+            "num_epochs": 3,
+            "power_iterations": 1,
+            "power_iterations_eval": 5,
+            "data.name": "npz",
+            "data.path": str(npz_file()),
+            "data.crop_padding": 1,
+            "model.depth": 1,
+            "model.width": 4,
+            "model.stem_kernel": 3,
+            "model.stem_padding": 1,
+            "model.neck_features": 6,
+            "optimizer.learning_rate": 0.03,
+            "loss.epsilon_end": 1.0,
+            "checkpoint.every_steps": 2,
+            "certify.radii": (0.1, 0.25),
+            "certify.batch_size": 8,
+            "certify.attack_steps": 5,
+            "mesh.data": 1,
+        }
+    )
+    config.update_from_flattened_dict(changes)
+    return config.lock()
+
+
+@functools.cache
+def trained() -> pathlib.Path:
+    """The directory of a finished run of `tiny_config()`, seed 0. Copy it before changing anything in it."""
+    assert not jax.config.read("jax_enable_x64"), "the shared run is one with x64 off"
+    directory = scratch() / "trained"
+    train(tiny_config(), directory, 0)
+    return directory
+
+
+def final_state(directory, config, seed: int = 0):
+    """The last state that a run saved."""
+    run = Run(config, seed)
+    with Checkpointer(directory / "checkpoints", best_metric=METRIC, read_only=True) as checkpointer:
+        return checkpointer.restore(run.abstract_state)[0]
+
+
+def differing(left, right) -> list[str]:
+    """Names of the leaves of two states that are not equal bit for bit."""
+
+    def plain(leaf):
+        return np.asarray(jax.random.key_data(leaf) if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+
+    left, right = (jax.tree_util.tree_leaves_with_path(tree) for tree in (left, right))
+    assert [path for path, _ in left] == [path for path, _ in right]
+    pairs = [(path, plain(a), plain(b)) for (path, a), (_, b) in zip(left, right, strict=True)]
+    return [jax.tree_util.keystr(p) for p, a, b in pairs if a.dtype != b.dtype or a.tobytes() != b.tobytes()]
