@@ -1,0 +1,86 @@
+"""One training step split into parametrise, apply and bound, as shares of the whole, in one process.
+
+Run: python benchmarks/train_step.py --config=configs/digits.py [--config.batch_size=...]
+Every part is jitted alone, with its gradient; the parts do not add up to the whole exactly, since XLA fuses across them there.
+"""
+
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from lipjax import bounds, losses
+from lipjax.models import get_model
+from lipjax.training import optimizer as optimizers
+from lipjax.training import sharding, step
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", "configs/digits.py", "The experiment whose step is measured.")
+flags.DEFINE_integer("rounds", 7, "Rounds; in each, every part runs once. Medians are shown.")
+SHAPES = {"digits": ((8, 8, 1), 10), "mnist": ((28, 28, 1), 10), "cifar10": ((32, 32, 3), 10), "cifar100": ((32, 32, 3), 100)}
+
+
+def parts(config):
+    """Jitted functions without arguments, by name: the whole step and its parts, all on the same made-up batch."""
+    shape, num_classes = SHAPES[config.data.name]
+    model = get_model(config.model, input_shape=shape, num_classes=num_classes)
+    optimizer = optimizers.make_optimizer(config.optimizer, 100, 10)
+    mesh = sharding.make_mesh(config.mesh.data, config.batch_size)
+    state = jax.jit(lambda: step.init_state(model, optimizer, jax.random.key(0)))()
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.integers(0, 256, (config.batch_size, *shape)).astype(np.uint8))
+    labels = jnp.asarray(rng.integers(0, num_classes, config.batch_size), jnp.int32)
+    pixels = images / jnp.float32(255)
+    whole = jax.jit(step.make_train_step(model, optimizer, config, mesh, 255))
+
+    def build(params):
+        return model.apply({"params": params}, method="build")
+
+    network = jax.jit(build)(state.params)
+    lipschitz, _ = bounds.margin_lipschitz_estimate(network, state.vectors, config.power_iterations)
+
+    def parametrise(params):
+        return sum(jnp.sum(a) for a in jax.tree.leaves(build(params)))
+
+    def apply(net):
+        return losses.emma(net(pixels), labels, lipschitz, 0.1).mean()
+
+    def bound(net):
+        return bounds.margin_lipschitz_estimate(net, state.vectors, config.power_iterations)[0].sum()
+
+    gradients = {name: jax.jit(jax.grad(f)) for name, f in (("parametrise", parametrise), ("apply", apply), ("bound", bound))}
+    return {
+        "whole step": lambda: whole(state, images, labels, 0.1),
+        "parametrise": lambda: gradients["parametrise"](state.params),
+        "apply": lambda: gradients["apply"](network),
+        "bound": lambda: gradients["bound"](network),
+    }
+
+
+def main(argv):
+    del argv
+    functions = parts(FLAGS.config)
+    times = {name: [] for name in functions}
+    for round_number in range(FLAGS.rounds + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            if round_number:  # the first compiles
+                times[name].append(time.perf_counter() - start)
+    whole = statistics.median(times["whole step"])
+    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, batch {FLAGS.config.batch_size}")
+    for name, values in times.items():
+        median = statistics.median(values)
+        print(f"{name:12s} {1e3 * median:9.1f} ms  {median / whole:6.1%} of the step  (min {1e3 * min(values):.1f} ms)")
+
+
+if __name__ == "__main__":
+    app.run(main)
