@@ -88,13 +88,13 @@ def round_up(x: float) -> float:
 
 
 def product_bound(rows: list[LayerBound]) -> float:
-    """Upper bound of the product of proved bounds, rounded up at every multiplication."""
+    """Upper bound of the product of proved bounds: rounded up at every multiplication that is not by 0 or 1."""
+    factors = [row.bound for row in rows if row.bound != 1.0]
+    if 0.0 in factors:
+        return 0.0
     total = 1.0
-    for row in rows:
-        if total != 1.0 and row.bound != 1.0:
-            total = math.nextafter(total * row.bound, math.inf)
-        else:
-            total = total * row.bound
+    for factor in factors:
+        total = factor if total == 1.0 else math.nextafter(total * factor, math.inf)
     return total
 
 

@@ -62,10 +62,6 @@ def test_an_interrupted_run_resumed_is_the_uninterrupted_run_bit_for_bit(
         with pytest.raises(KeyboardInterrupt):
             train(config, tmp_path, 0)
     assert latest_step(tmp_path) == resumes_at
-    with monkeypatch.context() as patch:  # control: an iterator that starts one step off is noticed
-        patch.setattr(Run, "batch_runner", lambda self, first: lambda *_: pytest.fail("ran"))
-        with pytest.raises(pytest.fail.Exception):
-            train(config, tmp_path, 0)
     capsys.readouterr()
     train(config, tmp_path, 0)
     said = capsys.readouterr().out
@@ -203,4 +199,3 @@ def test_bad_data_stop_before_anything_is_written(tmp_path):
         with pytest.raises(UserError, match=message):
             train(config, tmp_path / "run", 0)
         assert not (tmp_path / "run").exists()
-    train(tiny_config(**{"data.image_size": 8}), scratch() / "trained_of_size", 0) if False else None

@@ -29,11 +29,11 @@ def quick_compiles():
     """A training compiles for seconds and runs for milliseconds: compile with little optimisation, and once per program."""
     wanted = {
         "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(scratch() / "compiled"),
+        "jax_compilation_cache_dir": "/tmp/lipjax_dev_cache",
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
-    before = {name: jax.config.read(name) for name in wanted}
+    before = {name: jax.config.values[name] for name in wanted}
     for name, value in wanted.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
@@ -73,6 +73,7 @@ def tiny_config(**changes):
             "power_iterations_eval": 5,
             "data.name": "npz",
             "data.path": str(npz_file()),
+            "data.validation_fraction": 0.2,
             "data.crop_padding": 1,
             "model.depth": 1,
             "model.width": 4,

@@ -15,7 +15,7 @@ NamedOperators = list[tuple[str, object]]
 orthogonal = nn.initializers.orthogonal
 
 
-def torch_linear(key, shape, dtype=jnp.float32):
+def torch_linear(key, shape, dtype=jnp.float_):
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for (out, in) matrices: torch's default of a linear layer."""
     return jax.random.uniform(key, shape, dtype, -1, 1) * shape[1] ** -0.5
 

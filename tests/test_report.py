@@ -1,0 +1,188 @@
+"""From a trained run to its reports, and the gate that stops a false certificate."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+from rich.console import Console
+from training_helpers import made_up_images, quick_compiles, tiny_config, trained  # noqa: F401
+
+import lipjax
+from lipjax.attacks import AttackResult
+from lipjax.certify import Certificate
+from lipjax.training import evaluate, loop
+from lipjax.training import report as reports
+from lipjax.training.evaluate import certify_run
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    shutil.copytree(trained(), tmp_path / "run")
+    return tmp_path / "run"
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.mark.x64_off
+def test_a_certified_run_writes_what_is_proved(workdir):
+    config = tiny_config()
+    report = certify_run(workdir, config, 0, console=Console(file=io.StringIO()))
+    written, document = read(workdir / "report.json"), read(workdir / "certificate.json")
+    assert written == json.loads(json.dumps(report))
+    assert (workdir / "certified_accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+    # The certificate and the frozen network agree with each other and with the data.
+    network = lipjax.FrozenNetwork.load(workdir / "frozen")
+    images, labels = made_up_images(15, seed=1)
+    assert document["frozen_sha256"] == network.sha256() == report["frozen_sha256"]
+    certificate = network.certify(images / 255)
+    rows = document["images"]
+    for field, values in (("label", labels), ("prediction", certificate.predictions), ("rival", certificate.rivals)):
+        assert [row[field] for row in rows] == values.tolist()
+    assert [row["radius"] for row in rows] == certificate.radii.tolist()
+    assert [row["margin"] for row in rows] == certificate.margins.tolist()
+    digest = hashlib.sha256(b"pixel_max 255\n")
+    for array in (images, labels.astype("<i4")):
+        digest.update(f"{array.dtype.str} {array.shape}\n".encode() + array.tobytes())
+    data = {"name": "npz:data.npz", "split": "test", "num_images": 15, "pixel_max": 255, "sha256": digest.hexdigest()}
+    assert document["data"] == data
+    assert document["config"] == loop.plain(config) and document["seed"] == 0 and document["step"] in (3, 6, 9)
+    assert {"lipjax", "python", "jax", "numpy"} <= set(document["versions"]) and "float64" in document["precision"]
+
+    # Each layer: a proved bound, above the estimate by a known gap.
+    layers = {row["name"]: row for row in document["layers"]}
+    assert {"input", "stem/linear", "block_01/linear", "neck_conv/linear", "neck_dense/linear"} <= set(layers)
+    for name in ("stem/linear", "block_01/linear", "neck_conv/linear", "neck_dense/linear"):
+        row = layers[name]
+        assert row["method"] and 0 <= row["gap"] < 0.02
+        assert row["gap"] == pytest.approx(row["bound"] / row["estimate"] - 1, abs=1e-12)
+    product = np.prod([row["bound"] for row in document["layers"]])
+    matrix = np.asarray(network.network.head.matrix)
+    pairwise = np.linalg.norm(matrix[:, None] - matrix[None], axis=-1)
+    np.testing.assert_allclose(document["margin_lipschitz"], product * pairwise, rtol=1e-9, atol=1e-12)
+
+    # The report by its own definitions, and the order that every report must have.
+    correct = certificate.predictions == labels
+    assert written["clean_accuracy"] == np.mean(correct) > 0.5
+    for radius, key in ((0.1, "0.1"), (0.25, "0.25")):
+        certified = np.mean(correct & (certificate.radii > radius))
+        assert written["certified_accuracy"][key] == certified
+        assert certified <= written["attacked_accuracy"][key] <= written["clean_accuracy"]
+    assert written["certified_accuracy"]["0.1"] > 0  # control: the order is not that of zeros
+    assert set(written["certified_accuracy"]) == set(written["attacked_accuracy"]) == {"0.1", "0.25"}
+    assert (written["num_images"], written["num_attacked_images"]) == (15, 15)
+
+
+@pytest.mark.x64_off
+def test_only_the_images_asked_for(workdir):
+    config = tiny_config(**{"certify.num_images": 7, "certify.attack_images": 3, "certify.radii": (36 / 255,)})
+    report = certify_run(workdir, config, 0, console=Console(file=io.StringIO()))
+    assert (report["num_images"], report["num_attacked_images"]) == (7, 3)
+    assert list(report["certified_accuracy"]) == ["0.141176"]
+    assert len(read(workdir / "certificate.json")["images"]) == 7
+
+
+@pytest.mark.x64_off
+def test_a_false_certificate_is_caught_and_nothing_is_reported(workdir, monkeypatch):
+    honest = lipjax.FrozenNetwork.certify
+
+    def inflated(self, images, batch_size=256):
+        certificate = honest(self, images, batch_size)
+        return dataclasses.replace(certificate, radii=1000 * certificate.radii + 10)
+
+    monkeypatch.setattr(lipjax.FrozenNetwork, "certify", inflated)
+    config = tiny_config(**{"certify.radii": (3.0,), "certify.attack_steps": 10})
+    with pytest.raises(RuntimeError, match=r"A certificate is false: \d+ images change class inside their certified radius"):
+        certify_run(workdir, config, 0, console=Console(file=io.StringIO()))
+    assert not (workdir / "report.json").exists() and not (workdir / "certificate.json").exists()
+    found = np.load(workdir / "counterexample.npz")
+    images, _ = made_up_images(15, seed=1)
+    network = lipjax.FrozenNetwork.load(workdir / "frozen")
+    assert len(found["index"]) > 0
+    assert np.array_equal(found["image"], images[found["index"]] / 255)
+    assert np.all(network(found["point"]).argmax(1) != network(found["image"]).argmax(1))
+    assert found["point"].min() >= 0 and found["point"].max() <= 1
+
+
+def certificate_of(predictions, radii):
+    predictions = np.array(predictions)
+    return Certificate(predictions, predictions * 0, np.ones(len(predictions)), np.array(radii))
+
+
+def test_a_report_counts_what_its_words_say():
+    labels = np.array([0, 1, 2, 1])
+    certificate = certificate_of([0, 1, 2, 0], [0.3, 0.25, 0.1, 9.0])
+    attack = AttackResult(np.array([np.inf, 0.26, 0.2]), np.zeros((3, 1, 1, 1)))
+    report = reports.make_report(certificate, labels, (0.1, 0.25, 36 / 255), attack, labels[:3])
+    assert report["clean_accuracy"] == 0.75
+    # Strictly above the radius, so 0.25 and 0.1 do not count at theirs; the wrong image never counts.
+    assert report["certified_accuracy"] == {"0.1": 0.5, "0.25": 0.25, "0.141176": 0.5}
+    assert report["attacked_accuracy"] == {"0.1": 1.0, "0.25": pytest.approx(2 / 3), "0.141176": 1.0}
+    assert (report["num_images"], report["num_attacked_images"]) == (4, 3)
+
+
+def test_radii_are_shown_as_people_write_them():
+    assert reports.radius_key(0.25) == "0.25" and reports.radius_key(36 / 255) == "0.141176"
+    assert reports.radius_label(36 / 255) == "36/255" and reports.radius_label(0.25) == "0.25"
+    assert reports.radius_label(1.0) == "255/255" or reports.radius_label(1.0) == "1"
+
+
+def one_report(seed, clean, certified, attacked):
+    return {
+        "clean_accuracy": clean,
+        "certified_accuracy": {"0.25": certified},
+        "attacked_accuracy": {"0.25": attacked},
+        "radii": [0.25],
+        "num_images": 10,
+        "num_attacked_images": 10,
+        "seed": seed,
+    }
+
+
+def test_several_runs_give_mean_and_sample_standard_deviation():
+    values = np.array([[0.9, 0.5, 0.7], [0.8, 0.6, 0.7], [0.7, 0.4, 0.9]])
+    found = reports.summarize([one_report(seed, *row) for seed, row in enumerate(values)])
+    clean, certified, attacked = values.T
+    assert found["clean_accuracy"] == pytest.approx(clean.mean())
+    assert found["summary"]["clean_accuracy"]["sd"] == pytest.approx(clean.std(ddof=1))
+    assert found["summary"]["clean_accuracy"]["sd"] != pytest.approx(clean.std())  # control: not ddof 0
+    for field, column in (("certified_accuracy", certified), ("attacked_accuracy", attacked)):
+        assert found[field] == {"0.25": pytest.approx(column.mean())}
+        stats = found["summary"][field]["0.25"]
+        assert stats == {"mean": pytest.approx(column.mean()), "sd": pytest.approx(column.std(ddof=1))}
+    assert found["seeds"] == [0, 1, 2] and len(found["runs"]) == 3
+    out = io.StringIO()
+    reports.print_table(found, Console(file=out, width=120))
+    assert "3 runs" in out.getvalue() and "80.00 % ± 10.00" in out.getvalue() and "50.00 % ± 10.00" in out.getvalue()
+
+
+def test_the_table_names_the_images_that_were_attacked():
+    report = one_report(0, 0.9, 0.5, 0.7) | {"num_attacked_images": 4}
+    out = io.StringIO()
+    reports.print_table(report, Console(file=out, width=120))
+    assert "0.25" in out.getvalue() and "50.00 %" in out.getvalue() and "±" not in out.getvalue()
+    assert "first 4 images" in out.getvalue()
+
+
+def test_the_test_images_of_a_stream_are_its_first_without_the_filling():
+    class Stream(evaluate.StreamDataset):
+        def size(self, split):
+            return 5
+
+        def eval_batches(self, split, batch_size, shard_index=0, num_shards=1):
+            assert split == "test" and batch_size == 3
+            for start in (0, 3):
+                labels = np.array([start, start + 1, start + 2 if start == 0 else -1], np.int32)
+                yield np.full((3, 2, 2, 3), start, np.uint8), labels
+
+    stream = Stream("made up", {}, 5, 2)
+    images, labels = evaluate.test_images(stream, 0, 3)
+    assert labels.tolist() == [0, 1, 2, 3, 4] and images.shape == (5, 2, 2, 3)
+    images, labels = evaluate.test_images(stream, 2, 3)
+    assert labels.tolist() == [0, 1] and len(images) == 2

@@ -1,0 +1,220 @@
+"""The jitted step and the schedules: the same on 1 and 8 devices, clipped, warm-started, silent about nothing."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from training_helpers import differing, quick_compiles, tiny_config  # noqa: F401  quick_compiles is a fixture
+
+from lipjax.training import optimizer, sharding
+from lipjax.training import step as steps
+from lipjax.training.loop import Run
+
+EPS32 = 2.0**-23
+
+
+def make_run(devices=1, **changes):
+    return Run(tiny_config(**{"mesh.data": devices, **changes}), 0)
+
+
+def losses(run, num_steps):
+    state, train_batch, found = run.fresh_state(), run.batch_runner(0), []
+    for step in range(num_steps):
+        state, metrics = train_batch(state, step, 0.1)
+        found.append(float(metrics["loss"]))
+    return np.array(found), state
+
+
+@pytest.mark.x64_off
+def test_one_and_eight_devices_give_the_same_losses():
+    one, state = losses(make_run(1), 4)
+    eight, state8 = losses(make_run(8), 4)
+    # Sums over the batch are associated differently: a relative error of a few eps at each step, which grows with the
+    # steps, since each follows from the last. 100 eps after four steps is far below what another batch would change.
+    np.testing.assert_allclose(eight, one, rtol=100 * EPS32, atol=0)
+    assert len(state8.step.sharding.device_set) == 8 and len(state.step.sharding.device_set) == 1
+    other = losses(Run(tiny_config(**{"data.crop_padding": 1}), 1), 4)[0]
+    assert np.all(np.abs(other / one - 1) > 1000 * EPS32)  # control
+
+
+def test_training_also_runs_with_x64_on(precision):
+    found, state = losses(make_run(1), 2)
+    assert np.isfinite(found).all() and len(set(found)) == 2
+    kernel = state.params["stem"]["kernel"]
+    assert kernel.dtype == (jnp.float64 if precision == "x64" else jnp.float32)
+
+
+@pytest.mark.x64_off
+@pytest.mark.parametrize("devices", [1, 8])
+def test_each_step_sees_the_batch_of_its_place_in_the_permutation(devices):
+    run = make_run(devices)
+    key, part = run.fresh_state().key, run.dataset.split("train")
+
+    def look(state, images, labels, epsilon):
+        pixels = steps.preprocess(jax.random.fold_in(state.key, 3), images, run.config.data, run.pixel_max)
+        return state, (images, labels, pixels)
+
+    jitted = steps.jit_array_step(look, run.mesh, 16)
+    seen = []
+    for epoch in (0, 1):
+        order = steps.epoch_order(key, epoch, run.num_images)
+        assert np.array_equal(np.sort(order), np.arange(48))
+        for start in (0, 16, 32):
+            args = jax.device_put((part.images, part.labels, order), sharding.replicated(run.mesh))
+            _, (images, labels, pixels) = jitted(run.fresh_state(), *args, start, 0.1)
+            index = np.asarray(order)[start : start + 16]
+            assert np.array_equal(images, part.images[index]) and np.array_equal(labels, part.labels[index])
+            plain = steps.preprocess(jax.random.fold_in(key, 3), jnp.asarray(images), run.config.data, 255)
+            assert np.array_equal(pixels, plain)  # the augmentation does not depend on the mesh
+            assert not np.array_equal(pixels, np.asarray(images, np.float32) / 255)  # control: it does something
+            seen.append(index)
+    assert not np.array_equal(np.concatenate(seen[:3]), np.concatenate(seen[3:]))  # each epoch has its own order
+
+
+@pytest.mark.x64_off
+def test_the_step_on_eight_devices_gathers_no_batch():
+    run = make_run(8)
+    train_step = steps.make_train_step(run.model, run.optimizer, run.config, run.mesh, run.pixel_max)
+    part, everywhere = run.dataset.split("train"), sharding.replicated(run.mesh)
+    data = jax.device_put((part.images, part.labels, jnp.arange(run.num_images)), everywhere)
+
+    def program(step):
+        return steps.jit_array_step(step, run.mesh, 16).lower(run.fresh_state(), *data, 0, 0.1).compile().as_text()
+
+    text = program(train_step)
+    assert "all-gather" not in text and "all-to-all" not in text
+    assert "all-reduce" in text  # the sum of the gradients: the batch is divided
+
+    def gathering(state, images, labels, epsilon):
+        pixels = images / jnp.float32(255)
+        return state, jax.lax.with_sharding_constraint(pixels, everywhere).sum((1, 2, 3)) * labels
+
+    assert "all-gather" in program(gathering)  # control
+
+
+@pytest.mark.x64_off
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count():
+    run = make_run(1)
+    train_batch = run.batch_runner(0)
+    state, _ = train_batch(run.fresh_state(), 0, 0.1)
+    before = jax.tree.map(jnp.copy, state)
+    kept, metrics = train_batch(jax.tree.map(jnp.copy, state), 1, math.nan)
+    flags = {name: bool(value) for name, value in metrics["finite"].items()}
+    assert not flags["loss"] and flags["logits"] and flags["norm estimates"] and not flags["gradient of stem"]
+    assert differing(before, kept) == [".step"]
+    moved, metrics = train_batch(state, 1, 0.1)  # control
+    assert all(metrics["finite"].values()) and len(differing(before, moved)) > 10
+
+
+@pytest.mark.x64_off
+def test_vectors_are_warm_started_and_reach_the_norm_of_the_dense_matrix():
+    run = make_run(1, **{"optimizer.learning_rate": 1e-9})  # the same network at every step
+    _, state = losses(run, 30)
+    network = run.model.apply({"params": state.params}, method="build")
+    fresh = run.fresh_state().vectors
+    gaps, cold = {}, {}
+    for name, op in zip(network.names, network.ops, strict=True):
+        if not hasattr(op, "estimate"):
+            continue
+        size = math.prod(op.in_shape)
+        dense = np.asarray(op(jnp.eye(size).reshape(size, *op.in_shape))).reshape(size, -1)
+        norm = np.linalg.norm(dense.astype(np.float64), 2)
+        for vectors, found in ((state.vectors, gaps), (fresh, cold)):
+            found[name] = 1 - float(op.estimate(vectors[name], 1)[0]) / norm
+    assert set(gaps) == {"stem/linear", "block_01/linear", "neck_conv/linear", "neck_dense/linear"}
+    # An estimate is a Rayleigh quotient, never above the norm but for rounding.
+    assert all(-1e-5 <= gap < 0.02 for gap in gaps.values()), gaps
+    assert sum(cold.values()) > 5 * sum(gaps.values())  # control: without the steps before, one iteration is far off
+
+
+@pytest.mark.parametrize("name", sorted(steps.LOSSES))
+def test_every_loss_has_the_signature_of_the_step(name):
+    config = tiny_config(**{"loss.name": name})
+    logits, labels = jnp.array([[1.0, 0.5, 0.0], [0.0, 2.0, 1.0]]), jnp.array([0, 2])
+    lipschitz = jnp.ones((3, 3)) - jnp.eye(3)
+    found = steps.LOSSES[name](config.loss)(logits, labels, lipschitz, 0.3)
+    assert found.shape == (2,) and jnp.isfinite(found).all() and found[0] < found[1]
+    heavier = config.copy_and_resolve_references()
+    heavier.loss.trades_weight = 5.0
+    changed = steps.LOSSES[name](heavier.loss)(logits, labels, lipschitz, 0.3)
+    assert bool(jnp.any(changed != found)) == (name == "trades")
+
+
+# ---- optimizer.py --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("warmup_epochs", "num_epochs"), [(0.0, 3), (1.0, 3), (0.5, 2), (2.0, 5), (9.0, 2), (0.1, 1)])
+def test_the_learning_rate_is_the_closed_form(warmup_epochs, num_epochs):
+    per_epoch, peak, final = 10, 0.3, 1e-2
+    config = tiny_config(
+        **{
+            "optimizer.learning_rate": peak,
+            "optimizer.warmup_epochs": warmup_epochs,
+            "optimizer.final_fraction": final,
+        }
+    ).optimizer
+    schedule = optimizer.learning_rate_schedule(config, per_epoch, num_epochs)
+    total = per_epoch * num_epochs
+    warmup = min(round(warmup_epochs * per_epoch), total - 1)
+    for i in range(total):
+        cosine = final + (1 - final) * (1 + math.cos(math.pi * (i - warmup) / (total - warmup))) / 2
+        expected = peak * ((i + 1) / warmup if i < warmup else cosine)
+        assert abs(float(schedule(i)) - expected) <= 10 * EPS32 * peak, i
+
+
+def test_the_training_radius_rises_linearly_by_epoch():
+    config = tiny_config(**{"loss.epsilon": 36 / 255, "loss.epsilon_end": 3.0}).loss
+    for epoch in range(20):  # the papers: epsilon [0.1 + 2.9 min(2 e / E, 1)]
+        expected = 36 / 255 * (0.1 + 2.9 * min(2 * epoch / 20, 1))
+        assert optimizer.epsilon_at(config, epoch, 20) == pytest.approx(expected, rel=1e-14)
+    at_once = tiny_config(**{"loss.epsilon_ramp": 0.0, "loss.epsilon": 0.25, "loss.epsilon_end": 2.0}).loss
+    assert optimizer.epsilon_at(at_once, 0, 20) == 0.5
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    def update(clip_norm, gradients, name="sgd"):
+        config = tiny_config(
+            **{"optimizer.name": name, "optimizer.learning_rate": 1.0, "optimizer.clip_norm": clip_norm}
+        ).optimizer
+        with config.unlocked():
+            config.warmup_epochs = 0.0
+        transform = optimizer.make_optimizer(config, 10, 1)
+        params = jax.tree.map(jnp.zeros_like, gradients)
+        return transform.update(gradients, transform.init(params), params)[0]
+
+    gradients = {"a": jnp.array([30.0, 0.0]), "b": jnp.array([40.0])}  # norm 50
+    # Nesterov's first step is (1 + 0.9) times the gradient.
+    clipped, free = update(5.0, gradients), update(100.0, gradients)
+    np.testing.assert_allclose(clipped["a"], [-1.9 * 3, 0], rtol=1e-6)
+    np.testing.assert_allclose(clipped["b"], [-1.9 * 4], rtol=1e-6)
+    np.testing.assert_allclose(free["b"], [-1.9 * 40], rtol=1e-6)  # control
+
+
+@pytest.mark.parametrize("name", sorted(optimizer.OPTIMIZERS))
+def test_weight_decay_pulls_towards_zero(name):
+    def moved(decay):
+        config = tiny_config(**{"optimizer.name": name, "optimizer.weight_decay": decay}).optimizer
+        transform = optimizer.make_optimizer(config, 10, 1)
+        params = {"a": jnp.array([2.0])}
+        return optax.apply_updates(params, transform.update({"a": jnp.zeros(1)}, transform.init(params), params)[0])["a"][0]
+
+    assert moved(0.0) == 2.0 and moved(0.1) < 2.0
+
+
+def test_the_batch_must_divide_over_the_mesh():
+    from lipjax.errors import UserError
+
+    assert sharding.make_mesh(-1, 16).size == 8
+    with pytest.raises(UserError, match="batch_size = 20 does not divide over 8 devices"):
+        sharding.make_mesh(-1, 20)
+    with pytest.raises(UserError, match="16 devices, but JAX sees 8"):
+        sharding.make_mesh(16, 16)
+
+
+def test_the_state_is_a_pytree_of_its_five_fields():
+    names = [field.name for field in dataclasses.fields(steps.TrainState)]
+    assert names == ["step", "params", "vectors", "opt_state", "key"]  # the checkpoints of earlier runs have these
