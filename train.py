@@ -21,10 +21,8 @@ DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "d
 def parse(argv: list[str]) -> list[str]:
     """Parses the flags; whatever is wrong with them or with the config file ends as one message and exit code 2."""
     try:
-        about = "The experiment; its fields are set as --config.field=value."
-        config_flags.DEFINE_config_file("config", DEFAULT, about, flag_values=FLAGS)
-        about = "Gets checkpoints, metrics, reports; default runs/<config>. A run there resumes."
-        flags.DEFINE_string("workdir", None, about, flag_values=FLAGS)
+        config_flags.DEFINE_config_file("config", DEFAULT, "The experiment: a file.", flag_values=FLAGS)
+        flags.DEFINE_string("workdir", None, "Default: runs/<config>; a run there resumes.", flag_values=FLAGS)
         rest = FLAGS(argv)
         if len(rest) > 1:
             raise UserError(f"unexpected arguments {rest[1:]}; fields are set as --config.field=value")

@@ -24,7 +24,6 @@ FORMAT = "lipjax-frozen-network"
 _OPERATORS = {
     cls.__name__: cls for cls in (operators.Dense, operators.Conv, operators.Bias, operators.MaxMin, operators.Flatten)
 }
-_ESTIMATE_ITERS = 200
 
 
 @contextlib.contextmanager
@@ -110,7 +109,7 @@ class FrozenNetwork:
         """Name, type, proved bound and method of every operator, in order."""
         return self._bounds
 
-    def norm_estimates(self, vectors: dict | None = None) -> dict[str, float]:
+    def norm_estimates(self, vectors: dict | None = None, num_iters: int = 200) -> dict[str, float]:
         """Power-iteration estimates of the operators' norms in float64, for judging how tight the bounds are.
 
         Args: vectors: start vectors by operator name, such as those of training; random ones by default.
@@ -120,7 +119,7 @@ class FrozenNetwork:
             if vectors is None:
                 vectors = bounds.init_vectors(network, jax.random.key(0))
             vectors = {name: jnp.asarray(_host_float64(v)) for name, v in vectors.items()}
-            sigmas, _ = jax.jit(bounds.norm_estimates, static_argnums=2)(network, vectors, _ESTIMATE_ITERS)
+            sigmas, _ = jax.jit(bounds.norm_estimates, static_argnums=2)(network, vectors, num_iters)
             return {name: float(sigma) for name, sigma in sigmas.items()}
 
     def _check_images(self, images) -> np.ndarray:

@@ -12,6 +12,9 @@ from lipjax.frozen import FrozenNetwork
 from lipjax.network import make_network
 
 SHAPE = (4, 4, 1)
+# What PGD lacks of the optimum on a linear function, as a fraction of the radius: with steps of 2.5 epsilon / n the part of the
+# start across the gradient shrinks by exp(-2.5) in n steps, and the cosine of that angle is 1 - exp(-5) / 2.
+SHORT = 0.0034
 
 
 @jax.tree_util.register_dataclass
@@ -54,18 +57,18 @@ def test_pgd_finds_the_closed_form_optimum(linear, key):
             # The objective is linear, so the optimum is the radius along w: its gap is known.
             gap = np.linalg.norm(model.w) * (radius - distance[i])
             found = (model(moved)[0, 1] - model(moved)[0, 0]) * (1 - 2 * labels[i])
-            assert gap - 1e-3 * abs(gap) - 1e-9 <= found <= gap + 1e-9
+            assert gap - SHORT * np.linalg.norm(model.w) * radius <= found <= gap + 1e-9
 
 
 def test_attack_distances_are_the_first_radius_that_suffices(linear):
     model, images, labels, distance = linear
     radii = (0.02, 0.05, 0.1, 0.2)
     found = attacks.attack_l2(model, images, labels, radii, num_steps=30, batch_size=8)  # the last batch is not full
-    reachable = np.array([min((r for r in radii if r > 1.001 * d), default=np.inf) for d in distance])
-    clear = np.all([np.abs(distance / r - 1) > 2e-3 for r in radii], axis=0)
-    assert np.array_equal(np.isinf(found.distances), np.isinf(reachable))
-    assert len(set(reachable[clear])) >= 3  # control: the radii differ in what they reach
-    assert np.all(found.distances[clear] <= reachable[clear] * (1 + 1e-9))
+    expected = np.array([min((r for r in radii if r > d), default=np.inf) for d in distance])
+    clear = np.all([np.abs(distance / r - 1) > 2 * SHORT for r in radii], axis=0)
+    assert clear.sum() > 10 and len(set(expected[clear])) >= 3  # control: the radii differ in what they reach
+    assert np.array_equal(np.isinf(found.distances[clear]), np.isinf(expected[clear]))
+    assert np.all(found.distances[clear] <= expected[clear] * (1 + 1e-9))
     assert np.all(found.distances >= distance * (1 - 1e-12))
     np.testing.assert_allclose(norms(found.points - images), np.where(np.isinf(found.distances), 0, found.distances))
     wrong = np.argmax(np.asarray(model(jnp.asarray(found.points))), 1) != labels

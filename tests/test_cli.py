@@ -124,7 +124,10 @@ BAD_FLAGS = {
     "unknown field": (["--config.optimizer.learning_rat=0.1"], "no such config field"),
     "unknown group": (["--config.optimiser.learning_rate=0.1"], "no such config field"),
     "value of another type": (["--config.batch_size=many"], "batch_size"),
-    "value out of range": (["--config.optimizer.learning_rate=-1"], "config.optimizer.learning_rate: expected positive"),
+    "value out of range": (
+        ["--config.optimizer.learning_rate=-1"],
+        "config.optimizer.learning_rate: expected positive",
+    ),
     "unknown loss": (["--config.loss.name=hinge"], "config.loss.name: expected one of ['cross_entropy', 'emma'"),
     "unknown model": (["--config.model.name=resnet"], "config.model.name: expected one of ['liresnet']"),
     "odd channels": (["--config.model.width=5"], "even width"),
@@ -153,7 +156,10 @@ def test_bad_arguments_end_with_one_message_and_code_2(train, tmp_path, case):
         ("import nothing_of_that_name", "ModuleNotFoundError"),
         ("def get_config(:", "SyntaxError"),
         ("x = 1", "get_config"),
-        ("def get_config():\n  from lipjax.training.config import default_config as d\n  c = d()\n  c.lock()\n  c.a = 1", "a"),
+        (
+            "def get_config():\n  from lipjax.training.config import default_config as d\n  c = d()\n  c.lock()\n  c.a = 1",
+            "a",
+        ),
     ],
 )
 def test_a_bad_config_file_ends_with_one_message(train, tmp_path, text, message):

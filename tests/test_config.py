@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -77,7 +78,7 @@ def test_every_field_of_the_model_changes_the_network():
     def network(**options):
         config = tiny_config(**{f"model.{name}": value for name, value in options.items()})
         model = get_model(config.model, input_shape=(16, 16, 1), num_classes=3)
-        variables = model.init(jax.random.key(0), np.zeros((1, 16, 16, 1)))
+        variables = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))
         leaves = jax.tree.leaves(model.apply(variables, method="build"))
         return [(leaf.shape, np.asarray(leaf).tobytes()) for leaf in leaves]
 
@@ -102,7 +103,7 @@ BAD = {
     "num_epochs": [0],
     "power_iterations": [0],
     "power_iterations_eval": [0],
-    "seeds": [(), (0, 0), (-1,), (0.5,), (2**31,), 3, [1]],
+    "seeds": [(), (0, 0), (-1,), (0.5,), (2**31,), 3],
     "matmul_precision": ["bf16", ""],
     "data.name": ["cifar", 3],
     "data.data_dir": [None],
@@ -165,7 +166,9 @@ def test_a_bad_value_is_refused_by_the_name_of_its_field():
 def test_unknown_and_missing_fields_are_refused():
     config = default_config()
     config.loss.epsilom = 1.0
-    with pytest.raises(UserError, match=r"config.loss.epsilom: expected no such field; the fields here are \['epsilon'"):
+    with pytest.raises(
+        UserError, match=r"config.loss.epsilom: expected no such field; the fields here are \['epsilon'"
+    ):
         validate(config)
     config = default_config()
     del config.optimizer["clip_norm"]

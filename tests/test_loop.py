@@ -76,7 +76,9 @@ def test_an_interrupted_run_resumed_is_the_uninterrupted_run_bit_for_bit(
 
 def test_training_never_sees_the_test_split(tmp_path):
     images, labels = made_up_images(21, seed=5)
-    config = tiny_config(**{"data.path": str(npz_file("other_test", test_images=images[::-1], test_labels=labels[::-1]))})
+    config = tiny_config(
+        **{"data.path": str(npz_file("other_test", test_images=images[::-1], test_labels=labels[::-1]))}
+    )
     train(config, tmp_path, 0)
     assert metric_lines(tmp_path) == metric_lines(trained())
     assert differing(final_state(tmp_path, config), final_state(trained(), tiny_config())) == []
@@ -96,7 +98,9 @@ def test_validation_counts_each_image_once(tmp_path):
     state = run.fresh_state()
     found = run.validator()(state)  # 12 images in a batch of 16
     part = run.dataset.split("validation")
-    logits = np.asarray(run.model.apply({"params": state.params}, part.images.astype(np.float32) / 255), np.float64)
+    logits = np.asarray(
+        run.model.apply({"params": state.params}, jax.numpy.asarray(part.images / np.float32(255))), np.float64
+    )
     own = np.take_along_axis(logits, part.labels[:, None], 1)[:, 0]
     assert found["accuracy"] == np.mean(logits.argmax(1) == part.labels)
     # Twelve float32 losses of size 1, each with a relative error of some eps.

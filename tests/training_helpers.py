@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from lipjax.training.checkpoint import Checkpointer
 from lipjax.training.config import default_config
 from lipjax.training.loop import METRIC, Run, train
-from lipjax.training.checkpoint import Checkpointer
 
 
 @functools.cache
@@ -29,7 +29,7 @@ def quick_compiles():
     """A training compiles for seconds and runs for milliseconds: compile with little optimisation, and once per program."""
     wanted = {
         "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": "/tmp/lipjax_dev_cache",
+        "jax_compilation_cache_dir": str(scratch() / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }

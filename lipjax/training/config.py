@@ -121,7 +121,8 @@ def validate(config) -> None:
     _check(config.loss.name in LOSSES, "loss.name", f"one of {sorted(LOSSES)}", config.loss.name)
     for field in ("epsilon", "epsilon_end"):
         _check(0 < config.loss[field] < math.inf, f"loss.{field}", "a positive number", config.loss[field])
-    _check(config.loss.epsilon_start >= 0, "loss.epsilon_start", "at least 0", config.loss.epsilon_start)
+    for field in ("epsilon_start", "trades_weight"):
+        _check(config.loss[field] >= 0, f"loss.{field}", "at least 0", config.loss[field])
     _check(0 <= config.loss.epsilon_ramp <= 1, "loss.epsilon_ramp", "a fraction in [0, 1]", config.loss.epsilon_ramp)
     names = sorted(optimizer.OPTIMIZERS)
     _check(config.optimizer.name in names, "optimizer.name", f"one of {names}", config.optimizer.name)

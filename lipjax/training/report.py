@@ -79,7 +79,7 @@ def print_table(report: dict, console: Console | None = None) -> None:
         stats = summary[field] if key is None else summary[field][key]
         return cell(stats["mean"], stats["sd"])
 
-    runs = f", mean and standard deviation of {len(report['seeds'])} runs" if summary else ""
+    runs = f", mean ± sd of {len(report['seeds'])} runs" if summary else ""
     table = Table(title=f"Accuracy on {report['num_images']} test images{runs}")
     table.add_column("l2 radius")
     table.add_column("certified (proved)", justify="right")

@@ -44,8 +44,10 @@ def init_state(model: LipschitzModel, optimizer: optax.GradientTransformation, k
     """A fresh state. key: typed PRNG key."""
     init_key, data_key = jax.random.split(key)
     variables: Any = model.init(init_key, jnp.zeros((1, *model.input_shape)))
-    params = variables["params"]
-    vectors = variables[COLLECTION]["vectors"]
+    # Single precision, whatever the process does by default: pixels are, and the two would not mix.
+    params, vectors = jax.tree.map(
+        lambda a: a.astype(jnp.float32), (variables["params"], variables[COLLECTION]["vectors"])
+    )
     return TrainState(jnp.zeros((), jnp.int32), params, vectors, optimizer.init(params), data_key)
 
 
