@@ -1,6 +1,10 @@
-"""Handwritten digits inside scikit-learn (1,797 images, 8 x 8): the default config, which downloads nothing.
+"""LiResNet L2W32 (40,650 parameters) on the 1,797 digits inside scikit-learn (8 x 8): the default, nothing to download.
 
-LiResNet (arXiv:2301.12549) with two blocks, trained by the Lipschitz margin loss (arXiv:1802.04034).
+LiResNet (arXiv:2301.12549), trained by the Lipschitz margin loss (arXiv:1802.04034).
+Run: python train.py --config=configs/digits.py --workdir=DIR "--config.seeds=(0,1,2,3,4)"
+Expects, on five random test splits of 359 images (mean ± sd over seeds 0 to 4): accuracy 98.8 ± 0.4 %, proved at l2
+radius 0.1 97.7 ± 0.6 %, 0.25 91.9 ± 1.5 %, 0.5 55.3 ± 3.8 %; under attack 98.1, 94.5 and 76.3 %. Measured at commit
+a2883c9 on two cores of an AMD EPYC; about 50 s of CPU time for a seed. Chosen on the validation splits of seeds 0 to 2.
 """
 
 from lipjax.training.config import default_config

@@ -5,7 +5,7 @@ The embedding, the polyphase form and every rounding term are derived in docs/so
 
 import dataclasses
 import functools
-from decimal import Decimal, localcontext
+from decimal import Context, Decimal, localcontext
 from fractions import Fraction
 
 import numpy as np
@@ -18,8 +18,7 @@ _HALF, _QUARTER = Fraction(1, 2), Fraction(1, 4)
 
 def _taylor(r: Fraction, cosine: bool) -> float:
     """cos(pi r) or sin(pi r) for 0 <= r <= 1/4, within 2^-54 + 1e-40."""
-    with localcontext() as context:
-        context.prec = 50
+    with localcontext(Context(prec=50)):  # whatever the caller's rounding, traps and limits
         x = _PI * r.numerator / r.denominator
         term = Decimal(1) if cosine else x
         total, k = term, 0 if cosine else 1

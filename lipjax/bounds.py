@@ -64,11 +64,8 @@ def operator_bounds(network: Network) -> list[LayerBound]:
 
     Raises: NotCertifiable naming the layer whose operator has no bound or whose arrays admit none.
     """
-    std = np.asarray(network.input_std, np.float64)
-    if not (np.isfinite(std).all() and (std > 0).all()):
-        raise NotCertifiable(f"input_std must be positive and finite to certify, got {std}.")
-    rows = [LayerBound("input", "normalize", round_up(1 / float(std.min())), "exact: 1 / min(input_std)", {})]
-    for name, op in zip(network.names, network.ops, strict=True):
+    rows = []
+    for name, op in [("input", network.normalize), *zip(network.names, network.ops, strict=True)]:
         kind = type(op).__name__
         if not hasattr(op, "bound"):
             raise NotCertifiable(f"{name}: no proved Lipschitz bound is known for an operator of type {kind}.")
@@ -80,11 +77,6 @@ def operator_bounds(network: Network) -> list[LayerBound]:
             raise NotCertifiable(f"{name} ({kind}): expected a finite proved bound, got {found!r}.")
         rows.append(LayerBound(name, kind, float(found.value), found.method, found.details))
     return rows
-
-
-def round_up(x: float) -> float:
-    """The next float64 above x: an upper bound of a correctly rounded result, exact 1 and 0 staying as they are."""
-    return x if x in (0.0, 1.0) else math.nextafter(x, math.inf)
 
 
 def product_bound(rows: list[LayerBound]) -> float:
@@ -106,4 +98,5 @@ def margin_lipschitz_bound(network: Network, rows: list[LayerBound] | None = Non
     """
     product = product_bound(operator_bounds(network) if rows is None else rows)
     head = network.head.pairwise_bound()
-    return np.where(head > 0, np.nextafter(product * head, np.inf), 0.0)
+    with np.errstate(over="ignore", invalid="ignore"):  # an infinite constant proves radius 0
+        return np.where(head > 0, np.nextafter(product * head, np.inf), 0.0)

@@ -97,7 +97,10 @@ def certify_margins(predictions: np.ndarray, margins: np.ndarray, lipschitz: np.
     smallest = np.where(radii == radii.min(axis=1, keepdims=True), margins, np.inf)
     smallest[rows, predictions] = np.inf
     rivals = np.argmin(smallest, axis=1)
-    return Certificate(predictions, rivals, margins[rows, rivals], radii[rows, rivals])
+    # With a single class nothing limits the radius.
+    return Certificate(
+        predictions, rivals, margins[rows, rivals], np.minimum(radii[rows, rivals], sys.float_info.max)
+    )
 
 
 def layer_rows(rows, estimates: dict[str, float]) -> list[dict]:

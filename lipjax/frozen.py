@@ -16,8 +16,8 @@ import safetensors.numpy
 
 from lipjax import bounds, operators
 from lipjax.certify import Certificate, certify_margins, write_json
-from lipjax.errors import UserError
-from lipjax.network import Network
+from lipjax.errors import NotCertifiable, UserError
+from lipjax.network import Network, check_network
 
 SCHEMA = 1
 FORMAT = "lipjax-frozen-network"
@@ -26,10 +26,20 @@ _OPERATORS = {
 }
 
 
+def _read_only(array) -> np.ndarray:
+    copy = np.array(array)
+    copy.setflags(write=False)
+    return copy
+
+
 @contextlib.contextmanager
 def float64_on_cpu():
-    """JAX in double precision on the host, whatever the process uses elsewhere."""
-    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+    """JAX in double precision on the host, whatever the process uses elsewhere.
+
+    The precision of products is pinned: some settings of it compute products of float64 arrays in bfloat16.
+    """
+    host = jax.local_devices(backend="cpu")[0]
+    with jax.enable_x64(True), jax.default_device(host), jax.default_matmul_precision("highest"):
         yield
 
 
@@ -52,18 +62,46 @@ def _host_float64(array):
     return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
 
 
+# Underflow to zero, which XLA's CPU code does for all subnormal numbers, is covered by this much in every step.
+_FLOOR = 2.0**-480
+
+
+# Each operator is compiled on its own. Compiled together, x -> W x + b becomes a sum that starts at b, whose rounding error neither
+# operator's bound covers (docs/soundness.md).
 @jax.jit
+def _propagate(op, norm, error, x):
+    """An operator's output at the computed x, and a bound on its distance to the exact output at the exact input.
+
+    norm: proved Lipschitz bound of the operator. error: (b,), bound on the distance of x to the exact input.
+    """
+    local = op.rounding_error(x) + _FLOOR * (1 + operators.norm_per_image(x))
+    return op(x), (jnp.maximum(norm, _FLOOR) * error + local) * (1 + operators.gamma(8))
+
+
+@jax.jit
+def _finish(head, x):
+    """Logits, and a bound on the head's own error of each."""
+    floor = _FLOOR * (1 + operators.norm_per_image(x))
+    return head(x), head.rounding_error(x) + floor[:, None]
+
+
 def _evaluate(network: Network, norms: tuple, x):
     """Logits, a bound on the l2 error of the features, and a bound on the head's own error of each logit."""
     if x.dtype != jnp.float64 or any(a.dtype != jnp.float64 for a in jax.tree.leaves(network)):
         raise ValueError("Certification runs in float64: an array of another type reached it.")
-    x = network.normalize(x)
-    error = operators.gamma(3) * (1 + 1e-8) * operators.norm_per_image(x)
-    for op, norm in zip(network.ops, norms, strict=True):
-        # Three more roundings in this line, and the norm was rounded up.
-        error = (norm * error + op.rounding_error(x)) * (1 + operators.gamma(4))
-        x = op(x)
-    return network.head(x), error, network.head.rounding_error(x)
+    error = jnp.full(x.shape[0], _FLOOR)
+    for op, norm in zip((network.normalize, *network.ops), norms, strict=True):
+        x, error = _propagate(op, norm, error, x)
+    logits, head_error = _finish(network.head, x)
+    return logits, error, head_error
+
+
+def _check_arithmetic() -> None:
+    """Raises: NotCertifiable if this process does not compute as docs/soundness.md assumes."""
+    if "fast_math=true" in os.environ.get("XLA_FLAGS", ""):
+        raise NotCertifiable("XLA_FLAGS switches on fast math, whose rounding errors nobody bounds: unset it to certify.")
+    if np.float64(5e-324) * np.float64(1.0) == 0:
+        raise NotCertifiable("This process flushes subnormal numbers to zero (a library was built with fast math?).")
 
 
 class FrozenNetwork:
@@ -73,6 +111,10 @@ class FrozenNetwork:
     """
 
     def __init__(self, network: Network):
+        """Takes copies of the network's arrays, which cannot be written to.
+
+        Raises: ValueError if they are not finite float64, or do not fit each other.
+        """
         bad = [
             jax.tree_util.keystr(path)
             for path, a in jax.tree_util.tree_leaves_with_path(network)
@@ -80,7 +122,8 @@ class FrozenNetwork:
         ]
         if bad:
             raise ValueError(f"A frozen network holds finite float64 arrays; these are not: {', '.join(bad)}.")
-        self.network = network
+        check_network(network)
+        self.network = jax.tree.map(_read_only, network)
 
     @property
     def in_shape(self) -> tuple[int, ...]:
@@ -129,48 +172,52 @@ class FrozenNetwork:
             raise UserError(f"Expected images of shape (n, {shape}), got {images.shape}.")
         if not np.issubdtype(images.dtype, np.floating):
             raise UserError(f"Expected images as floats in [0, 1], got {images.dtype}: divide 8-bit images by 255.")
+        if images.dtype.itemsize > 8:
+            raise UserError(f"Expected float64 images or shorter ones, got {images.dtype}, which would be rounded.")
         images = images.astype(np.float64)
-        if images.size and not (np.nanmin(images) >= 0 and np.nanmax(images) <= 1):
-            low, high = np.nanmin(images), np.nanmax(images)
+        known = images[~np.isnan(images)]
+        if known.size and not (known.min() >= 0 and known.max() <= 1):
+            low, high = known.min(), known.max()
             raise UserError(f"Expected pixels in [0, 1], got values from {low:g} to {high:g}: rescale the images.")
         return images
 
-    def _batches(self, images, batch_size: int):
+    def _run(self, images, norms: tuple, batch_size: int) -> list[np.ndarray]:
+        """`_evaluate` on all images, batch by batch: logits (n, k), feature errors (n,), head errors (n, k)."""
         if batch_size < 1:
             raise ValueError(f"Expected a batch_size of at least 1, got {batch_size}.")
+        parts = [[np.empty((0, self.num_classes)), np.empty(0), np.empty((0, self.num_classes))]]
         with float64_on_cpu():
             network = jax.tree.map(jnp.asarray, self.network)
             for start in range(0, len(images), batch_size):
                 batch = images[start : start + batch_size]
                 padding = [(0, batch_size - len(batch))] + [(0, 0)] * (images.ndim - 1)
-                yield network, jnp.asarray(np.pad(batch, padding)), len(batch)
+                found = _evaluate(network, norms, jnp.asarray(np.pad(batch, padding)))
+                parts.append([np.asarray(a)[: len(batch)] for a in found])
+        return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
     def __call__(self, images, batch_size: int = 256) -> np.ndarray:
-        """Logits (n, k) in float64 for pixels (n, *in_shape) in [0, 1]. Raises: UserError for other images."""
-        images = self._check_images(images)
-        out = [np.empty((0, self.num_classes))]
-        out += [np.asarray(jax.jit(Network.__call__)(net, x))[:n] for net, x, n in self._batches(images, batch_size)]
-        return np.concatenate(out)
+        """Logits (n, k) in float64 for pixels (n, *in_shape) in [0, 1], as `certify` computes them.
+
+        Raises: UserError for other images.
+        """
+        unasked = (0.0,) * (len(self.network.ops) + 1)  # norms serve the error bounds only
+        return self._run(self._check_images(images), unasked, batch_size)[0]
 
     def margins(self, images, batch_size: int = 256) -> tuple[np.ndarray, np.ndarray]:
         """Predictions (n,) and lower bounds (n, k) of logit[prediction] - logit[i] in exact real arithmetic.
 
         The rounding error of the float64 evaluation is bounded for each image and subtracted.
         """
-        images = self._check_images(images)
-        norms = tuple(row.bound for row in self._bounds[1:])
+        _check_arithmetic()
+        norms = tuple(row.bound for row in self._bounds)
+        logits, error, head_error = self._run(self._check_images(images), norms, batch_size)
+        rows, predicted = np.arange(len(logits)), np.argmax(logits, axis=1)
         pairwise = self.network.head.pairwise_bound()
-        predictions, lower = [np.empty(0, np.int64)], [np.empty((0, self.num_classes))]
-        for network, x, n in self._batches(images, batch_size):
-            logits, error, head_error = (np.asarray(a)[:n] for a in _evaluate(network, norms, x))
-            predicted = np.argmax(logits, axis=1)
-            own = np.take_along_axis
-            gaps = own(logits, predicted[:, None], 1) - logits
-            slack = pairwise[predicted] * error[:, None] + head_error + own(head_error, predicted[:, None], 1)
+        with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaN end as radius 0
+            gaps = logits[rows, predicted][:, None] - logits
+            slack = pairwise[predicted] * error[:, None] + head_error + head_error[rows, predicted][:, None]
             slack = slack * (1 + operators.gamma(8)) + operators.gamma(2) * np.abs(gaps)
-            predictions.append(predicted)
-            lower.append(np.nextafter(gaps - slack, -np.inf))
-        return np.concatenate(predictions), np.concatenate(lower)
+            return predicted, np.nextafter(gaps - slack, -np.inf)
 
     def certify(self, images, batch_size: int = 256) -> Certificate:
         """Proves, for each image, a radius inside which the class computed in exact arithmetic cannot change.

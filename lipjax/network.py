@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lipjax.operators import Leaf, LinearHead
+from lipjax.operators import Leaf, LinearHead, Normalize
 
 
 @jax.tree_util.register_dataclass
@@ -36,9 +36,10 @@ class Network:
     def num_classes(self) -> int:
         return self.head.out_shape[0]
 
-    def normalize(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-        """(x - input_mean) / input_std along the last axis."""
-        return (x - self.input_mean) / self.input_std
+    @property
+    def normalize(self) -> Normalize:
+        """The operator pixels -> (pixels - input_mean) / input_std."""
+        return Normalize(self.input_mean, self.input_std, self.in_shape)
 
     def features(self, x: Float[Array, "b ..."]) -> Float[Array, "b d"]:
         """What the head sees, for pixels x."""
@@ -55,24 +56,37 @@ class Network:
 
 
 def make_network(named_ops, head: LinearHead, input_mean=0.0, input_std=1.0) -> Network:
-    """Checks that the parts fit together and makes a `Network`.
+    """Makes a `Network` of parts that fit together.
 
     Args:
       named_ops: (name, operator) pairs in order. head: the last map.
       input_mean, input_std: numbers or one per channel, pixel units; std > 0.
-    Raises: ValueError for shapes that do not follow each other, names that repeat or a std that is not positive.
+    Raises: ValueError as `check_network`.
     """
     named_ops = list(named_ops)
-    names, ops = tuple(n for n, _ in named_ops), tuple(op for _, op in named_ops)
-    if not ops or len(set(names)) != len(names):
-        raise ValueError(f"Expected at least one operator and unique names, got {names}.")
-    for (name, op), (after, following) in zip(named_ops, [*named_ops[1:], ("head", head)], strict=True):
-        if tuple(op.out_shape) != tuple(following.in_shape):
-            raise ValueError(f"{name} gives shape {op.out_shape}, but {after} expects {following.in_shape}.")
     dtype = jnp.result_type(head.matrix)
     mean, std = (jnp.atleast_1d(jnp.asarray(a, dtype)) for a in (input_mean, input_std))
-    channels = ops[0].in_shape[-1]
-    for label, value in (("input_mean", mean), ("input_std", std)):
-        if value.shape not in ((1,), (channels,)):
-            raise ValueError(f"Expected {label} to be a number or {channels} numbers, got shape {value.shape}.")
-    return Network(ops, head, mean, std, names)
+    network = Network(tuple(op for _, op in named_ops), head, mean, std, tuple(name for name, _ in named_ops))
+    check_network(network)
+    return network
+
+
+def check_network(network: Network) -> None:
+    """Raises: ValueError unless names are unique, every array has its shape, and each shape follows from the one before."""
+    names, ops = network.names, network.ops
+    if not ops or len(set(names)) != len(names) or len(names) != len(ops):
+        raise ValueError(f"Expected at least one operator and unique names, one for each, got {names}.")
+    chain = [*zip(names, ops, strict=True), ("head", network.head)]
+    for name, part in chain:
+        _check_part(name, part)
+    _check_part("input", network.normalize)
+    for (name, part), (after, following) in zip(chain[:-1], chain[1:], strict=True):
+        if tuple(part.out_shape) != tuple(following.in_shape):
+            raise ValueError(f"{name} gives shape {part.out_shape}, but {after} expects {following.in_shape}.")
+
+
+def _check_part(name: str, part) -> None:
+    try:
+        getattr(part, "check", lambda: None)()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

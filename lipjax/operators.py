@@ -3,7 +3,8 @@
 Every operator has static `in_shape` and `out_shape` (without the batch axis), `__call__(x)` on a batch, `bound()` (proved, NumPy
 float64), `rounding_error(x)` (float64) and, where its norm is not known beforehand, `adjoint` and `estimate`.
 A rounding error is a bound, one value per image, on the l2 distance between the computed and the exact value of the operator at
-the stored x, with conventional summation in any order (docs/soundness.md).
+the stored x, with conventional summation in any order, the operator compiled apart from its neighbours, and but for underflow, which
+FrozenNetwork adds (docs/soundness.md). `check()`, where there is one, raises ValueError for arrays of the wrong shape.
 """
 
 import dataclasses
@@ -94,6 +95,10 @@ class Dense(_Linear):
     def out_shape(self):
         return (self.matrix.shape[0],)
 
+    def check(self) -> None:
+        if np.ndim(self.matrix) != 2:
+            raise ValueError(f"Expected a matrix (out, in), got shape {np.shape(self.matrix)}.")
+
     def _map(self, x, precision):
         return jnp.matmul(x, self.matrix.T, precision=precision)
 
@@ -120,6 +125,10 @@ class Conv(_Linear):
     def out_shape(self):
         size = conv.output_size(self.in_shape[:2], self.kernel.shape[:2], self.strides, self.padding)
         return (*size, self.kernel.shape[3])
+
+    def check(self) -> None:
+        if np.ndim(self.kernel) != 4 or len(self.in_shape) != 3 or self.kernel.shape[2] != self.in_shape[2]:
+            raise ValueError(f"Expected an HWIO kernel for images {self.in_shape}, got shape {np.shape(self.kernel)}.")
 
     def _map(self, x, precision):
         return conv.conv2d(x, self.kernel, strides=self.strides, padding=self.padding, precision=precision)
@@ -155,6 +164,41 @@ class _Isometric:
         return jnp.zeros(x.shape[0], x.dtype)
 
 
+@_operator("mean", "std", static=("in_shape",))
+class Normalize:
+    """x -> (x - mean) / std along the last axis. mean, std: (in_shape[-1],) or (1,); std > 0."""
+
+    mean: Leaf
+    std: Leaf
+    in_shape: tuple[int, ...]
+
+    @property
+    def out_shape(self):
+        return self.in_shape
+
+    def check(self) -> None:
+        for label, value in (("input_mean", self.mean), ("input_std", self.std)):
+            if np.shape(value) not in ((1,), (self.in_shape[-1],)):
+                raise ValueError(
+                    f"Expected {label} to be a number or {self.in_shape[-1]} numbers, got shape {np.shape(value)}."
+                )
+
+    def __call__(self, x):
+        return (x - self.mean) / self.std
+
+    def bound(self) -> spectral.NormBound:
+        std = np.asarray(self.std, np.float64)
+        if not (np.isfinite(std).all() and (std > 0).all()):
+            raise NotCertifiable(f"input_std must be positive and finite to certify, got {std}.")
+        least = float(std.min())
+        value = 1.0 if least == 1 else math.nextafter(1 / least, math.inf)
+        return spectral.NormBound(value, "exact: 1 / min(input_std)", {})
+
+    def rounding_error(self, x):
+        # Two roundings, or three where the division is a product with a rounded reciprocal.
+        return gamma(3) * _COMPUTED * norm_per_image(self(x))
+
+
 @_operator("bias", static=("in_shape",))
 class Bias(_Isometric):
     """x -> x + b along the last axis. bias: (in_shape[-1],)."""
@@ -162,6 +206,11 @@ class Bias(_Isometric):
     bias: Leaf
     in_shape: tuple[int, ...]
     _reason = "exact: a translation"
+
+    def check(self) -> None:
+        # A shorter or longer bias would broadcast, and copying an input to several outputs is no translation.
+        if np.shape(self.bias) != (self.in_shape[-1],):
+            raise ValueError(f"Expected a bias of shape ({self.in_shape[-1]},), got {np.shape(self.bias)}.")
 
     def __call__(self, x):
         check_input(self, x)
@@ -218,6 +267,11 @@ class LinearHead:
     def out_shape(self):
         return (self.matrix.shape[0],)
 
+    def check(self) -> None:
+        if np.ndim(self.matrix) != 2 or np.shape(self.bias) != self.matrix.shape[:1]:
+            shapes = f"{np.shape(self.matrix)} and {np.shape(self.bias)}"
+            raise ValueError(f"Expected a matrix (classes, features) and a bias (classes,), got {shapes}.")
+
     def __call__(self, x):
         check_input(self, x)
         return x @ self.matrix.T + self.bias
@@ -236,14 +290,17 @@ class LinearHead:
     def pairwise_bound(self) -> np.ndarray:
         """Proved upper bound of |w_i - w_j|_2 for all pairs: (k, k) float64.
 
-        Raises: NotCertifiable if an entry is not finite.
+        Raises: NotCertifiable if an entry is not finite or above 2^1000.
         """
         w = np.asarray(self.matrix, np.float64)
         if not np.isfinite(w).all():
             raise NotCertifiable("The head's matrix has entries that are not finite.")
-        # A power of two brings the rows to order one, so that squares neither overflow nor vanish. A difference of two rows is at
-        # most twice the largest entry, and each rounding below is one of gamma_{d+4}; what underflows is below the last term.
-        scale = 2.0 ** math.frexp(float(np.abs(w).max(initial=0.0)))[1]
+        exponent = math.frexp(float(np.abs(w).max(initial=0.0)))[1]
+        if exponent > 1000:
+            raise NotCertifiable(f"The head's matrix has entries up to {np.abs(w).max():g}, too large for float64 bounds.")
+        # A power of two brings the rows to order one, so that squares neither overflow nor vanish; what underflows all the
+        # same is below the last term.
+        scale = 2.0**exponent
         rows = np.stack([np.sqrt(np.sum(((row - w) / scale) ** 2, axis=1)) for row in w])
         bound = rows * (1 + gamma(w.shape[1] + 8)) + np.where(rows > 0, 2.0**-500, 0.0)
         exact_zero = np.stack([(row == w).all(axis=1) for row in w])

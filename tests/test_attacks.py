@@ -12,9 +12,10 @@ from lipjax.frozen import FrozenNetwork
 from lipjax.network import make_network
 
 SHAPE = (4, 4, 1)
-# What PGD lacks of the optimum on a linear function, as a fraction of the radius: with steps of 2.5 epsilon / n the part of the
-# start across the gradient shrinks by exp(-2.5) in n steps, and the cosine of that angle is 1 - exp(-5) / 2.
-SHORT = 0.0034
+# What PGD may lack of the optimum on a linear function, as a fraction of the radius. In n steps of 2.5 epsilon / n the
+# tangent of half the angle to the optimum shrinks by exp(-2.5) or more: from a start at 135 degrees to 22 degrees and a
+# lack of 0.08, from one at 90 degrees, which is what random starts are near in 16 dimensions, to 9 degrees and 0.013.
+SHORT = 0.013
 
 
 @jax.tree_util.register_dataclass
@@ -48,7 +49,7 @@ def norms(delta):
 
 def test_pgd_finds_the_closed_form_optimum(linear, key):
     model, images, labels, distance = linear
-    for factor, succeeds in ((1.01, True), (0.99, False)):
+    for factor, succeeds in ((1.02, True), (0.99, False)):
         for i in (0, 7, 13):
             one, label = jnp.asarray(images[i : i + 1]), jnp.asarray(labels[i : i + 1])
             radius = factor * distance[i]
@@ -65,8 +66,8 @@ def test_attack_distances_are_the_first_radius_that_suffices(linear):
     radii = (0.02, 0.05, 0.1, 0.2)
     found = attacks.attack_l2(model, images, labels, radii, num_steps=30, batch_size=8)  # the last batch is not full
     expected = np.array([min((r for r in radii if r > d), default=np.inf) for d in distance])
-    clear = np.all([np.abs(distance / r - 1) > 2 * SHORT for r in radii], axis=0)
-    assert clear.sum() > 10 and len(set(expected[clear])) >= 3  # control: the radii differ in what they reach
+    clear = np.all([np.abs(distance / r - 1) > 3 * SHORT for r in radii], axis=0)
+    assert clear.sum() >= 8 and len(set(expected[clear])) >= 3  # control: the radii differ in what they reach
     assert np.array_equal(np.isinf(found.distances[clear]), np.isinf(expected[clear]))
     assert np.all(found.distances[clear] <= expected[clear] * (1 + 1e-9))
     assert np.all(found.distances >= distance * (1 - 1e-12))

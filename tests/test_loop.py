@@ -112,7 +112,7 @@ def test_nan_stops_the_run_says_where_and_keeps_the_last_good_state(tmp_path, mo
     config, original = tiny_config(), optimizer.epsilon_at
     with monkeypatch.context() as patch:
         patch.setattr(optimizer, "epsilon_at", lambda c, epoch, n: original(c, epoch, n) if epoch < 1 else float("nan"))
-        with pytest.raises(UserError, match=r"step 4 \(epoch 2\): not finite were loss, gradient of block_01"):
+        with pytest.raises(UserError, match=r"step 4 \(epoch 2\): not finite were gradient of block_01, .*loss"):
             train(config, tmp_path, 0)
     assert latest_step(tmp_path) == 3
     train(config, tmp_path, 0)  # control: without the NaN it goes on, from a state that the NaN did not touch
@@ -120,7 +120,9 @@ def test_nan_stops_the_run_says_where_and_keeps_the_last_good_state(tmp_path, mo
 
 
 def test_a_learning_rate_that_overflows_is_caught_at_its_first_step(tmp_path):
-    config = tiny_config(**{"optimizer.learning_rate": 1e39, "optimizer.warmup_epochs": 0.0})
+    config = tiny_config(
+        **{"optimizer.learning_rate": 3e38, "optimizer.warmup_epochs": 0.0, "optimizer.weight_decay": 10.0}
+    )
     with pytest.raises(UserError, match=r"step 1 \(epoch 1\): not finite were updated parameters.*another --workdir"):
         train(config, tmp_path, 0)
     assert latest_step(tmp_path) is None
@@ -172,17 +174,17 @@ def test_a_directory_without_a_checkpoint_starts_anew_with_any_config(tmp_path, 
 def test_each_function_compiles_once(tmp_path, caplog):
     shutil.copytree(trained(), tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "9")
-    for step in (6, 8):
-        if (tmp_path / "run" / "checkpoints" / str(step)).exists():
-            break
     with jax.log_compiles():
         train(tiny_config(), tmp_path / "fresh", 0)  # two ways to come by a state: fresh and restored
         fresh = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling jit(")]
         caplog.clear()
         train(tiny_config(), tmp_path / "run", 0)
         resumed = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling jit(")]
-    for name in ("array_step", "prepare", "evaluate", "epoch_order"):
-        assert [sum(f"jit({name})" in m for m in messages) for messages in (fresh, resumed)] == [1, 1], name
+    for messages in (fresh, resumed):
+        counts = {name: sum(f"jit({name})" in m for m in messages) for name in ("array_step", "prepare", "evaluate")}
+        assert counts == {"array_step": 1, "prepare": 1, "evaluate": 1}
+        # Of the epochs' order JAX remembers the program, since the function is the same in every run.
+        assert sum("jit(epoch_order)" in m for m in messages) <= 1
 
 
 def test_bad_data_stop_before_anything_is_written(tmp_path):

@@ -1,4 +1,4 @@
-"""What the tests of training share: made-up data, a config of a few hundred parameters, one trained run, quick compiles."""
+"""What the tests of training share: made-up data, a tiny config, one trained run, quick compiles."""
 
 import atexit
 import functools
@@ -26,7 +26,7 @@ def scratch() -> pathlib.Path:
 
 @pytest.fixture(autouse=True)
 def quick_compiles():
-    """A training compiles for seconds and runs for milliseconds: compile with little optimisation, and once per program."""
+    """A training compiles for seconds and runs for milliseconds: compile with less optimisation, each program once."""
     wanted = {
         "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(scratch() / "compiled"),

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from lipjax import conv, operators
 from lipjax.parametrize import lln, residual
@@ -15,7 +14,7 @@ NamedOperators = list[tuple[str, object]]
 orthogonal = nn.initializers.orthogonal
 
 
-def torch_linear(key, shape, dtype=jnp.float_):
+def torch_linear(key, shape, dtype=float):
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for (out, in) matrices: torch's default of a linear layer."""
     return jax.random.uniform(key, shape, dtype, -1, 1) * shape[1] ** -0.5
 
