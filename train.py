@@ -29,6 +29,9 @@ def parse(argv: list[str]) -> list[str]:
         FLAGS.config.to_dict()  # raises if the file could not be loaded
         return rest
     except (AttributeError, KeyError) as error:
+        if "get_config" in str(error):
+            print(f"Error: a config file must define get_config() ({error}).", file=sys.stderr)
+            sys.exit(2)
         given = " ".join(a for a in argv[1:] if a.startswith("--config"))
         where = "lipjax/training/config.py lists all fields."
         print(f"Error: no such config field: {error} ({given}). {where}", file=sys.stderr)

@@ -1,7 +1,9 @@
 """How tight and how fast the proved bounds are.
 
-Run: python benchmarks/bounds.py                                     table of small hostile operators against dense float64 SVDs
-     python benchmarks/bounds.py --config=configs/cifar10_liresnet.py     a whole network at initialisation: bound over estimate, and time
+Run: python benchmarks/bounds.py
+     small hostile operators against dense float64 SVDs
+Run: python benchmarks/bounds.py --config=configs/cifar10_liresnet.py
+     a whole network at initialisation: bounds over estimates, and time
 """
 
 import os
@@ -25,7 +27,9 @@ from lipjax.models import get_model
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("config", None, "A config file; without one, the table of small operators.")
-flags.DEFINE_integer("iterations", 1000, "Power iterations of the estimate that a whole network's bounds are compared with.")
+flags.DEFINE_integer(
+    "iterations", 1000, "Power iterations of the estimate that a whole network's bounds are compared with."
+)
 SHAPES = {"cifar10": ((32, 32, 3), 10), "cifar100": ((32, 32, 3), 100), "digits": ((8, 8, 1), 10)}
 
 
@@ -99,14 +103,19 @@ def whole_network(console: Console, path: str) -> None:
     rows = frozen.lipschitz_report()
     seconds = time.perf_counter() - start
     found = frozen.norm_estimates(num_iters=FLAGS.iterations)
-    table = Table("layer", "proved bound", f"estimate ({FLAGS.iterations} iterations)", "bound / estimate - 1", "method")
+    table = Table(
+        "layer", "proved bound", f"estimate ({FLAGS.iterations} iterations)", "bound / estimate - 1", "method"
+    )
     for row in rows:
         if row.name in found:
             gap = row.bound / found[row.name] - 1
             table.add_row(row.name, f"{row.bound:.9f}", f"{found[row.name]:.9f}", f"{gap:.2e}", row.method)
     console.print(table)
     total = np.prod([row.bound for row in rows if row.name in found]) / np.prod(list(found.values())) - 1
-    console.print(f"All bounds: {seconds:.1f} s on {os.cpu_count()} cores; product of bounds / product of estimates - 1 = {total:.2e}")
+    console.print(
+        f"All bounds: {seconds:.1f} s on {os.cpu_count()} cores; "
+        f"product of bounds / product of estimates - 1 = {total:.2e}"
+    )
 
 
 def main(argv):

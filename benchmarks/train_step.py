@@ -1,7 +1,8 @@
 """One training step split into parametrise, apply and bound, as shares of the whole, in one process.
 
 Run: python benchmarks/train_step.py --config=configs/digits.py [--config.batch_size=...]
-Every part is jitted alone, with its gradient; the parts do not add up to the whole exactly, since XLA fuses across them there.
+Every part is jitted alone, with its gradient; the parts do not add up to the whole exactly, since XLA fuses across them
+there.
 """
 
 import os
@@ -25,7 +26,12 @@ from lipjax.training import sharding, step
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", "configs/digits.py", "The experiment whose step is measured.")
 flags.DEFINE_integer("rounds", 7, "Rounds; in each, every part runs once. Medians are shown.")
-SHAPES = {"digits": ((8, 8, 1), 10), "mnist": ((28, 28, 1), 10), "cifar10": ((32, 32, 3), 10), "cifar100": ((32, 32, 3), 100)}
+SHAPES = {
+    "digits": ((8, 8, 1), 10),
+    "mnist": ((28, 28, 1), 10),
+    "cifar10": ((32, 32, 3), 10),
+    "cifar100": ((32, 32, 3), 100),
+}
 
 
 def parts(config):
@@ -56,7 +62,9 @@ def parts(config):
     def bound(net):
         return bounds.margin_lipschitz_estimate(net, state.vectors, config.power_iterations)[0].sum()
 
-    gradients = {name: jax.jit(jax.grad(f)) for name, f in (("parametrise", parametrise), ("apply", apply), ("bound", bound))}
+    gradients = {
+        name: jax.jit(jax.grad(f)) for name, f in (("parametrise", parametrise), ("apply", apply), ("bound", bound))
+    }
     return {
         "whole step": lambda: whole(state, images, labels, 0.1),
         "parametrise": lambda: gradients["parametrise"](state.params),
@@ -76,7 +84,10 @@ def main(argv):
             if round_number:  # the first compiles
                 times[name].append(time.perf_counter() - start)
     whole = statistics.median(times["whole step"])
-    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, batch {FLAGS.config.batch_size}")
+    print(
+        f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, "
+        f"batch {FLAGS.config.batch_size}"
+    )
     for name, values in times.items():
         median = statistics.median(values)
         print(f"{name:12s} {1e3 * median:9.1f} ms  {median / whole:6.1%} of the step  (min {1e3 * min(values):.1f} ms)")

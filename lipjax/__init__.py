@@ -1,8 +1,9 @@
-"""lipjax: classifiers whose robustness is proved. `import lipjax` loads the theory; nn, models, training and interop are explicit."""
+"""lipjax: classifiers whose robustness is proved. `import lipjax` loads the theory; models and training apart."""
 
 import os
 
-# OpenBLAS threads beside XLA's make batched solves up to 1000 times slower and have corrupted the heap (jax issue 39292).
+# OpenBLAS threads beside XLA's make batched solves up to 1000 times slower and have corrupted the heap (jax issue
+# 39292).
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from lipjax import activations, bounds, certify, conv, losses, network, operators, parametrize, spectral  # noqa: E402

@@ -7,7 +7,8 @@ from jaxtyping import Array, Float
 def maxmin(x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
     """Sorts each pair of channels: concat(max(a, b), min(a, b)) of the halves a, b.
 
-    An orthogonal map on each side of the tie a = b, and continuous there: exactly 1-Lipschitz and gradient-norm preserving.
+    An orthogonal map on each side of the tie a = b, and continuous there: exactly 1-Lipschitz and
+    gradient-norm preserving.
 
     Args: x: channels last, an even number of them, any unit.
     Returns: the shape and unit of x.

@@ -1,4 +1,4 @@
-"""From the norms of operators to L, the Lipschitz constants of all logit differences: an estimate and a bound, kept apart."""
+"""From the norms of operators to L, the Lipschitz constants of all logit differences: an estimate, and a bound."""
 
 import dataclasses
 import math

@@ -17,8 +17,8 @@ SCHEMA = 1
 def certified_radius(logits: Float[Array, "b k"], lipschitz: Float[Array, "i j"]) -> Float[Array, " b"]:
     """min over rivals i != j of (y_j - y_i) / lipschitz[j, i], j the predicted class.
 
-    Plain arithmetic in the inputs' precision: with a proved `lipschitz` and exact logits a certificate, otherwise a number.
-    `FrozenNetwork.certify` is the proof.
+    Plain arithmetic in the inputs' precision: with a proved `lipschitz` and exact logits a certificate, otherwise a
+    number. `FrozenNetwork.certify` is the proof.
 
     Args: logits (b, k); lipschitz (k, k), per pixel unit, its diagonal ignored.
     Returns: (b,), >= 0, in pixel units; 0 on ties and where a value is NaN; infinite if no rival can be reached.
@@ -48,7 +48,8 @@ def certified_accuracy(predictions, labels, radii, epsilon: float) -> float:
     predictions, labels, radii = (np.asarray(a) for a in (predictions, labels, radii))
     if not (predictions.shape == labels.shape == radii.shape and radii.size):
         raise ValueError(
-            f"Expected equally long predictions, labels and radii, got {predictions.shape}, {labels.shape}, {radii.shape}."
+            "Expected equally long predictions, labels and radii, at least one, "
+            f"got {predictions.shape}, {labels.shape}, {radii.shape}."
         )
     return float(np.mean((predictions == labels) & (radii > epsilon)))
 
@@ -60,7 +61,8 @@ class Certificate:
     Attributes:
       predictions: (n,) the class reported.
       rivals: (n,) the class that limits the radius.
-      margins: (n,) proved lower bound of logit[prediction] - logit[rival] in exact arithmetic; -inf where nothing is known.
+      margins: (n,) proved lower bound of logit[prediction] - logit[rival] in exact arithmetic; -inf where nothing is
+      known.
       radii: (n,) `radius_of(margins, L[prediction, rival])`, pixel units: inside, the class cannot change.
     """
 
@@ -71,7 +73,7 @@ class Certificate:
 
 
 def radius_of(margins: np.ndarray, lipschitz: np.ndarray) -> np.ndarray:
-    """Largest float64 radius that a margin proves: the float64 quotient, one step toward 0; 0 for a margin that is not positive.
+    """A radius that a margin proves: the float64 quotient, one step toward 0; 0 for a margin that is not positive.
 
     Args: margins: lower bounds; lipschitz: upper bounds, of the same shape. Both float64.
     Returns: the shape of margins; the largest finite float64 where lipschitz is 0.
@@ -86,7 +88,8 @@ def certify_margins(predictions: np.ndarray, margins: np.ndarray, lipschitz: np.
     """The certificate that lower bounds of all margins prove.
 
     Args:
-      predictions: (n,). margins: (n, k), lower bounds of logit[prediction] - logit[i], the column of the prediction ignored.
+      predictions: (n,). margins: (n, k), lower bounds of logit[prediction] - logit[i], the column of the prediction
+      ignored.
       lipschitz: (k, k) proved.
     """
     margins = np.where(np.isnan(margins), -np.inf, margins)
@@ -98,13 +101,11 @@ def certify_margins(predictions: np.ndarray, margins: np.ndarray, lipschitz: np.
     smallest[rows, predictions] = np.inf
     rivals = np.argmin(smallest, axis=1)
     # With a single class nothing limits the radius.
-    return Certificate(
-        predictions, rivals, margins[rows, rivals], np.minimum(radii[rows, rivals], sys.float_info.max)
-    )
+    return Certificate(predictions, rivals, margins[rows, rivals], np.minimum(radii[rows, rivals], sys.float_info.max))
 
 
 def layer_rows(rows, estimates: dict[str, float]) -> list[dict]:
-    """The per-layer table of a certificate: bound, method, details, and the gap bound / estimate - 1 where one is known."""
+    """The per-layer table of a certificate: bound, method, details, and gap = bound / estimate - 1 where known."""
     table = []
     for row in rows:
         entry = dataclasses.asdict(row)
@@ -131,7 +132,7 @@ def image_rows(certificate: Certificate, labels=None) -> list[dict]:
 
 
 def write_json(path: str | os.PathLike, document: dict) -> None:
-    """Writes JSON atomically: either the old file or the whole new one is there. Floats keep all their digits; NaN raises."""
+    """Writes JSON atomically: the old file or the whole new one is there. Floats keep all their digits; NaN raises."""
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -13,25 +13,26 @@ def stride_pair(strides: int | tuple[int, int]) -> tuple[int, int]:
     pair = (strides, strides) if isinstance(strides, int) else tuple(strides)
     if len(pair) != 2 or min(pair) < 1:
         raise ValueError(f"Expected a stride >= 1 or a pair of them, got {strides!r}.")
-    return pair
+    return pair[0], pair[1]
 
 
-def explicit_padding(kernel_size: tuple[int, int], padding: Padding) -> tuple[tuple[int, int], tuple[int, int]]:
+def explicit_padding(kernel_size: tuple[int, ...], padding: Padding) -> tuple[tuple[int, int], tuple[int, int]]:
     """Rows and columns added on each side of the image.
 
     Args:
       kernel_size: (kh, kw).
-      padding: "ZERO" ((k - 1) // 2 on both sides, as the papers' code), "VALID" (none), "CIRCULAR" ((k - 1) // 2 low and the
-        rest of k - 1 high, filled by wrapping) or explicit ((lo, hi), (lo, hi)) zeros.
+      padding: "ZERO" ((k - 1) // 2 on both sides, as the papers' code), "VALID" (none), "CIRCULAR" ((k - 1) // 2 low
+        and the rest of k - 1 high, filled by wrapping) or explicit ((lo, hi), (lo, hi)) zeros.
     Returns: ((lo, hi), (lo, hi)).
     Raises: ValueError for any other padding.
     """
+    low = [(k - 1) // 2 for k in kernel_size]
     if padding == "ZERO":
-        return tuple(((k - 1) // 2, (k - 1) // 2) for k in kernel_size)
+        return (low[0], low[0]), (low[1], low[1])
     if padding == "VALID":
-        return ((0, 0), (0, 0))
+        return (0, 0), (0, 0)
     if padding == "CIRCULAR":
-        return tuple(((k - 1) // 2, k - 1 - (k - 1) // 2) for k in kernel_size)
+        return (low[0], kernel_size[0] - 1 - low[0]), (low[1], kernel_size[1] - 1 - low[1])
     try:
         (a, b), (c, d) = padding
         pads = ((int(a), int(b)), (int(c), int(d)))
@@ -43,8 +44,8 @@ def explicit_padding(kernel_size: tuple[int, int], padding: Padding) -> tuple[tu
 
 
 def output_size(
-    size: tuple[int, int], kernel_size: tuple[int, int], strides: int | tuple[int, int], padding: Padding
-) -> tuple[int, int]:
+    size: tuple[int, ...], kernel_size: tuple[int, ...], strides: int | tuple[int, int], padding: Padding
+) -> tuple[int, ...]:
     """Height and width after a convolution: (n + lo + hi - k) // s + 1 per axis.
 
     Raises: ValueError if the kernel does not fit, or a circular convolution's size is no multiple of its stride.
@@ -52,15 +53,13 @@ def output_size(
     steps, pads = stride_pair(strides), explicit_padding(kernel_size, padding)
     if padding == "CIRCULAR" and any(n % s for n, s in zip(size, steps, strict=True)):
         raise ValueError(f"A circular convolution needs sizes divisible by its strides, got {size} and {steps}.")
-    out = tuple(
-        (n + lo + hi - k) // s + 1 for n, k, s, (lo, hi) in zip(size, kernel_size, steps, pads, strict=True)
-    )
+    out = tuple((n + lo + hi - k) // s + 1 for n, k, s, (lo, hi) in zip(size, kernel_size, steps, pads, strict=True))
     if min(out) < 1:
         raise ValueError(f"A kernel of {kernel_size} does not fit images of {size} with padding {padding!r}.")
     return out
 
 
-def _pad_input(x: Float[Array, "b h w c"], kernel_size: tuple[int, int], padding: Padding):
+def _pad_input(x: Float[Array, "b h w c"], kernel_size: tuple[int, ...], padding: Padding):
     """Returns the image with its circular padding filled in, and the zero padding that is left to do."""
     pads = explicit_padding(kernel_size, padding)
     if padding == "CIRCULAR":
@@ -82,14 +81,16 @@ def conv2d(
       x: images, NHWC, any unit.
       kernel: HWIO.
       strides: one number or one for each axis.
-      padding: see `explicit_padding`. "ZERO" differs from XLA's SAME when strided; "CIRCULAR" aligns tap (k - 1) // 2 with
-        the output, and taps beyond the map are wrapped and summed, never cropped.
+      padding: see `explicit_padding`. "ZERO" differs from XLA's SAME when strided; "CIRCULAR" aligns tap (k - 1) // 2
+        with the output, and taps beyond the map are wrapped and summed, never cropped.
       precision: of the products; None takes JAX's default.
     Returns: (b, (h + lo + hi - kh) // s + 1, ..., o), in the unit of x.
     Raises: ValueError if channels or sizes do not fit.
     """
     if x.shape[-1] != kernel.shape[2]:
-        raise ValueError(f"Expected images with {kernel.shape[2]} channels (kernel HWIO {kernel.shape}), got {x.shape}.")
+        raise ValueError(
+            f"Expected images with {kernel.shape[2]} channels (kernel HWIO {kernel.shape}), got {x.shape}."
+        )
     output_size(x.shape[1:3], kernel.shape[:2], strides, padding)
     x, pads = _pad_input(x, kernel.shape[:2], padding)
     return lax.conv_general_dilated(
@@ -101,7 +102,7 @@ def conv2d_adjoint(
     y: Float[Array, "b hh ww c"],
     kernel: Float[Array, "kh kw i o"],
     *,
-    in_size: tuple[int, int],
+    in_size: tuple[int, ...],
     strides: int | tuple[int, int] = 1,
     padding: Padding = "ZERO",
     precision: lax.Precision | None = None,
@@ -119,7 +120,8 @@ def conv2d_adjoint(
         padded = tuple(n + lo + hi for n, (lo, hi) in zip(in_size, pads, strict=True))
         return _fold(conv2d_adjoint(y, kernel, in_size=padded, **kwargs), in_size, pads)
     flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    # The correlation with the flipped kernel reaches every input that an output has read; what it never read stays zero.
+    # The correlation with the flipped kernel reaches every input that an output has read; what it never read stays
+    # zero.
     grown = tuple(
         (k - 1 - lo, n + lo - s * (m - 1) - 1)
         for n, k, s, m, (lo, _) in zip(in_size, kernel.shape[:2], steps, out, pads, strict=True)
@@ -129,7 +131,7 @@ def conv2d_adjoint(
     )
 
 
-def _fold(x: Float[Array, "b h w c"], size: tuple[int, int], pads) -> Float[Array, "b hh ww c"]:
+def _fold(x: Float[Array, "b h w c"], size: tuple[int, ...], pads) -> Float[Array, "b hh ww c"]:
     """The adjoint of circular padding: every padded pixel is added to the one that it copies."""
     for axis, (n, (lo, _)) in enumerate(zip(size, pads, strict=True), start=1):
         target = (jnp.arange(x.shape[axis]) - lo) % n

@@ -1,4 +1,4 @@
-"""Frozen networks: a Network of float64 host arrays that certifies, saves and loads. See docs/soundness.md for what is proved."""
+"""Frozen networks: float64 host arrays that certify, save and load. docs/soundness.md says what is proved."""
 
 import contextlib
 import dataclasses
@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from lipjax.network import Network, check_network
 
 SCHEMA = 1
 FORMAT = "lipjax-frozen-network"
-_OPERATORS = {
+_OPERATORS: dict[str, Any] = {
     cls.__name__: cls for cls in (operators.Dense, operators.Conv, operators.Bias, operators.MaxMin, operators.Flatten)
 }
 
@@ -66,8 +67,8 @@ def _host_float64(array):
 _FLOOR = 2.0**-480
 
 
-# Each operator is compiled on its own. Compiled together, x -> W x + b becomes a sum that starts at b, whose rounding error neither
-# operator's bound covers (docs/soundness.md).
+# Each operator is compiled on its own. Compiled together, x -> W x + b becomes a sum that starts at b, whose rounding
+# error neither operator's bound covers (docs/soundness.md).
 @jax.jit
 def _propagate(op, norm, error, x):
     """An operator's output at the computed x, and a bound on its distance to the exact output at the exact input.
@@ -99,7 +100,9 @@ def _evaluate(network: Network, norms: tuple, x):
 def _check_arithmetic() -> None:
     """Raises: NotCertifiable if this process does not compute as docs/soundness.md assumes."""
     if "fast_math=true" in os.environ.get("XLA_FLAGS", ""):
-        raise NotCertifiable("XLA_FLAGS switches on fast math, whose rounding errors nobody bounds: unset it to certify.")
+        raise NotCertifiable(
+            "XLA_FLAGS switches on fast math, whose rounding errors nobody bounds: unset it to certify."
+        )
     if np.float64(5e-324) * np.float64(1.0) == 0:
         raise NotCertifiable("This process flushes subnormal numbers to zero (a library was built with fast math?).")
 
@@ -228,8 +231,6 @@ class FrozenNetwork:
         """
         return certify_margins(*self.margins(images, batch_size), self.margin_lipschitz())
 
-    # ---- files -------------------------------------------------------------------------------------------------------------
-
     def arrays(self) -> dict[str, np.ndarray]:
         """All arrays by name: ops/<name>/<field>, head/<field>, input_mean, input_std."""
         found = {}
@@ -258,7 +259,7 @@ class FrozenNetwork:
         return digest.hexdigest()
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes network.safetensors and, last, network.json with the hash of both; each file appears whole or not at all."""
+        """Writes network.safetensors, then network.json with the hash of both; each appears whole or not at all."""
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         target = directory / "network.safetensors"
@@ -286,7 +287,9 @@ class FrozenNetwork:
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise UserError(f"{directory}: the frozen network is damaged ({error}). Freeze it again.") from error
         if not isinstance(document, dict) or document.get("format") != FORMAT or document.get("schema") != SCHEMA:
-            raise UserError(f"{directory}/network.json is not of format {FORMAT!r}, schema {SCHEMA}: made by another version?")
+            raise UserError(
+                f"{directory}/network.json is not of format {FORMAT!r}, schema {SCHEMA}: made by another version?"
+            )
         try:
             frozen = cls(_rebuild(document, arrays))
         except (KeyError, TypeError, ValueError) as error:

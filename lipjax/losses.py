@@ -1,7 +1,7 @@
 """Training losses that ask for a certified margin: (logits, labels, lipschitz, ...) -> one value per example.
 
-Everywhere lipschitz[i, j] bounds or estimates the Lipschitz constant of logit_i - logit_j in pixel units, labels are integers in
-[0, k), and epsilon is an l2 radius in pixel units. With z_i = y_i - y_t, t the label, m_i = lipschitz[t, i].
+Everywhere lipschitz[i, j] bounds or estimates the Lipschitz constant of logit_i - logit_j in pixel units, labels are
+integers in [0, k), epsilon is an l2 radius in pixel units, z_i = y_i - y_t with the label t, and m_i = lipschitz[t, i].
 """
 
 import jax
@@ -28,7 +28,8 @@ def shifted_logits(logits: Logits, labels: Labels, lipschitz: Lipschitz, epsilon
     """z_i + rho_i epsilon m_i: the rivals' logits at the worst point of a ball, relative to the label's.
 
     Args:
-      epsilon: radius in pixel units. adaptive: False for rho = 1; True for EMMA's rho = clip(-z_i / (epsilon m_i), 0.01, 1),
+      epsilon: radius in pixel units.
+      adaptive: False for rho = 1; True for EMMA's rho = clip(-z_i / (epsilon m_i), 0.01, 1),
         constant under differentiation: the full ball where the example is certified against i, else as far as it is.
     Returns: (b, k), 0 in the column of the label.
     """
@@ -60,7 +61,7 @@ def margin(logits: Logits, labels: Labels, lipschitz: Lipschitz, epsilon) -> Per
 
 
 def bottom_logit(logits: Logits, lipschitz: Lipschitz, epsilon) -> PerExample:
-    """y_bot = max_{i != j} (y_i + epsilon lipschitz[j, i]), j the predicted class: above y_j unless certified at epsilon."""
+    """y_bot = max_{i != j} (y_i + epsilon lipschitz[j, i]), j the predicted class: below y_j if certified."""
     predicted = jnp.argmax(logits, axis=1)
     raised = logits + epsilon * lipschitz[predicted]
     return jnp.max(jnp.where(_own_class(predicted, logits.shape[1]), -jnp.inf, raised), axis=1)

@@ -16,7 +16,8 @@ class Network:
     """Operators applied in turn to normalised pixels, then a head.
 
     Attributes:
-      ops: operators and activations of lipjax.operators, in order; each one's in_shape is the out_shape of the one before.
+      ops: operators and activations of lipjax.operators, in order; each one's in_shape is the out_shape of the one
+      before.
       head: makes logits (b, k) of the last features.
       input_mean, input_std: (c,) or (1,), in pixel units: the network sees (pixels - mean) / std.
       names: one unique name per operator, for reports and errors.
@@ -55,7 +56,7 @@ class Network:
         return self.head(self.features(x))
 
 
-def make_network(named_ops, head: LinearHead, input_mean=0.0, input_std=1.0) -> Network:
+def make_network(named_ops, head: LinearHead, input_mean: Any = 0.0, input_std: Any = 1.0) -> Network:
     """Makes a `Network` of parts that fit together.
 
     Args:
@@ -72,7 +73,7 @@ def make_network(named_ops, head: LinearHead, input_mean=0.0, input_std=1.0) -> 
 
 
 def check_network(network: Network) -> None:
-    """Raises: ValueError unless names are unique, every array has its shape, and each shape follows from the one before."""
+    """Raises: ValueError unless names are unique, arrays have their shapes, and each shape follows from the last."""
     names, ops = network.names, network.ops
     if not ops or len(set(names)) != len(names) or len(names) != len(ops):
         raise ValueError(f"Expected at least one operator and unique names, one for each, got {names}.")

@@ -1,16 +1,16 @@
 """The pieces of a network as small pytrees: arrays as data, shapes as static metadata.
 
-Every operator has static `in_shape` and `out_shape` (without the batch axis), `__call__(x)` on a batch, `bound()` (proved, NumPy
-float64), `rounding_error(x)` (float64) and, where its norm is not known beforehand, `adjoint` and `estimate`.
-A rounding error is a bound, one value per image, on the l2 distance between the computed and the exact value of the operator at
-the stored x, with conventional summation in any order, the operator compiled apart from its neighbours, and but for underflow, which
-FrozenNetwork adds (docs/soundness.md). `check()`, where there is one, raises ValueError for arrays of the wrong shape.
+Every operator has static `in_shape` and `out_shape` (without the batch axis), `__call__(x)` on a batch, `bound()`
+(proved, NumPy float64), `rounding_error(x)` (float64) and, where its norm is not known beforehand, `adjoint` and
+`estimate`. A rounding error is a bound, one value per image, on the l2 distance between the computed and the exact
+value of the operator at the stored x, with conventional summation in any order, the operator compiled apart from its
+neighbours, and but for underflow, which FrozenNetwork adds (docs/soundness.md). `check()`, where there is one, raises
+ValueError for arrays of the wrong shape.
 """
 
 import dataclasses
 import math
-
-from typing import Any
+from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ def gamma(num_roundings: int) -> float:
     return num_roundings * UNIT_ROUNDOFF / (1 - num_roundings * UNIT_ROUNDOFF) * (1 + 2**-50)
 
 
+@dataclass_transform(frozen_default=True)
 def _operator(*arrays: str, static: tuple[str, ...]):
     """Class decorator: a frozen dataclass that is a pytree of `arrays` with `static` metadata."""
 
@@ -57,6 +58,9 @@ def check_input(operator, x) -> None:
 
 class _Linear:
     """What linear operators share: the estimate of the norm by power iteration on A^T A."""
+
+    def _map(self, x, precision) -> Any: ...
+    def _adjoint(self, y, precision) -> Any: ...
 
     def estimate(self, v, num_iters: int):
         """Differentiable estimate of the norm, never above it before rounding.
@@ -117,7 +121,7 @@ class Conv(_Linear):
     """Convolution of NHWC images. kernel: HWIO; strides, padding: as in `conv.conv2d`; in_shape: (h, w, c)."""
 
     kernel: Leaf
-    in_shape: tuple[int, int, int]
+    in_shape: tuple[int, ...]
     strides: int | tuple[int, int] = 1
     padding: conv.Padding = "ZERO"
 
@@ -151,6 +155,7 @@ class Conv(_Linear):
 class _Isometric:
     """Operators whose Lipschitz constant is 1 by what they are."""
 
+    in_shape: tuple[int, ...]
     _reason = ""
 
     @property
@@ -297,9 +302,11 @@ class LinearHead:
             raise NotCertifiable("The head's matrix has entries that are not finite.")
         exponent = math.frexp(float(np.abs(w).max(initial=0.0)))[1]
         if exponent > 1000:
-            raise NotCertifiable(f"The head's matrix has entries up to {np.abs(w).max():g}, too large for float64 bounds.")
-        # A power of two brings the rows to order one, so that squares neither overflow nor vanish; what underflows all the
-        # same is below the last term.
+            raise NotCertifiable(
+                f"The head's matrix has entries up to {np.abs(w).max():g}, too large for float64 bounds."
+            )
+        # A power of two brings the rows to order one, so that squares neither overflow nor vanish; what underflows all
+        # the same is below the last term.
         scale = 2.0**exponent
         rows = np.stack([np.sqrt(np.sum(((row - w) / scale) ** 2, axis=1)) for row in w])
         bound = rows * (1 + gamma(w.shape[1] + 8)) + np.where(rows > 0, 2.0**-500, 0.0)
@@ -310,4 +317,3 @@ class LinearHead:
         """Bound, (b, k), on the error of every computed logit."""
         size = jnp.abs(x) @ jnp.abs(self.matrix).T + jnp.abs(self.bias)
         return gamma(self.matrix.shape[1] + 3) * _COMPUTED * size
-

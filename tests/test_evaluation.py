@@ -31,7 +31,10 @@ def exact_logits(network, image):
     z = [Fraction(float(v)) / Fraction(float(network.input_std[0])) for v in image]
     for part in (*network.ops, network.head):
         if isinstance(part, operators.Dense | operators.LinearHead):
-            z = [sum((Fraction(float(w)) * v for w, v in zip(row, z, strict=True) if w), Fraction(0)) for row in part.matrix]
+            z = [
+                sum((Fraction(float(w)) * v for w, v in zip(row, z, strict=True) if w), Fraction(0))
+                for row in part.matrix
+            ]
         if isinstance(part, operators.Bias | operators.LinearHead):
             z = [v + Fraction(float(b)) for v, b in zip(z, part.bias, strict=True)]
         if isinstance(part, operators.MaxMin):
@@ -151,7 +154,11 @@ def test_a_bias_that_would_broadcast_is_refused():
         ((operators.Dense(np.ones(3)),), operators.LinearHead(np.eye(3), np.zeros(3)), np.zeros(1)),
         ((operators.Dense(np.eye(3)),), operators.LinearHead(np.eye(3), np.zeros(1)), np.zeros(1)),
         ((operators.Dense(np.eye(3)),), operators.LinearHead(np.eye(3), np.zeros(3)), np.zeros(2)),
-        ((operators.Conv(np.ones((1, 1, 1, 3)), (1, 1, 3)),), operators.LinearHead(np.eye(3), np.zeros(3)), np.zeros(1)),
+        (
+            (operators.Conv(np.ones((1, 1, 1, 3)), (1, 1, 3)),),
+            operators.LinearHead(np.eye(3), np.zeros(3)),
+            np.zeros(1),
+        ),
     ],
 )
 def test_arrays_of_other_shapes_are_refused(ops, head, mean):

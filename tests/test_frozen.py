@@ -54,7 +54,12 @@ def exact_logits(network, image):
             sums.append(sum(taps) + number(bias.bias[o]))
         maps += [max(sums), min(sums)]
     hidden = [sum(number(w) * m for w, m in zip(row, maps, strict=True)) for row in dense.matrix]
-    hidden = [max(hidden[0], hidden[2]), max(hidden[1], hidden[3]), min(hidden[0], hidden[2]), min(hidden[1], hidden[3])]
+    hidden = [
+        max(hidden[0], hidden[2]),
+        max(hidden[1], hidden[3]),
+        min(hidden[0], hidden[2]),
+        min(hidden[1], hidden[3]),
+    ]
     rows = zip(network.head.matrix, network.head.bias, strict=True)
     return [sum(number(w) * h for w, h in zip(row, hidden, strict=True)) + number(b) for row, b in rows]
 

@@ -88,7 +88,7 @@ def test_stack_lipschitz_estimate_and_its_gradients(stack):
 
 
 def test_stack_in_training_with_the_mean_of_the_branch_subtracted(stack):
-    """Our pieces, put together as the original's train mode (centering as a layer comes later): forward and all gradients."""
+    """Our pieces put together as the original's train mode (centering as a layer comes later): forward, gradients."""
     z, weights, gamma, bias = stack
 
     def train_mode(x, weights, gamma, bias):

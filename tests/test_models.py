@@ -69,7 +69,8 @@ def test_initialisation(variables):
     np.testing.assert_allclose(stem.T @ stem, np.eye(4), atol=1e-6)
     wide = tiny(width=64).init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
     block = np.asarray(wide["block_01"]["weight"])
-    # Var = 1 / (9 C); the standard error of a variance of n normals is sqrt(2 / n) of it, and five of those are allowed.
+    # Var = 1 / (9 C); the standard error of a variance of n normals is sqrt(2 / n) of it, and five of those are
+    # allowed.
     assert abs(block.var() * 9 * 64 - 1) < 5 * (2 / block.size) ** 0.5
     assert (np.asarray(wide["block_01"]["gamma"]) == 1).all()
 

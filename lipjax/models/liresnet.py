@@ -8,9 +8,10 @@ from lipjax.operators import Flatten
 class LiResNet(LipschitzModel):
     """Stem, `depth` linear residual convolutions, neck, head; MaxMin after every layer but the head.
 
-    Stem: stem_kernel x stem_kernel convolution to `width` channels with stride stem_strides, zero padding stem_padding. Neck: 4x4
-    convolution with stride 4, width -> width, then a dense layer to neck_features (4 width if None). Head: rows of length 1 with
-    head_normalize (LLN). Norms of all are unconstrained, estimated in training and proved at certification.
+    Stem: stem_kernel x stem_kernel convolution to `width` channels with stride stem_strides, zero padding stem_padding.
+    Neck: 4x4 convolution with stride 4, width -> width, then a dense layer to neck_features (4 width if None). Head:
+    rows of length 1 with head_normalize (LLN). Norms of all are unconstrained, estimated in training and proved at
+    certification.
 
     Source: Hu et al. 2023, arXiv:2301.12549; the scale L^(-1/2) gamma of the blocks: Hu et al. 2024, arXiv:2310.02513.
     """
@@ -23,21 +24,22 @@ class LiResNet(LipschitzModel):
     neck_features: int | None = None
     head_normalize: bool = True
 
+    def _stem_pads(self):
+        return (self.stem_padding, self.stem_padding), (self.stem_padding, self.stem_padding)
+
     def check(self) -> None:
         """Raises: ValueError if the sizes do not fit each other."""
         if self.depth < 1 or self.width < 2 or self.width % 2:
             raise ValueError(f"expected depth >= 1 and an even width, got depth {self.depth} and width {self.width}.")
         if self.neck_features is not None and (self.neck_features < 2 or self.neck_features % 2):
             raise ValueError(f"expected an even neck_features, got {self.neck_features}.")
-        stem = conv.output_size(
-            self.input_shape[:2], (self.stem_kernel,) * 2, self.stem_strides, ((self.stem_padding,) * 2,) * 2
-        )
+        kernel = (self.stem_kernel, self.stem_kernel)
+        stem = conv.output_size(self.input_shape[:2], kernel, self.stem_strides, self._stem_pads())
         if min(stem) < 4:
             raise ValueError(f"the stem leaves maps of {stem}, and the neck needs at least 4 x 4: lower stem_strides.")
 
     def layers(self):
-        pads = ((self.stem_padding,) * 2,) * 2
-        layers = [Conv(self.width, self.stem_kernel, self.stem_strides, pads, name="stem")]
+        layers: list = [Conv(self.width, self.stem_kernel, self.stem_strides, self._stem_pads(), name="stem")]
         layers += [LinearResidual(self.depth, name=f"block_{i:02d}") for i in range(1, self.depth + 1)]
         layers += [Conv(self.width, 4, 4, "VALID", name="neck_conv"), lambda shape: [("flatten", Flatten(shape))]]
         layers += [Dense(self.neck_features or 4 * self.width, name="neck_dense")]

@@ -51,7 +51,7 @@ class Conv(nn.Module):
 
 
 class LinearResidual(nn.Module):
-    """One block of LiResNet: `parametrize.residual.linear_residual`, bias, activation. num_layers: depth of its stack."""
+    """One block of LiResNet: `residual.linear_residual`, bias, activation. num_layers: the depth of its stack."""
 
     num_layers: int
     kernel_size: int = 3
@@ -92,6 +92,3 @@ class LinearHead(nn.Module):
         matrix = self.param("matrix", torch_linear, (self.num_classes, in_shape[-1]))
         bias = self.param("bias", nn.initializers.zeros, (self.num_classes,))
         return operators.LinearHead(lln.normalize_rows(matrix) if self.normalize else matrix, bias)
-
-
-

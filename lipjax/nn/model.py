@@ -1,5 +1,7 @@
 """The base of all models: a sequence of layers and a head."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 
@@ -13,9 +15,9 @@ COLLECTION = "lip"
 class LipschitzModel(nn.Module):
     """Owns parameters and builds a Network of operators; subclasses define `layers`.
 
-    `model.apply(variables, method="build")` gives the Network of these parameters, once per step; `model.apply(variables, x)` builds
-    and applies it to pixels x. `model.init(key, x)` makes the collections "params" and "lip", the latter with start vectors for
-    `bounds.margin_lipschitz_estimate`.
+    `model.apply(variables, method="build")` gives the Network of these parameters, once per step;
+    `model.apply(variables, x)` builds and applies it to pixels x. `model.init(key, x)` makes the collections "params"
+    and "lip", the latter with start vectors for `bounds.margin_lipschitz_estimate`.
 
     Attributes: input_shape (h, w, c); num_classes; input_mean, input_std: numbers or one per channel, pixel units.
     """
@@ -25,7 +27,7 @@ class LipschitzModel(nn.Module):
     input_mean: float | tuple[float, ...] = 0.0
     input_std: float | tuple[float, ...] = 1.0
 
-    def layers(self):
+    def layers(self) -> tuple[list, Any]:
         """Returns the layers in order (called with an in_shape they return named operators) and the head, likewise."""
         raise TypeError(f"{type(self).__name__} must define layers().")
 

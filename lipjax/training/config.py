@@ -1,6 +1,7 @@
 """The fields of a config, their defaults, and the checks that run before any work."""
 
 import math
+from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
@@ -14,7 +15,7 @@ from lipjax.training.step import LOSSES
 PRECISIONS = ("default", "high", "highest")
 
 
-def default_config() -> ml_collections.ConfigDict:
+def default_config() -> Any:
     """All fields with their defaults; a config file changes some and locks the result.
 
     Radii are l2 in [0, 1]-pixel units.
