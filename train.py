@@ -11,7 +11,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: see lipjax/_
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from lipjax.errors import NotCertifiable, UserError
+from lipjax.errors import UserError, run_command
 from lipjax.training.run import run
 
 FLAGS = flags.FLAGS
@@ -46,15 +46,10 @@ def main(argv: list[str]) -> int:
     del argv
     logging.set_verbosity(logging.WARNING)
     name = os.path.splitext(os.path.basename(config_flags.get_config_filename(FLAGS["config"])))[0]
-    try:
-        run(FLAGS.config, FLAGS.workdir or os.path.join("runs", name))
-    except (UserError, NotCertifiable, OSError) as error:  # OSError: a full disk, a directory without permission
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
-        return 130
-    return 0
+    workdir = FLAGS.workdir or os.path.join("runs", name)
+    return run_command(
+        lambda: run(FLAGS.config, workdir), "Interrupted. The same command goes on from the last checkpoint."
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 
 from rich.console import Console
 
-from lipjax.errors import NotCertifiable, UserError
+from lipjax.errors import UserError, run_command
 
 
 def run_directories(workdir: str) -> list[pathlib.Path]:
@@ -56,15 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--data_dir", help="where the data set lies now (default: as configured)")
     command.set_defaults(run=certify)
     arguments = parser.parse_args(argv)
-    try:
-        arguments.run(arguments)
-    except (UserError, NotCertifiable, OSError) as error:  # OSError: a full disk, a directory without permission
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(lambda: arguments.run(arguments), "Interrupted.")
 
 
 if __name__ == "__main__":

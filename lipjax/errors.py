@@ -1,5 +1,8 @@
 """The two errors that users meet: a mistake in what they gave, and a claim that cannot be proved."""
 
+import sys
+from collections.abc import Callable
+
 
 class UserError(ValueError):
     """Bad input (a config value, a data set, a checkpoint, images): the command line prints it and exits with code 2.
@@ -10,3 +13,20 @@ class UserError(ValueError):
 
 class NotCertifiable(ValueError):
     """A layer or network has no proved bound; the message names the layer and the reason."""
+
+
+def run_command(command: Callable[[], object], interrupted: str) -> int:
+    """Runs a command of the command line; what the user can mend ends as one message on stderr.
+
+    Args: command: without arguments. interrupted: the message after Ctrl-C.
+    Returns: the exit code: 0, 2 for a user's error or a claim without proof, 130 after Ctrl-C. Other errors pass.
+    """
+    try:
+        command()
+    except (UserError, NotCertifiable, OSError) as error:  # OSError: a full disk, a directory without permission
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+    return 0
