@@ -34,7 +34,7 @@ def parse(argv: list[str]) -> list[str]:
             sys.exit(2)
         given = " ".join(a for a in argv[1:] if a.startswith("--config"))
         where = "lipjax/training/config.py lists all fields."
-        print(f"Error: no such config field: {error} ({given}). {where}", file=sys.stderr)
+        print(f"Error: no such config field: {str(error.args[0]).strip(chr(34))} ({given}). {where}", file=sys.stderr)
     except (flags.Error, UserError) as error:
         print(f"Error: {error}", file=sys.stderr)
     except Exception as error:  # a config file is a program, and may raise anything

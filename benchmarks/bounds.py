@@ -12,6 +12,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import runpy
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 from scipy.sparse.linalg import LinearOperator, eigsh
+from shapes import SHAPES
 
 import lipjax
 from lipjax import operators
@@ -29,7 +31,6 @@ from lipjax.models import get_model
 FLAGS = flags.FLAGS
 flags.DEFINE_string("config", None, "A config file; without one, the table of small operators.")
 flags.DEFINE_integer("iterations", 100, "Power iterations of the estimates of a whole network's norms.")
-SHAPES = {"cifar10": ((32, 32, 3), 10), "cifar100": ((32, 32, 3), 100), "digits": ((8, 8, 1), 10)}
 
 
 def hostile_operators():
@@ -98,9 +99,10 @@ def lanczos_norm(op) -> float:
         op = jax.tree.map(jnp.asarray, op)
         size = int(np.prod(op.in_shape))
         gram = jax.jit(lambda x: op.adjoint(op(x.reshape(1, *op.in_shape))).reshape(-1))
-        product = LinearOperator((size, size), matvec=lambda x: np.asarray(gram(jnp.asarray(x))), dtype=np.float64)
+        options: dict[str, Any] = {"matvec": lambda x: np.asarray(gram(jnp.asarray(x))), "dtype": np.float64}
         start = np.random.default_rng(0).normal(size=size)
-        return float(eigsh(product, k=1, ncv=40, tol=1e-7, v0=start, return_eigenvectors=False)[0]) ** 0.5
+        search: dict[str, Any] = {"k": 1, "ncv": 40, "tol": 1e-7, "v0": start, "return_eigenvectors": False}
+        return float(eigsh(LinearOperator((size, size), **options), **search)[0]) ** 0.5
 
 
 def whole_network(console: Console, path: str) -> None:

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
+from shapes import SHAPES
 
-from lipjax import bounds, losses
+from lipjax import bounds
 from lipjax.models import get_model
 from lipjax.training import optimizer as optimizers
 from lipjax.training import sharding, step
@@ -26,12 +27,6 @@ from lipjax.training import sharding, step
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", "configs/digits.py", "The experiment whose step is measured.")
 flags.DEFINE_integer("rounds", 7, "Rounds; in each, every part runs once. Medians are shown.")
-SHAPES = {
-    "digits": ((8, 8, 1), 10),
-    "mnist": ((28, 28, 1), 10),
-    "cifar10": ((32, 32, 3), 10),
-    "cifar100": ((32, 32, 3), 100),
-}
 
 
 def parts(config):
@@ -45,6 +40,7 @@ def parts(config):
     images = jnp.asarray(rng.integers(0, 256, (config.batch_size, *shape)).astype(np.uint8))
     labels = jnp.asarray(rng.integers(0, num_classes, config.batch_size), jnp.int32)
     pixels = images / jnp.float32(255)
+    loss = step.LOSSES[config.loss.name](config.loss)
     whole = jax.jit(step.make_train_step(model, optimizer, config, mesh, 255))
 
     def build(params):
@@ -57,7 +53,7 @@ def parts(config):
         return sum(jnp.sum(a) for a in jax.tree.leaves(build(params)))
 
     def apply(net):
-        return losses.emma(net(pixels), labels, lipschitz, 0.1).mean()
+        return loss(net(pixels), labels, lipschitz, 0.1).mean()
 
     def bound(net):
         return bounds.margin_lipschitz_estimate(net, state.vectors, config.power_iterations)[0].sum()

@@ -14,7 +14,7 @@ def run_directories(workdir: str) -> list[pathlib.Path]:
     root = pathlib.Path(workdir).expanduser()
     if (root / "config.json").exists():
         return [root]
-    seeds = sorted(path.parent for path in root.glob("seed_*/config.json"))
+    seeds = sorted((path.parent for path in root.glob("seed_*/config.json")), key=lambda p: (len(p.name), p.name))
     if not seeds:
         raise UserError(f"{root} holds no training run (no config.json): give the --workdir of train.py.")
     return seeds

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -33,13 +34,24 @@ def _read_only(array) -> np.ndarray:
     return copy
 
 
+def host_device():
+    """JAX's first CPU device. Raises: UserError if JAX_PLATFORMS leaves out the CPU, which certifies."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise UserError(
+            f"Certificates are computed on the CPU, which JAX_PLATFORMS={platforms!r} leaves out: append ',cpu' to it."
+        ) from error
+
+
 @contextlib.contextmanager
 def float64_on_cpu():
     """JAX in double precision on the host, whatever the process uses elsewhere.
 
     The precision of products is pinned: some settings of it compute products of float64 arrays in bfloat16.
     """
-    host = jax.local_devices(backend="cpu")[0]
+    host = host_device()
     with jax.enable_x64(True), jax.default_device(host), jax.default_matmul_precision("highest"):
         yield
 
@@ -97,11 +109,19 @@ def _evaluate(network: Network, norms: tuple, x):
     return logits, error, head_error
 
 
+@jax.jit
+def _probe(large, small, nan):
+    return (large + small) - large, nan != nan
+
+
 def _check_arithmetic() -> None:
     """Raises: NotCertifiable if this process does not compute as docs/soundness.md assumes."""
-    if "fast_math=true" in os.environ.get("XLA_FLAGS", ""):
+    flags = os.environ.get("XLA_FLAGS", "")
+    with float64_on_cpu():
+        difference, sees_nan = _probe(*(jnp.asarray(a, jnp.float64) for a in (1e16, 1.0, np.nan)))
+    if re.search(r"enable_fast_math(?!=(false|0)\b)", flags) or float(difference) != 0 or not bool(sees_nan):
         raise NotCertifiable(
-            "XLA_FLAGS switches on fast math, whose rounding errors nobody bounds: unset it to certify."
+            f"XLA computes with fast math, whose rounding errors nobody bounds: unset it in XLA_FLAGS ({flags!r})."
         )
     if np.float64(5e-324) * np.float64(1.0) == 0:
         raise NotCertifiable("This process flushes subnormal numbers to zero (a library was built with fast math?).")
@@ -174,7 +194,9 @@ class FrozenNetwork:
         if images.shape[1:] != self.in_shape:
             raise UserError(f"Expected images of shape (n, {shape}), got {images.shape}.")
         if not np.issubdtype(images.dtype, np.floating):
-            raise UserError(f"Expected images as floats in [0, 1], got {images.dtype}: divide 8-bit images by 255.")
+            raise UserError(
+                f"Expected float32 or float64 images in [0, 1], got {images.dtype}: divide 8-bit ones by 255."
+            )
         if images.dtype.itemsize > 8:
             raise UserError(f"Expected float64 images or shorter ones, got {images.dtype}, which would be rounded.")
         images = images.astype(np.float64)

@@ -69,7 +69,7 @@ def test_every_field_is_read_by_training_or_certification(tmp_path):
 def test_every_field_of_the_model_changes_the_network():
     changes = {
         "depth": 2, "width": 6, "stem_kernel": 5, "stem_strides": 1, "stem_padding": 2, "neck_features": 8,
-        "head_normalize": False, "input_mean": 0.25, "input_std": 0.5,
+        "head_normalize": False, "input_mean": (0.25,), "input_std": (0.5,),
     }  # fmt: skip
     attributes = {field.name for field in dataclasses.fields(LiResNet)} - {"parent", "name"}
     assert {f.removeprefix("model.") for f in FIELDS if f.startswith("model.")} == {*changes, "name"}

@@ -187,8 +187,16 @@ def test_what_cannot_be_certified(monkeypatch):
     with pytest.raises(UserError, match="longdouble|float128|rounded"):
         plain.certify(np.ones((1, 2), np.longdouble))
     assert plain.certify(np.full((2, 2), np.nan)).radii.tolist() == [0, 0]
-    assert plain.certify(np.ones((1, 2))).radii[0] > 0  # control
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    flag = "--xla_cpu_enable_fast_math"
+    for harmless in ("", f"{flag}=false", f"{flag}=0 --xla_cpu_fast_math_honor_nans=false"):
+        monkeypatch.setenv("XLA_FLAGS", harmless)
+        assert plain.certify(np.ones((1, 2))).radii[0] > 0  # control
+    for spelling in (flag, f"{flag}=true", f"{flag}=1", f"--xla_other=0 {flag}"):
+        monkeypatch.setenv("XLA_FLAGS", spelling)
+        with pytest.raises(NotCertifiable, match="fast math"):
+            plain.certify(np.ones((1, 2)))
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr("lipjax.frozen._probe", lambda large, small, nan: (small, nan != nan))  # what fast math gives
     with pytest.raises(NotCertifiable, match="fast math"):
         plain.certify(np.ones((1, 2)))
 

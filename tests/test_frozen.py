@@ -229,7 +229,7 @@ def test_damaged_files_are_refused(tmp_path, damage, message):
     [
         (np.zeros((2, 4, 3, 1)), "shape"),
         (np.zeros((3, 3, 1)), "shape"),
-        (np.zeros((2, 3, 3, 1), np.uint8), "floats"),
+        (np.zeros((2, 3, 3, 1), np.uint8), "float32 or float64"),
         (np.full((2, 3, 3, 1), 1.5), r"\[0, 1\]"),
         (np.full((2, 3, 3, 1), -0.1), r"\[0, 1\]"),
         (np.full((2, 3, 3, 1), np.inf), r"\[0, 1\]"),

@@ -70,7 +70,8 @@ def test_an_interrupted_run_resumed_is_the_uninterrupted_run_bit_for_bit(
     assert metric_lines(tmp_path) == metric_lines(trained())
     # Controls: the comparison of states sees another seed's, and the lines say something.
     assert any("params" in name for name in differing(final_state(trained(), config), Run(config, 1).fresh_state()))
-    losses = [json.loads(line)["loss"] for line in metric_lines(trained())]
+    lines = [json.loads(line) for line in metric_lines(trained())]
+    losses = [line.get("loss", line.get("cross_entropy")) for line in lines]
     assert len(losses) == 6 and len(set(losses)) == 6
 
 
@@ -104,8 +105,8 @@ def test_validation_counts_each_image_once(tmp_path):
     own = np.take_along_axis(logits, part.labels[:, None], 1)[:, 0]
     assert found["accuracy"] == np.mean(logits.argmax(1) == part.labels)
     # Twelve float32 losses of size 1, each with a relative error of some eps.
-    np.testing.assert_allclose(found["loss"], np.mean(np.log(np.exp(logits).sum(1)) - own), rtol=1e-5)
-    assert set(found) == {"accuracy", "loss", METRIC, "lipschitz_estimate"}
+    np.testing.assert_allclose(found["cross_entropy"], np.mean(np.log(np.exp(logits).sum(1)) - own), rtol=1e-5)
+    assert set(found) == {"accuracy", "cross_entropy", METRIC, "lipschitz_estimate"}
 
 
 def test_nan_stops_the_run_says_where_and_keeps_the_last_good_state(tmp_path, monkeypatch):
@@ -151,6 +152,24 @@ def test_what_may_change_between_runs(capsys, changes, seed, message):
     saved = json.loads((trained() / "config.json").read_text())["config"]
     assert saved["optimizer"]["learning_rate"] == 0.03
     train(tiny_config(), trained(), 0)  # puts config.json back
+
+
+def test_a_run_belongs_to_its_data():
+    meta = {"config": loop.plain(tiny_config()), "seed": 0, "data": {"train": "a", "test": "b"}}
+    loop.check_same_run("run", meta, tiny_config(), 0, {"train": "a", "test": "b"})
+    with pytest.raises(UserError, match="other images"):
+        loop.check_same_run("run", meta, tiny_config(), 0, {"train": "a", "test": "c"})
+    run = Run(tiny_config(), 0)
+    assert run.data_identity["train"] == run.dataset.fingerprint("train") != Run(tiny_config(), 1).data_identity["train"]
+
+
+def test_a_config_of_something_else_is_not_overwritten(tmp_path):
+    path = tmp_path / "config.json"
+    for text in ('{"model_type": "bert"}', "not JSON"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="not the config of a lipjax run"):
+            train(tiny_config(), tmp_path, 0)
+        assert path.read_text() == text
 
 
 def test_a_run_of_an_older_version_lacks_fields_and_resumes():

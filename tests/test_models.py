@@ -97,6 +97,8 @@ def test_every_operator_is_bounded_above_its_estimate(variables):
         ({"neck_features": 3}, "neck_features"),
         ({"stem_strides": 4}, "at least 4 x 4"),
         ({"stem_kernel": 30}, "does not fit"),
+        ({"stem_kernel": 0}, "stem_kernel"),
+        ({"stem_strides": -1}, "stem_strides"),
         ({"height": 3}, "height"),
         ({"name": "resnet50"}, "one of"),
     ],

@@ -31,6 +31,8 @@ class LiResNet(LipschitzModel):
         """Raises: ValueError if the sizes do not fit each other."""
         if self.depth < 1 or self.width < 2 or self.width % 2:
             raise ValueError(f"expected depth >= 1 and an even width, got depth {self.depth} and width {self.width}.")
+        if self.stem_kernel < 1 or self.stem_strides < 1 or self.stem_padding < 0:
+            raise ValueError("expected stem_kernel and stem_strides >= 1 and stem_padding >= 0.")
         if self.neck_features is not None and (self.neck_features < 2 or self.neck_features % 2):
             raise ValueError(f"expected an even neck_features, got {self.neck_features}.")
         kernel = (self.stem_kernel, self.stem_kernel)

@@ -30,7 +30,7 @@ def default_config() -> Any:
 
     config.data = ml_collections.ConfigDict()
     config.data.name = "digits"
-    config.data.data_dir = "~/tensorflow_datasets"
+    config.data.data_dir = ""  # of prepared data sets; "": $TFDS_DATA_DIR, or ~/tensorflow_datasets
     config.data.path = ""  # of the user's own data: an .npz file, or a folder with a folder per class
     config.data.download = False
     config.data.validation_fraction = 0.1  # of the training images; keep-best selects on them
@@ -49,8 +49,8 @@ def default_config() -> Any:
     config.model.stem_padding = 2
     config.model.neck_features = config_dict.placeholder(int)  # None: 4 * width
     config.model.head_normalize = True
-    config.model.input_mean = 0.5
-    config.model.input_std = 1.0
+    config.model.input_mean = (0.5,)  # one number, or one per channel; pixel units
+    config.model.input_std = (1.0,)
 
     config.loss = ml_collections.ConfigDict()
     config.loss.name = "emma"
@@ -117,8 +117,8 @@ def validate(config) -> None:
         config.data.affine,
     )
     std = config.model.input_std if "input_std" in config.model else 1.0
-    positive = all(0 < s < math.inf for s in (std if isinstance(std, tuple) else (std,)))
-    _check(positive, "model.input_std", "positive, one or one per channel", std)
+    positive = all(1e-30 < s < 1e30 for s in (std if isinstance(std, tuple) else (std,)))
+    _check(positive, "model.input_std", "positive float32 numbers, one or one per channel", std)
     _check(config.loss.name in LOSSES, "loss.name", f"one of {sorted(LOSSES)}", config.loss.name)
     for field in ("epsilon", "epsilon_end"):
         _check(0 < config.loss[field] < math.inf, f"loss.{field}", "a positive number", config.loss[field])
@@ -158,8 +158,9 @@ def _check_types(config, defaults, prefix: str) -> None:
             _check(isinstance(value, ml_collections.ConfigDict), name, "a group of fields", value)
             _check(field != "model" or "name" in value, "model.name", "the name of a model", None)
             _check_types(value, default, f"{name}.")
-        elif isinstance(default, tuple) or a_model and isinstance(value, tuple) and isinstance(default, float):
-            numbers = isinstance(value, tuple) and all(_is_number(v) for v in value)
+        elif isinstance(default, tuple):
+            values = (value,) if a_model and _is_number(value) else value
+            numbers = isinstance(values, tuple) and all(_is_number(v) for v in values)
             _check(numbers, name, "a tuple of numbers, such as (0.25, 0.5)", value)
         elif isinstance(default, float):
             _check(_is_number(value), name, "a finite number", value)

@@ -35,6 +35,8 @@ def load_config(workdir: str | os.PathLike) -> tuple[Any, int]:
     try:
         document = json.loads(path.read_text())
         config, seed = document["config"], document["seed"]
+        if type(seed) is not int or seed < 0:
+            raise ValueError(f"seed {seed!r}")
         loaded = default_config()
         model = config.pop("model")
         loaded.model = type(loaded)({name: _tuples(value) for name, value in model.items()})
@@ -167,6 +169,7 @@ def _document(network, certificate, labels, run: Run, config, seed: int, step: i
             "name": run.dataset.name,
             "split": "test",
             "num_images": len(labels),
+            "of": run.dataset.size("test"),
             "pixel_max": run.dataset.pixel_max,
             "sha256": run.dataset.fingerprint("test"),
         },

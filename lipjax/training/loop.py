@@ -1,6 +1,7 @@
 """One training run: batches in, checkpoints and metrics out. Resumes by itself from its directory."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -35,12 +36,17 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     """{"group.field": value} of nested dicts."""
     found = {}
     for field, value in tree.items():
+        if isinstance(value, list) and len(value) == 1:  # 0.5 and (0.5,) are the same mean
+            value = value[0]
         found |= _flat(value, f"{prefix}{field}.") if isinstance(value, dict) else {f"{prefix}{field}": value}
     return found
 
 
-def check_same_run(directory, meta: dict, config, seed: int) -> None:
-    """Raises: UserError naming the first fields by which a run's saved config differs from the one asked for."""
+def check_same_run(directory, meta: dict, config, seed: int, data: dict | None = None) -> None:
+    """Raises: UserError naming the first fields by which a run's saved config differs from the one asked for.
+
+    Args: meta: of a checkpoint. data: `Run.data_identity` now; None if it is not to be compared.
+    """
     ours, saved, defaults = _flat(plain(config)), _flat(meta["config"]), _flat(plain(default_config()))
     # A run of an older lipjax lacks the fields that came later; their defaults are what it did.
     theirs = {name: value for name, value in defaults.items() if name in ours} | saved
@@ -50,6 +56,9 @@ def check_same_run(directory, meta: dict, config, seed: int) -> None:
     ]
     if meta["seed"] != seed:
         differ.insert(0, f"config.seeds: {meta['seed']} there, {seed} now")
+    # The same path may hold other images by now, and then a new split would put trained images into the test set.
+    if data is not None and meta.get("data", data) != data:
+        differ.insert(0, "the data set has other images or labels")
     if differ:
         raise UserError(
             f"{directory} holds a run with another config ({'; '.join(differ[:4])}): "
@@ -80,7 +89,11 @@ class Run:
 
         try:
             abstract = jax.eval_shape(initialise)
-        except ValueError as error:  # of operators that do not fit each other or the images
+        except (
+            TypeError,
+            ValueError,
+            ZeroDivisionError,
+        ) as error:  # of operators that do not fit each other or the images
             raise UserError(f"config.model does not fit images {self.dataset.image_shape}: {error}") from error
         self.shardings = sharding.state_shardings(abstract, self.mesh)
         self.abstract_state = jax.tree.map(
@@ -98,6 +111,12 @@ class Run:
             f"{self.seed}: {self.config.num_epochs} epochs of {self.steps_per_epoch} steps of "
             f"{self.config.batch_size} images, {len(devices)} x {devices[0].device_kind}"
         )
+
+    @functools.cached_property
+    def data_identity(self) -> dict:
+        """What says that a data set is the same: fingerprints of its splits, or their sizes where it is streamed."""
+        of = self.dataset.size if isinstance(self.dataset, StreamDataset) else self.dataset.fingerprint
+        return {split: of(split) for split in ("train", "validation", "test")}
 
     def fresh_state(self) -> steps.TrainState:
         """The state before the first step."""
@@ -198,6 +217,18 @@ def _check_finite(metrics: dict, step: int, epoch: int) -> None:
         )
 
 
+def _check_not_foreign(path: pathlib.Path) -> None:
+    """Raises: UserError if there is a file in the place of a run's config that no run has written."""
+    try:
+        document = json.loads(path.read_text())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError):
+        document = None
+    if not isinstance(document, dict) or not {"config", "seed"} <= set(document):
+        raise UserError(f"{path} is not the config of a lipjax run and would be overwritten: choose another --workdir.")
+
+
 def train(config, workdir: str | os.PathLike, seed: int) -> Run:
     """Trains one seed to the end, or goes on where an earlier call on the same directory stopped.
 
@@ -214,7 +245,9 @@ def train(config, workdir: str | os.PathLike, seed: int) -> Run:
         latest, meta = checkpointer.latest_step(), {}
         if latest is not None:
             meta = checkpointer.meta()
-            check_same_run(workdir, meta, config, seed)
+            check_same_run(workdir, meta, config, seed, run.data_identity)
+        else:
+            _check_not_foreign(workdir / "config.json")
         if jax.process_index() == 0:
             write_json(workdir / "config.json", {"config": plain(config), "seed": seed})
         if latest is not None and latest >= run.total_steps:
@@ -235,11 +268,12 @@ def _train_epochs(run: Run, state, checkpointer: Checkpointer, writer: MetricWri
     """Trains to the end. totals: sums of the metrics over the steps already done in this epoch, and their "count"."""
     config, first = run.config, int(state.step)
     train_batch, validate = run.batch_runner(first), run.validator()
+    data = run.data_identity
     rate = optimizers.learning_rate_schedule(config.optimizer, run.steps_per_epoch, config.num_epochs)
     pending = None
 
     def save(step, metric):
-        meta = {"config": plain(config), "seed": run.seed, "epoch_totals": dict(totals)}
+        meta = {"config": plain(config), "seed": run.seed, "data": data, "epoch_totals": dict(totals)}
         checkpointer.save(step, state, meta, metric)
 
     def averages():
@@ -290,7 +324,8 @@ def load_best(workdir: str | os.PathLike, run: Run):
     Raises: UserError if there is no usable checkpoint.
     """
     with Checkpointer(pathlib.Path(workdir) / "checkpoints", best_metric=METRIC, read_only=True) as checkpointer:
-        state, _ = checkpointer.restore_best(run.abstract_state)
+        state, meta = checkpointer.restore_best(run.abstract_state)
+    check_same_run(workdir, meta, run.config, run.seed, run.data_identity)
     return {"params": state.params}, state, int(state.step)
 
 

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from typing import Any
 
-from lipjax.errors import UserError
+from lipjax.errors import UserError, run_command
 from lipjax.training.data import prepared
 
 IMAGENET_ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
@@ -159,13 +159,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--download", action="store_true", help="fetch the archives that are not on disk")
     arguments = parser.parse_args(argv)
     data_dir = prepared.resolve_data_dir(arguments.data_dir)
-    try:
+
+    def command() -> None:
         prepare(arguments.name, data_dir, download=arguments.download)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{arguments.name} is ready under {prepared.find_prepared(arguments.name, data_dir)}")
-    return 0
+        print(f"{arguments.name} is ready under {prepared.find_prepared(arguments.name, data_dir)}")
+
+    return run_command(command, "Interrupted. The same command begins again.")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from lipjax.certify import write_json
 from lipjax.errors import UserError
+from lipjax.frozen import host_device
 from lipjax.training import report as reports
 from lipjax.training.config import validate
 from lipjax.training.evaluate import certify_run
@@ -20,6 +21,7 @@ def run(config, workdir: str | os.PathLike) -> dict:
     Returns: the report that is written to workdir/report.json.
     """
     validate(config)
+    host_device()  # certification needs it: better to know before training
     workdir, console = pathlib.Path(workdir).expanduser(), Console(soft_wrap=True, highlight=False)
     several = len(config.seeds) > 1
     _check_layout(workdir, several)

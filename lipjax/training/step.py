@@ -156,7 +156,7 @@ def make_eval_step(model, config, mesh: Mesh, pixel_max: int):
         return {
             "accuracy": jnp.sum(correct),
             "certified_accuracy_estimate": jnp.sum(correct & (radii > config.loss.epsilon)),
-            "loss": jnp.sum(jnp.where(labels >= 0, losses.cross_entropy(logits, jnp.maximum(labels, 0)), 0.0)),
+            "cross_entropy": jnp.sum(jnp.where(labels >= 0, losses.cross_entropy(logits, jnp.maximum(labels, 0)), 0.0)),
         }
 
     return prepare, evaluate

@@ -75,7 +75,8 @@ def load_folder(path: str, *, validation_fraction: float, test_fraction: float, 
         raise UserError(f"{root} must hold one folder of images for each class, at least two; it holds {len(names)}.")
     images, labels = [], []
     for label, name in enumerate(names):
-        files = sorted(file for file in (root / name).iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        inside = (file for file in (root / name).iterdir() if not file.name.startswith(".") and file.is_file())
+        files = sorted(file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
             raise UserError(f"{root / name} holds no image; expected files ending in {', '.join(IMAGE_SUFFIXES)}.")
         for file in files:
