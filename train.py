@@ -29,12 +29,11 @@ def parse(argv: list[str]) -> list[str]:
         FLAGS.config.to_dict()  # raises if the file could not be loaded
         return rest
     except (AttributeError, KeyError) as error:
-        if "get_config" in str(error):
-            print(f"Error: a config file must define get_config() ({error}).", file=sys.stderr)
-            sys.exit(2)
-        given = " ".join(a for a in argv[1:] if a.startswith("--config"))
-        where = "lipjax/training/config.py lists all fields."
-        print(f"Error: no such config field: {str(error.args[0]).strip(chr(34))} ({given}). {where}", file=sys.stderr)
+        text: object = error
+        while isinstance(text, Exception) and text.args:
+            text = text.args[0]  # ml_collections wraps one error in the other
+        what = "a config file must define get_config()" if "get_config" in str(text) else "no such config field"
+        print(f"Error: {what}: {text}. lipjax/training/config.py lists all fields.", file=sys.stderr)
     except (flags.Error, UserError) as error:
         print(f"Error: {error}", file=sys.stderr)
     except Exception as error:  # a config file is a program, and may raise anything

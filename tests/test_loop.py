@@ -159,8 +159,8 @@ def test_a_run_belongs_to_its_data():
     loop.check_same_run("run", meta, tiny_config(), 0, {"train": "a", "test": "b"})
     with pytest.raises(UserError, match="other images"):
         loop.check_same_run("run", meta, tiny_config(), 0, {"train": "a", "test": "c"})
-    run = Run(tiny_config(), 0)
-    assert run.data_identity["train"] == run.dataset.fingerprint("train") != Run(tiny_config(), 1).data_identity["train"]
+    run, other = Run(tiny_config(), 0), Run(tiny_config(), 1)
+    assert run.data_identity["train"] == run.dataset.fingerprint("train") != other.data_identity["train"]
 
 
 def test_a_config_of_something_else_is_not_overwritten(tmp_path):
