@@ -8,7 +8,6 @@ import json
 import os
 import pathlib
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +22,6 @@ from lipjax.network import Network, check_network
 
 SCHEMA = 1
 FORMAT = "lipjax-frozen-network"
-_OPERATORS: dict[str, Any] = {
-    cls.__name__: cls for cls in (operators.Dense, operators.Conv, operators.Bias, operators.MaxMin, operators.Flatten)
-}
 
 
 def _read_only(array) -> np.ndarray:
@@ -327,11 +323,10 @@ def _rebuild(document: dict, arrays: dict[str, np.ndarray]) -> Network:
 
     ops = []
     for entry in document["ops"]:
-        cls, prefix = _OPERATORS[entry["type"]], f"ops/{entry['name']}"
+        cls, prefix = operators.OPERATORS[entry["type"]], f"ops/{entry['name']}"
         fields = {f.name: entry.get(f.name, arrays.get(f"{prefix}/{f.name}")) for f in dataclasses.fields(cls)}
         ops.append(cls(**{name: tuples(value) for name, value in fields.items()}))
-    if document["head"] != operators.LinearHead.__name__:
-        raise ValueError(f"unknown head {document['head']!r}")
-    head = operators.LinearHead(arrays["head/matrix"], arrays["head/bias"])
+    cls = operators.HEADS[document["head"]]
+    head = cls(**{f.name: arrays[f"head/{f.name}"] for f in dataclasses.fields(cls)})
     names = tuple(entry["name"] for entry in document["ops"])
     return Network(tuple(ops), head, arrays["input_mean"], arrays["input_std"], names)

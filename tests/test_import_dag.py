@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each room may import the rooms of earlier rows (and itself). A new module needs a place here.
 ROWS = (
     ("errors",),
+    ("_dft",),
     ("linalg", "conv", "activations", "pooling", "_verified"),
     ("_symbol",),
     ("spectral",),

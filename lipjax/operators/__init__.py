@@ -1,0 +1,35 @@
+"""The pieces of a network as small pytrees: arrays as data, shapes as static metadata.
+
+Every operator has static `in_shape` and `out_shape` (without the batch axis), `__call__(x)` on a batch, `bound()`
+(proved, NumPy float64), `rounding_error(x)` (float64) and, where its norm is not known beforehand, `adjoint` and
+`estimate`. A rounding error is a bound, one value per image, on the l2 distance between the computed and the exact
+value of the operator at the stored x, with conventional summation in any order, the operator compiled apart from its
+neighbours, and but for underflow, which FrozenNetwork adds (docs/soundness.md). `check()`, where there is one, raises
+ValueError for arrays of the wrong shape.
+"""
+
+from lipjax.operators._base import Leaf, gamma, norm_per_image
+from lipjax.operators.heads import LinearHead
+from lipjax.operators.linear import Bias, Conv, Dense, Normalize
+from lipjax.operators.pairs import MaxMin
+from lipjax.operators.reshape import Flatten
+
+OPERATORS = {cls.__name__: cls for cls in (Bias, Conv, Dense, Flatten, MaxMin)}
+"""What a network may be made of, by type name: what a saved network can be rebuilt from."""
+
+HEADS = {cls.__name__: cls for cls in (LinearHead,)}
+
+__all__ = [
+    "HEADS",
+    "OPERATORS",
+    "Bias",
+    "Conv",
+    "Dense",
+    "Flatten",
+    "Leaf",
+    "LinearHead",
+    "MaxMin",
+    "Normalize",
+    "gamma",
+    "norm_per_image",
+]

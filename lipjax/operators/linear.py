@@ -1,0 +1,143 @@
+"""Dense and convolutional maps, biases and the normalisation of the input."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from lipjax import conv, spectral
+from lipjax.errors import NotCertifiable
+from lipjax.operators._base import (
+    COMPUTED,
+    UNIT_ROUNDOFF,
+    Isometric,
+    Leaf,
+    Linear,
+    check_input,
+    gamma,
+    norm_per_image,
+    operator,
+)
+
+
+@operator("matrix", static=())
+class Dense(Linear):
+    """x -> W x on vectors. matrix: (out, in)."""
+
+    matrix: Leaf
+
+    @property
+    def in_shape(self):
+        return (self.matrix.shape[1],)
+
+    @property
+    def out_shape(self):
+        return (self.matrix.shape[0],)
+
+    def check(self) -> None:
+        if np.ndim(self.matrix) != 2:
+            raise ValueError(f"Expected a matrix (out, in), got shape {np.shape(self.matrix)}.")
+
+    def _map(self, x, precision):
+        return jnp.matmul(x, self.matrix.T, precision=precision)
+
+    def _adjoint(self, y, precision):
+        return jnp.matmul(y, self.matrix, precision=precision)
+
+    def bound(self) -> spectral.NormBound:
+        return spectral.matrix_norm_bound(np.asarray(self.matrix, np.float64))
+
+    def rounding_error(self, x):
+        return gamma(self.matrix.shape[1] + 2) * COMPUTED * norm_per_image(jnp.abs(x) @ jnp.abs(self.matrix).T)
+
+
+@operator("kernel", static=("in_shape", "strides", "padding"))
+class Conv(Linear):
+    """Convolution of NHWC images. kernel: HWIO; strides, padding: as in `conv.conv2d`; in_shape: (h, w, c)."""
+
+    kernel: Leaf
+    in_shape: tuple[int, ...]
+    strides: int | tuple[int, int] = 1
+    padding: conv.Padding = "ZERO"
+
+    @property
+    def out_shape(self):
+        size = conv.output_size(self.in_shape[:2], self.kernel.shape[:2], self.strides, self.padding)
+        return (*size, self.kernel.shape[3])
+
+    def check(self) -> None:
+        if np.ndim(self.kernel) != 4 or len(self.in_shape) != 3 or self.kernel.shape[2] != self.in_shape[2]:
+            raise ValueError(f"Expected an HWIO kernel for images {self.in_shape}, got shape {np.shape(self.kernel)}.")
+
+    def _map(self, x, precision):
+        return conv.conv2d(x, self.kernel, strides=self.strides, padding=self.padding, precision=precision)
+
+    def _adjoint(self, y, precision):
+        options = {"in_size": self.in_shape[:2], "strides": self.strides, "padding": self.padding}
+        return conv.conv2d_adjoint(y, self.kernel, **options, precision=precision)
+
+    def bound(self) -> spectral.NormBound:
+        padding = self.padding
+        if padding != "CIRCULAR":
+            padding = conv.explicit_padding(self.kernel.shape[:2], padding)
+        return spectral.conv_norm_bound(np.asarray(self.kernel, np.float64), self.in_shape, self.strides, padding)
+
+    def rounding_error(self, x):
+        size = conv.conv2d(jnp.abs(x), jnp.abs(self.kernel), strides=self.strides, padding=self.padding)
+        return gamma(math.prod(self.kernel.shape[:3]) + 2) * COMPUTED * norm_per_image(size)
+
+
+@operator("mean", "std", static=("in_shape",))
+class Normalize:
+    """x -> (x - mean) / std along the last axis. mean, std: (in_shape[-1],) or (1,); std > 0."""
+
+    mean: Leaf
+    std: Leaf
+    in_shape: tuple[int, ...]
+
+    @property
+    def out_shape(self):
+        return self.in_shape
+
+    def check(self) -> None:
+        for label, value in (("input_mean", self.mean), ("input_std", self.std)):
+            if np.shape(value) not in ((1,), (self.in_shape[-1],)):
+                raise ValueError(
+                    f"Expected {label} to be a number or {self.in_shape[-1]} numbers, got shape {np.shape(value)}."
+                )
+
+    def __call__(self, x):
+        return (x - self.mean) / self.std
+
+    def bound(self) -> spectral.NormBound:
+        std = np.asarray(self.std, np.float64)
+        if not (np.isfinite(std).all() and (std > 0).all()):
+            raise NotCertifiable(f"input_std must be positive and finite to certify, got {std}.")
+        least = float(std.min())
+        value = 1.0 if least == 1 else math.nextafter(1 / least, math.inf)
+        return spectral.NormBound(value, "exact: 1 / min(input_std)", {})
+
+    def rounding_error(self, x):
+        # Two roundings, or three where the division is a product with a rounded reciprocal.
+        return gamma(3) * COMPUTED * norm_per_image(self(x))
+
+
+@operator("bias", static=("in_shape",))
+class Bias(Isometric):
+    """x -> x + b along the last axis. bias: (in_shape[-1],)."""
+
+    bias: Leaf
+    in_shape: tuple[int, ...]
+    _reason = "exact: a translation"
+
+    def check(self) -> None:
+        # A shorter or longer bias would broadcast, and copying an input to several outputs is no translation.
+        if np.shape(self.bias) != (self.in_shape[-1],):
+            raise ValueError(f"Expected a bias of shape ({self.in_shape[-1]},), got {np.shape(self.bias)}.")
+
+    def __call__(self, x):
+        check_input(self, x)
+        return x + self.bias
+
+    def rounding_error(self, x):
+        return UNIT_ROUNDOFF * COMPUTED * norm_per_image(self(x))
