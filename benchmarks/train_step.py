@@ -47,7 +47,7 @@ def parts(config):
         return model.apply({"params": params}, method="build")
 
     network = jax.jit(build)(state.params)
-    lipschitz, _ = bounds.margin_lipschitz_estimate(network, state.vectors, config.power_iterations)
+    lipschitz, _ = bounds.margin_lipschitz_estimate(network, state.lip["vectors"], config.power_iterations)
 
     def parametrise(params):
         return sum(jnp.sum(a) for a in jax.tree.leaves(build(params)))
@@ -56,7 +56,7 @@ def parts(config):
         return loss(net(pixels), labels, lipschitz, 0.1).mean()
 
     def bound(net):
-        return bounds.margin_lipschitz_estimate(net, state.vectors, config.power_iterations)[0].sum()
+        return bounds.margin_lipschitz_estimate(net, state.lip["vectors"], config.power_iterations)[0].sum()
 
     gradients = {
         name: jax.jit(jax.grad(f)) for name, f in (("parametrise", parametrise), ("apply", apply), ("bound", bound))

@@ -4,48 +4,12 @@ The embedding, the polyphase form and every rounding term are derived in docs/so
 """
 
 import dataclasses
-import functools
-from decimal import Context, Decimal, localcontext
 from fractions import Fraction
 
 import numpy as np
 
 from lipjax import _verified
-
-_PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
-_HALF, _QUARTER = Fraction(1, 2), Fraction(1, 4)
-
-
-def _taylor(r: Fraction, cosine: bool) -> float:
-    """cos(pi r) or sin(pi r) for 0 <= r <= 1/4, within 2^-54 + 1e-40."""
-    with localcontext(Context(prec=50)):  # whatever the caller's rounding, traps and limits
-        x = _PI * r.numerator / r.denominator
-        term = Decimal(1) if cosine else x
-        total, k = term, 0 if cosine else 1
-        while abs(term) > Decimal("1e-48"):
-            term = -term * x * x / ((k + 1) * (k + 2))
-            total, k = total + term, k + 2
-        return float(total)
-
-
-def _cos_pi(r: Fraction) -> float:
-    """cos(pi r), exact at multiples of 1/2."""
-    r = abs(r) % 2
-    r = 2 - r if r > 1 else r
-    if r > _HALF:
-        return -_cos_pi(1 - r)
-    return _taylor(_HALF - r, cosine=False) if r > _QUARTER else _taylor(r, cosine=True)
-
-
-@functools.lru_cache(maxsize=64)
-def twiddles(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos(pi a / n) and sin(pi a / n) for a = 0, ..., 2 n - 1, each within 2^-53."""
-    angles = [Fraction(a, n) for a in range(2 * n)]
-    tables = np.array([_cos_pi(r) for r in angles]), np.array([_cos_pi(r - _HALF) for r in angles])
-    for table in tables:
-        table.setflags(write=False)
-    return tables
-
+from lipjax._dft import twiddles
 
 @dataclasses.dataclass(frozen=True)
 class Axis:

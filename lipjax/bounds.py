@@ -15,23 +15,42 @@ from lipjax.network import Network
 Vectors = dict[str, Float[Array, "..."]]
 
 
+def _needs_estimate(op) -> bool:
+    """Whether training estimates the operator's norm; a parametrisation may promise that it is at most 1."""
+    return hasattr(op, "estimate") and not getattr(op, "nonexpansive", False)
+
+
 def init_vectors(network: Network, key: PRNGKeyArray) -> Vectors:
-    """Random unit start vectors of the power iterations, by operator name, for operators that have an `estimate`."""
+    """Random unit start vectors of the power iterations, by operator name, for operators that need an `estimate`."""
     vectors = {}
     for i, (name, op) in enumerate(zip(network.names, network.ops, strict=True)):
-        if hasattr(op, "estimate"):
-            v = jax.random.normal(jax.random.fold_in(key, i), op.in_shape, network.head.matrix.dtype)
+        if _needs_estimate(op):
+            v = jax.random.normal(jax.random.fold_in(key, i), op.in_shape, network.input_std.dtype)
             vectors[name] = v / jnp.linalg.norm(v)
     return vectors
 
 
 def norm_estimates(network: Network, vectors: Vectors, num_iters: int) -> tuple[dict[str, Float[Array, ""]], Vectors]:
-    """Differentiable estimates of the operators' norms, by name, and the vectors to start from next time."""
+    """Differentiable estimates of the operators' norms, by name, and the vectors to start from next time.
+
+    Operators that are made to have a norm of at most 1 are left out.
+    """
     sigmas, advanced = {}, {}
     for name, op in zip(network.names, network.ops, strict=True):
-        if hasattr(op, "estimate"):
+        if _needs_estimate(op):
             sigmas[name], advanced[name] = op.estimate(vectors[name], num_iters)
     return sigmas, advanced
+
+
+def feature_lipschitz_estimate(
+    network: Network, vectors: Vectors, num_iters: int
+) -> tuple[Float[Array, ""], Vectors]:
+    """Estimate of the Lipschitz constant of pixels -> features, the head's input: the product of norms / min std.
+
+    Args, returns: as `margin_lipschitz_estimate`, with a scalar.
+    """
+    sigmas, vectors = norm_estimates(network, vectors, num_iters)
+    return math.prod(sigmas.values()) / jnp.min(network.input_std), vectors
 
 
 def margin_lipschitz_estimate(
@@ -43,8 +62,7 @@ def margin_lipschitz_estimate(
     Returns: ((k, k) in logits per pixel unit, the advanced vectors, constants under differentiation).
     Source: Hu et al. 2023, arXiv:2301.12549: the product of norms times |w_i - w_j|.
     """
-    sigmas, vectors = norm_estimates(network, vectors, num_iters)
-    product = math.prod(sigmas.values()) / jnp.min(network.input_std)
+    product, vectors = feature_lipschitz_estimate(network, vectors, num_iters)
     return product * network.head.pairwise_lipschitz(), vectors
 
 

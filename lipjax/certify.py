@@ -6,12 +6,24 @@ import math
 import os
 import pathlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from lipjax import curvature as curvatures
+from lipjax.operators.heads import MLPHead
+from lipjax.operators.softplus import sigmoid, softplus
+
 SCHEMA = 1
+
+# `mlp_radius` takes eigenvalues for its curvatures up to this many classes.
+_MAX_EXACT_CLASSES = 20
+# The search keeps this far from the multiplier 1/m, where the minorant's ball is centred at the point itself.
+_MAX_MULTIPLIER = 0.999
 
 
 def certified_radius(logits: Float[Array, "b k"], lipschitz: Float[Array, "i j"]) -> Float[Array, " b"]:
@@ -39,6 +51,119 @@ def certified_radius(logits: Float[Array, "b k"], lipschitz: Float[Array, "i j"]
     return jnp.where(invalid, 0.0, radius)
 
 
+def minorant_radius(value, gradient, step, curvature, xp: Any):
+    """How far around a function is positive, by its quadratic minorant at another point.
+
+    If D has second derivatives above -m in every direction, then D(y) >= Q(y) = D(b) + g.(y - b) - m/2 |y - b|^2, with
+    g = grad D(b). Q is positive in a ball around b + g/m, and a = b - s is as far from its boundary as
+
+        r = 2 Q(a) / (|g + m s| + sqrt(|g|^2 + 2 m D(b))),
+
+    if Q(a) > 0. For s = 0 this is the closed form 2d / (g + sqrt(g^2 + 2md)) of arXiv:2211.08453, written so that
+    nothing cancels; for other s it is the largest lower bound that a multiplier gives in that paper's dual problem
+    (docs/soundness.md).
+
+    Args: value (b,), gradient (b, n): D and grad D at the points a + step; step (b, n); curvature (b,): m >= 0; xp: the
+    arrays' module, numpy or jax.numpy. Returns: (b,), 0 where Q(a) is not positive, infinite where D is constant.
+    """
+
+    def length(squared):  # with gradient 0 at 0
+        positive = squared > 0
+        return xp.where(positive, xp.sqrt(xp.where(positive, squared, 1.0)), 0.0)
+
+    level = value - xp.sum(gradient * step, axis=1) - curvature / 2 * xp.sum(step**2, axis=1)
+    inner = length(xp.sum((gradient + curvature[:, None] * step) ** 2, axis=1))
+    total = inner + length(xp.sum(gradient**2, axis=1) + 2 * curvature * value)
+    radius = xp.where(total > 0, 2 * level / xp.where(total > 0, total, 1.0), xp.inf)
+    return xp.where(level > 0, radius, 0.0)
+
+
+def best_minorant(evaluate: Callable, points, curvature, num_steps: int, xp: Any):
+    """Searches the minorant that gives the largest `minorant_radius` around each point.
+
+    Starts at the points themselves (the closed form) and moves towards the nearest zero of D, at which the step is
+    parallel to the gradient; steps are halved where they have made the radius smaller.
+
+    Args: evaluate: (b, n) -> D (b,) and its gradient (b, n). points (b, n). curvature (b,). num_steps: evaluations, at
+    least 1. xp: the arrays' module; with numpy the search ends early once it has stopped to gain.
+    Returns: the radii (b,) and where they come from, (b, n).
+    """
+    step = best_step = xp.zeros_like(points)
+    best = last = xp.zeros_like(curvature)
+    damping = xp.ones_like(curvature)
+    idle = 0
+    for _ in range(num_steps):
+        value, gradient = evaluate(points + step)
+        radius = minorant_radius(value, gradient, step, curvature, xp)
+        gains = radius > best * (1 + 1e-3)
+        damping, last = xp.where(radius < last, damping / 2, damping), radius
+        best_step = xp.where((radius > best)[:, None], step, best_step)
+        best = xp.maximum(radius, best)
+        idle = 0 if xp is not np or gains.any() else idle + 1
+        if idle == 2:
+            break
+        squared = xp.sum(gradient**2, axis=1)
+        # The multiplier at which the linearised problem has its solution, as far as the minorants have a ball for it.
+        multiplier = (value - xp.sum(gradient * step, axis=1)) / xp.where(squared > 0, squared, 1.0)
+        end = xp.where(curvature > 0, _MAX_MULTIPLIER / xp.where(curvature > 0, curvature, 1.0), xp.inf)
+        multiplier = xp.minimum(xp.maximum(multiplier, 0.0), end)
+        step = step - damping[:, None] * (multiplier[:, None] * gradient + step)
+    return best, points + best_step
+
+
+def mlp_radius(
+    features: Float[Array, "b n"],
+    w1: Float[Array, "h i"],
+    b1: Float[Array, " j"],
+    w2: Float[Array, "k l"],
+    b2: Float[Array, " o"],
+    method: str = "closed_form",
+    curvature: Float[Array, "p q"] | None = None,
+    *,
+    num_steps: int = 16,
+) -> Float[Array, " b"]:
+    """Radius in feature units around each a inside which W2 softplus(W1 a + b1) + b2 keeps its argmax: all rivals.
+
+    Plain arithmetic in the inputs' precision; `FrozenNetwork.certify` is the proof. A network with this head keeps its
+    class within the radius divided by the Lipschitz constant of its features.
+
+    Args:
+      features: (b, n). w1, b1, w2, b2: as in `operators.MLPHead`.
+      method: "closed_form", by the gradient at a; "dual", at least that, by the gradients at up to num_steps points.
+      curvature: (k, k), [i, j] the curvature from below of logit_i - logit_j or more, such as
+        `curvature.eigenvalue_table`. By default `curvature.norm_table` with the SVD's |W1|, and for "dual" with up to
+        20 classes `eigenvalue_table`; both are expensive, so inside a training step give a table.
+    Returns: (b,), >= 0; 0 on ties and where a value is NaN; infinite if no rival can be reached.
+    Raises: ValueError for another method, shapes that do not fit, or num_steps below 1.
+    Source: Singla & Feizi 2022, arXiv:2211.08453, with all rivals.
+    """
+    head = MLPHead(w1, b1, w2, b2)
+    head.check()
+    num_classes = w2.shape[0]
+    if method not in ("closed_form", "dual") or num_steps < 1:
+        raise ValueError(f"Expected method 'closed_form' or 'dual' and num_steps >= 1, got {method!r} and {num_steps}.")
+    if curvature is None and method == "dual" and num_classes <= _MAX_EXACT_CLASSES:
+        curvature = curvatures.eigenvalue_table(w1, w2)
+    elif curvature is None:
+        curvature = curvatures.norm_table(jnp.linalg.norm(w1, 2), w2)
+    if curvature.shape != (num_classes, num_classes):
+        raise ValueError(f"Expected curvature of shape ({num_classes}, {num_classes}), got {curvature.shape}.")
+    predicted = jnp.argmax(head(features), axis=1)
+
+    def to_rival(rival):
+        row, offset = w2[predicted] - w2[rival], b2[predicted] - b2[rival]
+
+        def evaluate(points):
+            hidden = points @ w1.T + b1
+            return jnp.sum(row * softplus(hidden), axis=1) + offset, (row * sigmoid(hidden)) @ w1
+
+        steps = num_steps if method == "dual" else 1
+        radius, _ = best_minorant(evaluate, features, curvature[predicted, rival], steps, jnp)
+        return jnp.where(rival == predicted, jnp.inf, radius)
+
+    return jnp.min(jax.lax.map(to_rival, jnp.arange(num_classes)), axis=0)
+
+
 def certified_accuracy(predictions, labels, radii, epsilon: float) -> float:
     """Fraction of images that are classified correctly with a radius above epsilon (the papers' VRA or CRA).
 
@@ -63,7 +188,8 @@ class Certificate:
       rivals: (n,) the class that limits the radius.
       margins: (n,) proved lower bound of logit[prediction] - logit[rival] in exact arithmetic; -inf where nothing is
       known.
-      radii: (n,) `radius_of(margins, L[prediction, rival])`, pixel units: inside, the class cannot change.
+      radii: (n,) pixel units: inside, the class cannot change. `radius_of(margins, L[prediction, rival])`, or for an
+      MLP head at least that.
     """
 
     predictions: np.ndarray
@@ -92,8 +218,15 @@ def certify_margins(predictions: np.ndarray, margins: np.ndarray, lipschitz: np.
       ignored.
       lipschitz: (k, k) proved.
     """
-    margins = np.where(np.isnan(margins), -np.inf, margins)
-    radii = radius_of(margins, lipschitz[predictions])
+    return certify_radii(predictions, margins, radius_of(margins, lipschitz[predictions]))
+
+
+def certify_radii(predictions: np.ndarray, margins: np.ndarray, radii: np.ndarray) -> Certificate:
+    """The certificate that radii (n, k) against all rivals prove; margins as in `certify_margins`.
+
+    The column of the prediction is ignored.
+    """
+    margins, radii = np.where(np.isnan(margins), -np.inf, margins), np.array(radii)
     rows = np.arange(len(predictions))
     radii[rows, predictions] = np.inf
     # Among rivals of radius 0 the smallest margin says most, so it is the one shown.

@@ -16,6 +16,7 @@ import safetensors
 import safetensors.numpy
 
 from lipjax import bounds, operators
+from lipjax._mlp import MLPCertifier
 from lipjax.certify import Certificate, certify_margins, write_json
 from lipjax.errors import NotCertifiable, UserError
 from lipjax.network import Network, check_network
@@ -95,14 +96,14 @@ def _finish(head, x):
 
 
 def _evaluate(network: Network, norms: tuple, x):
-    """Logits, a bound on the l2 error of the features, and a bound on the head's own error of each logit."""
+    """Logits, features, a bound on the l2 error of the features, and a bound on the head's own error of each logit."""
     if x.dtype != jnp.float64 or any(a.dtype != jnp.float64 for a in jax.tree.leaves(network)):
         raise ValueError("Certification runs in float64: an array of another type reached it.")
     error = jnp.full(x.shape[0], _FLOOR)
     for op, norm in zip((network.normalize, *network.ops), norms, strict=True):
         x, error = _propagate(op, norm, error, x)
     logits, head_error = _finish(network.head, x)
-    return logits, error, head_error
+    return logits, x, error, head_error
 
 
 @jax.jit
@@ -160,6 +161,14 @@ class FrozenNetwork:
     def _margin_lipschitz(self) -> np.ndarray:
         return bounds.margin_lipschitz_bound(self.network, self._bounds)
 
+    @functools.cached_property
+    def _head_lipschitz(self) -> np.ndarray:
+        return self.network.head.pairwise_bound()
+
+    @functools.cached_property
+    def _mlp(self) -> MLPCertifier:
+        return MLPCertifier(self.network.head)
+
     def margin_lipschitz(self) -> np.ndarray:
         """Proved (k, k) float64 bound of the Lipschitz constants of all logit differences, per pixel unit.
 
@@ -203,10 +212,11 @@ class FrozenNetwork:
         return images
 
     def _run(self, images, norms: tuple, batch_size: int) -> list[np.ndarray]:
-        """`_evaluate` on all images, batch by batch: logits (n, k), feature errors (n,), head errors (n, k)."""
+        """`_evaluate` on all images: logits (n, k), features (n, d), feature errors (n,), head errors (n, k)."""
         if batch_size < 1:
             raise ValueError(f"Expected a batch_size of at least 1, got {batch_size}.")
-        parts = [[np.empty((0, self.num_classes)), np.empty(0), np.empty((0, self.num_classes))]]
+        none = np.empty((0, self.num_classes))
+        parts = [[none, np.empty((0, *self.network.head.in_shape)), np.empty(0), none]]
         with float64_on_cpu():
             network = jax.tree.map(jnp.asarray, self.network)
             for start in range(0, len(images), batch_size):
@@ -229,16 +239,23 @@ class FrozenNetwork:
 
         The rounding error of the float64 evaluation is bounded for each image and subtracted.
         """
+        logits, _, error, head_error = self._run_with_errors(images, batch_size)
+        predicted = np.argmax(logits, axis=1)
+        return predicted, self._lower_margins(predicted, logits, error, head_error)
+
+    def _run_with_errors(self, images, batch_size: int) -> list[np.ndarray]:
         _check_arithmetic()
-        norms = tuple(row.bound for row in self._bounds)
-        logits, error, head_error = self._run(self._check_images(images), norms, batch_size)
-        rows, predicted = np.arange(len(logits)), np.argmax(logits, axis=1)
-        pairwise = self.network.head.pairwise_bound()
+        return self._run(self._check_images(images), tuple(row.bound for row in self._bounds), batch_size)
+
+    def _lower_margins(self, predicted, logits, error, head_error) -> np.ndarray:
+        """Lower bounds (n, k) of the margins, for features that are off by at most error (n,)."""
+        rows = np.arange(len(logits))
         with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaN end as radius 0
             gaps = logits[rows, predicted][:, None] - logits
-            slack = pairwise[predicted] * error[:, None] + head_error + head_error[rows, predicted][:, None]
+            slack = self._head_lipschitz[predicted] * error[:, None]
+            slack = slack + head_error + head_error[rows, predicted][:, None]
             slack = slack * (1 + operators.gamma(8)) + operators.gamma(2) * np.abs(gaps)
-            return predicted, np.nextafter(gaps - slack, -np.inf)
+            return np.nextafter(gaps - slack, -np.inf)
 
     def certify(self, images, batch_size: int = 256) -> Certificate:
         """Proves, for each image, a radius inside which the class computed in exact arithmetic cannot change.
@@ -247,7 +264,15 @@ class FrozenNetwork:
         Returns: Certificate; all rivals are checked; ties and what is not finite give radius 0.
         Raises: UserError for images of another shape, type or range; NotCertifiable if a layer has no proved bound.
         """
-        return certify_margins(*self.margins(images, batch_size), self.margin_lipschitz())
+        logits, features, error, head_error = self._run_with_errors(images, batch_size)
+        predicted = np.argmax(logits, axis=1)
+        margins = self._lower_margins(predicted, logits, error, head_error)
+        if not isinstance(self.network.head, operators.MLPHead):
+            return certify_margins(predicted, margins, self.margin_lipschitz())
+        # Its logit differences vary less near the features than their global constants say.
+        head_margins = self._lower_margins(predicted, logits, np.zeros_like(error), head_error)
+        lipschitz = bounds.product_bound(self._bounds)
+        return self._mlp.certify(predicted, margins, features, error, head_margins, lipschitz)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All arrays by name: ops/<name>/<field>, head/<field>, input_mean, input_std."""
@@ -325,7 +350,9 @@ def _rebuild(document: dict, arrays: dict[str, np.ndarray]) -> Network:
     for entry in document["ops"]:
         cls, prefix = operators.OPERATORS[entry["type"]], f"ops/{entry['name']}"
         fields = {f.name: entry.get(f.name, arrays.get(f"{prefix}/{f.name}")) for f in dataclasses.fields(cls)}
-        ops.append(cls(**{name: tuples(value) for name, value in fields.items()}))
+        # Some constructors take other arguments than the fields.
+        make = getattr(cls, "rebuild", cls)
+        ops.append(make(**{name: tuples(value) for name, value in fields.items()}))
     cls = operators.HEADS[document["head"]]
     head = cls(**{f.name: arrays[f"head/{f.name}"] for f in dataclasses.fields(cls)})
     names = tuple(entry["name"] for entry in document["ops"])

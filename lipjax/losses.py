@@ -86,3 +86,45 @@ def trades(logits: Logits, labels: Labels, lipschitz: Lipschitz, epsilon, *, wei
     """
     gap = bottom_logit(logits, lipschitz, epsilon) - jax.nn.logsumexp(logits, axis=1)
     return cross_entropy(logits, labels) + weight * jax.nn.softplus(gap)
+
+
+def label_radius(logits: Logits, labels: Labels, lipschitz: Lipschitz) -> PerExample:
+    """min over rivals i != t of (y_t - y_i) / lipschitz[t, i], the certified radius of the label: negative if wrong.
+
+    Args, returns: as `emma`, in pixel units; infinite if no rival can reach the label.
+    Source: Singla, Singla & Feizi 2022, arXiv:2108.04062.
+    """
+    own = _own_class(labels, logits.shape[1])
+    gaps = jnp.take_along_axis(logits, labels[:, None], axis=1) - logits
+    constants = jnp.where(own, 0.0, lipschitz[labels])
+    reachable = constants > 0
+    ratios = gaps / jnp.where(reachable, constants, 1.0)
+    unreachable = jnp.where(own | (gaps > 0), jnp.inf, jnp.minimum(gaps, 0.0))
+    return jnp.min(jnp.where(reachable, ratios, unreachable), axis=1)
+
+
+def certificate_regularization(logits: Logits, labels: Labels, lipschitz: Lipschitz, gamma) -> PerExample:
+    """CR: cross-entropy - gamma max(0, radius), the radius of `label_radius`, differentiable in lipschitz too.
+
+    Args: as `emma`; gamma: nats per pixel unit, >= 0. An example whose label no rival can reach adds no radius.
+    Source: Singla, Singla & Feizi 2022, arXiv:2108.04062.
+    """
+    radius = label_radius(logits, labels, lipschitz)
+    radius = jax.nn.relu(jnp.where(jnp.isfinite(radius), radius, 0.0))
+    return cross_entropy(logits, labels) - gamma * radius
+
+
+def curvature_penalty(logits: Logits, labels: Labels, curvatures: Float[Array, "b r"], beta) -> PerExample:
+    """Cross-entropy + beta times the mean curvature of each example's logit differences: for MLP heads.
+
+    Args:
+      logits (b, k), labels (b,).
+      curvatures: (b, r), against r rivals of each label the larger of both sides' curvatures: with the table
+        t = `curvature.estimate_table(...)` and rivals = `curvature.top_rivals(logits, labels, r)`,
+        jnp.maximum(t, t.T)[labels[:, None], rivals]; or `curvature.estimate` of these pairs where there are many
+        classes. The paper's code takes the 9 rivals with the largest logits.
+      beta: weight.
+    Returns: (b,), nats.
+    Source: Singla & Feizi 2022, arXiv:2211.08453.
+    """
+    return cross_entropy(logits, labels) + beta * jnp.mean(curvatures, axis=1)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lipjax.operators import Leaf, LinearHead, Normalize
+from lipjax.operators import Leaf, Normalize
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +56,7 @@ class Network:
         return self.head(self.features(x))
 
 
-def make_network(named_ops, head: LinearHead, input_mean: Any = 0.0, input_std: Any = 1.0) -> Network:
+def make_network(named_ops, head, input_mean: Any = 0.0, input_std: Any = 1.0) -> Network:
     """Makes a `Network` of parts that fit together.
 
     Args:
@@ -65,7 +65,7 @@ def make_network(named_ops, head: LinearHead, input_mean: Any = 0.0, input_std: 
     Raises: ValueError as `check_network`.
     """
     named_ops = list(named_ops)
-    dtype = jnp.result_type(head.matrix)
+    dtype = jnp.result_type(*jax.tree.leaves(head))
     mean, std = (jnp.atleast_1d(jnp.asarray(a, dtype)) for a in (input_mean, input_std))
     network = Network(tuple(op for _, op in named_ops), head, mean, std, tuple(name for name, _ in named_ops))
     check_network(network)

@@ -16,13 +16,15 @@ from jax import lax
 from jaxtyping import Array, Complex, Float
 from threadpoolctl import threadpool_limits
 
-from lipjax import _symbol, _verified, conv
+from lipjax import _dft, _symbol, _verified, conv
 from lipjax.errors import NotCertifiable
 
 # The dense operator is bounded itself up to this many inputs: its norm has no embedding loss.
 _DENSE_SIDE, _DENSE_WINDOW = 4096, 8192
 # Cost of a family in factorisation flops above which only the least grid, and then only one variant, is tried.
 _CHEAP, _DEAR = 2e9, 2e11
+# Gram matrices this close to multiples of the identity are bounded by the distance.
+_ISOMETRY = 2.0**-30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,26 +200,45 @@ def response_norm_bound(response: Complex[np.ndarray, "h f o i"], size: tuple[in
         raise ValueError(f"expected a response (h, w // 2 + 1, o, i) for size {tuple(size)}, got {blocks.shape}")
     if not blocks.any():
         return NormBound(0.0, "zero", {})
-    blocks, exponent = _verified.scale_to_unit(blocks.astype(np.complex128))
-    for column in {0, w // 2} if w % 2 == 0 else {0}:
-        mirrored = np.roll(blocks[::-1, column], 1, axis=0)
-        blocks[:, column] = (blocks[:, column] + mirrored.conj()) / 2
-    blocks = blocks.reshape(-1, *blocks.shape[2:])
-    if blocks.shape[1] < blocks.shape[2]:
-        blocks = np.ascontiguousarray(blocks.conj().swapaxes(1, 2))
-    frobenius = max(_verified.sum_of_squares_up(block) for block in blocks)
-    error = _verified.gamma(4 * (blocks.shape[1] + 4)) * frobenius + _verified.UNDERFLOW
+    scaled, exponent = _verified.scale_to_unit(blocks.astype(np.complex128))
     # The sums of the projection round once per component, relative to the result.
-    projection = 2 * _verified.UNIT * Fraction(_verified.sqrt_up(frobenius))
+    return _blocks_bound(*_dft.pack(scaled, (h, w)), 2 * _verified.UNIT, exponent)
 
-    def grams(indices: np.ndarray) -> np.ndarray:
-        return blocks[indices].conj().swapaxes(1, 2) @ blocks[indices]
 
-    family = _verified.GramFamily(blocks.shape[2], len(blocks), grams, error)
+def blocks_norm_bound(fixed: Float[np.ndarray, "r o i"], paired: Float[np.ndarray, "q 2 o i"]) -> NormBound:
+    """Proved upper bound of the largest norm of several matrices, some of them complex.
+
+    It is the norm of a circular convolution that has these blocks (`operators.CircularConv`).
+
+    Args: fixed: real matrices. paired: complex ones, as real and imaginary parts; possibly none.
+    Returns: value >= every norm. For matrices with orthonormal rows or columns it is 1 up to the rounding error of
+      their Gram matrices: 1e-13 for sides of 32, 3e-10 for sides of 2048.
+    Raises: as `matrix_norm_bound`.
+    Source: docs/soundness.md, section 4.
+    """
+    fixed = _checked(fixed, 3, "blocks_norm_bound")
+    paired = _checked(paired, 4, "blocks_norm_bound") if np.size(paired) else np.empty((0, 2, *fixed.shape[1:]))
+    largest = max(float(np.abs(fixed).max()), float(np.abs(paired).max(initial=0.0)))
+    if not largest:
+        return NormBound(0.0, "zero", {})
+    exponent = math.frexp(largest)[1]
+    return _blocks_bound(np.ldexp(fixed, -exponent), np.ldexp(paired, -exponent), Fraction(0), exponent)
+
+
+def _blocks_bound(fixed: np.ndarray, paired: np.ndarray, error: Fraction, exponent: int) -> NormBound:
+    """The bound for scaled blocks, each known up to `error` times its Frobenius norm."""
+    stacks = [fixed, paired[:, 0] + 1j * paired[:, 1]] if len(paired) else [fixed]
+    extra = error * Fraction(_verified.sqrt_up(max(_verified.sum_of_squares_up(b) for stack in stacks for b in stack)))
     with threadpool_limits(limits=1, user_api="blas"):
-        squared, verified = _verified.largest_eigenvalue_bound(family, _verified.rank_members(family)[0])
-    details = {"side": family.side, "count": family.count} | verified
-    return _finish(squared, projection, exponent, "Cholesky per frequency of the response", details)
+        families = [_verified.response_family(stack) for stack in stacks]
+        results = [_verified.isometry_bound(family, _ISOMETRY) for family in families]
+        method = "distance of R^H R from the identity, per frequency"
+        if any(result is None for result in results):
+            method = "Cholesky per frequency of the response"
+            results = [_verified.largest_eigenvalue_bound(f, _verified.rank_members(f)[0]) for f in families]
+    squared, details = max((result for result in results if result), key=lambda result: result[0])
+    details = {"side": families[0].side, "count": sum(family.count for family in families)} | details
+    return _finish(squared, extra, exponent, method, details)
 
 
 def norm_bound(operator: Any) -> float:

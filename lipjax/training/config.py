@@ -59,14 +59,18 @@ def default_config() -> Any:
     config.loss.epsilon_end = 3.0  # and from epsilon_ramp on
     config.loss.epsilon_ramp = 0.5  # fraction of the epochs over which it rises linearly
     config.loss.trades_weight = 1.0  # lambda, read by the loss "trades"
+    config.loss.gamma = 0.0  # weight of the certified radius, read by the loss "certificate_regularization"
+    config.loss.curvature_weight = 0.0  # of the curvature penalty, for models with an MLP head
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "cosine"
     config.optimizer.weight_decay = 0.0
+    config.optimizer.decay = "all"  # what weight decay shrinks: all but activations' angles, or only the "weights"
     config.optimizer.warmup_epochs = 1.0
     config.optimizer.final_fraction = 1e-5  # of the learning rate, at the end of the cosine
-    config.optimizer.clip_norm = 3.0  # global norm of the gradients
+    config.optimizer.clip_norm = 3.0  # global norm of the gradients; 0: no clipping
 
     config.checkpoint = ml_collections.ConfigDict()
     config.checkpoint.every_epochs = 1  # validation and save
@@ -122,14 +126,15 @@ def validate(config) -> None:
     _check(config.loss.name in LOSSES, "loss.name", f"one of {sorted(LOSSES)}", config.loss.name)
     for field in ("epsilon", "epsilon_end"):
         _check(0 < config.loss[field] < math.inf, f"loss.{field}", "a positive number", config.loss[field])
-    for field in ("epsilon_start", "trades_weight"):
+    for field in ("epsilon_start", "trades_weight", "gamma", "curvature_weight"):
         _check(config.loss[field] >= 0, f"loss.{field}", "at least 0", config.loss[field])
     _check(0 <= config.loss.epsilon_ramp <= 1, "loss.epsilon_ramp", "a fraction in [0, 1]", config.loss.epsilon_ramp)
     names = sorted(optimizer.OPTIMIZERS)
     _check(config.optimizer.name in names, "optimizer.name", f"one of {names}", config.optimizer.name)
-    for field in ("learning_rate", "clip_norm"):
-        _check(0 < config.optimizer[field] < math.inf, f"optimizer.{field}", "positive", config.optimizer[field])
-    for field in ("weight_decay", "warmup_epochs", "final_fraction"):
+    _check(0 < config.optimizer.learning_rate, "optimizer.learning_rate", "positive", config.optimizer.learning_rate)
+    for field, known in (("schedule", optimizer.SCHEDULES), ("decay", optimizer.DECAYED)):
+        _check(config.optimizer[field] in known, f"optimizer.{field}", f"one of {known}", config.optimizer[field])
+    for field in ("weight_decay", "warmup_epochs", "final_fraction", "clip_norm"):
         _check(0 <= config.optimizer[field] < math.inf, f"optimizer.{field}", "at least 0", config.optimizer[field])
     for field in ("every_epochs", "keep"):
         _check(config.checkpoint[field] >= 1, f"checkpoint.{field}", "at least 1", config.checkpoint[field])

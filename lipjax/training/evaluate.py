@@ -124,9 +124,9 @@ def certify_run(workdir: str | os.PathLike, config, seed: int, run: Run | None =
     _check_not_broken(network, certificate, images, pixel_max, attack, workdir)
     report = reports.make_report(certificate, labels, options.radii, attack, labels[:attacked])
     report |= {"seed": seed, "step": step, "frozen_sha256": network.sha256()}
-    certify.write_json(
-        workdir / "certificate.json", _document(network, certificate, labels, run, config, seed, step, state.vectors)
-    )
+    vectors = state.lip["vectors"]
+    document = _document(network, certificate, labels, run, config, seed, step, vectors)
+    certify.write_json(workdir / "certificate.json", document)
     certify.write_json(workdir / "report.json", report)
     reports.plot_certified_accuracy(
         workdir / "certified_accuracy.png", certificate, labels, attack, list(options.radii), attacked

@@ -14,6 +14,7 @@ from rich.console import Console
 from lipjax.certify import write_json
 from lipjax.errors import UserError
 from lipjax.models import get_model
+from lipjax.nn import COLLECTION
 from lipjax.training import optimizer as optimizers
 from lipjax.training import sharding
 from lipjax.training import step as steps
@@ -174,7 +175,7 @@ class Run:
         def validate(state) -> dict[str, float]:
             if size == 0:
                 return {}
-            network, lipschitz = prepare(state.params, state.vectors)
+            network, lipschitz = prepare(state.params, state.lip)
             totals: dict[str, float] = {}
             for images, labels in batches():
                 missing = [(0, batch - len(labels))]
@@ -319,14 +320,14 @@ def _train_epochs(run: Run, state, checkpointer: Checkpointer, writer: MetricWri
 
 
 def load_best(workdir: str | os.PathLike, run: Run):
-    """The parameters and vectors that the validation split liked best, as model variables.
+    """The parameters and state that the validation split liked best, as model variables.
 
     Raises: UserError if there is no usable checkpoint.
     """
     with Checkpointer(pathlib.Path(workdir) / "checkpoints", best_metric=METRIC, read_only=True) as checkpointer:
         state, meta = checkpointer.restore_best(run.abstract_state)
     check_same_run(workdir, meta, run.config, run.seed, run.data_identity)
-    return {"params": state.params}, state, int(state.step)
+    return {"params": state.params, COLLECTION: state.lip}, state, int(state.step)
 
 
 __all__ = ["Run", "check_same_run", "load_best", "plain", "train"]

@@ -1,24 +1,60 @@
 """Optimisers and schedules, from optax."""
 
+import jax
 import optax
 
 OPTIMIZERS = {
-    "adamw": lambda rate, decay: optax.adamw(rate, weight_decay=decay),
-    "nadamw": lambda rate, decay: optax.nadamw(rate, weight_decay=decay),
-    "sgd": lambda rate, decay: optax.chain(
-        optax.add_decayed_weights(decay), optax.sgd(rate, momentum=0.9, nesterov=True)
-    ),
+    "adamw": lambda rate, decay, mask: optax.adamw(rate, weight_decay=decay, mask=mask),
+    "nadamw": lambda rate, decay, mask: optax.nadamw(rate, weight_decay=decay, mask=mask),
+    # As torch's SGD: the decay is part of the gradient, and momentum 0.9 is not Nesterov's.
+    "sgd": lambda rate, decay, mask: optax.chain(optax.add_decayed_weights(decay, mask), optax.sgd(rate, momentum=0.9)),
 }
+
+SCHEDULES = ("cosine", "step", "triangle")
+DECAYED = ("all", "weights")
+
+
+def decay_mask(which: str):
+    """Says which parameters the weight decay shrinks: a function of the parameters, for optax.
+
+    Args: which: "all" (but the angles of activations and the scale of a Cayley transform), or "weights" (of those the
+      kernels and matrices, without the MLP head's).
+    """
+
+    def decays(path, leaf) -> bool:
+        name = path[-1].key
+        if name.startswith("theta") or name == "alpha":
+            return False
+        return which == "all" or (leaf.ndim > 1 and name not in ("w1", "w2"))
+
+    return lambda params: jax.tree_util.tree_map_with_path(decays, params)
 
 
 def learning_rate_schedule(config, steps_per_epoch: int, num_epochs: int) -> optax.Schedule:
-    """Per step: linear warm-up, then a cosine that would reach final_fraction of the peak one step after the last.
+    """Per step: linear warm-up, then what `schedule` names, down to final_fraction of the peak one step after the last.
 
-    Args: config: the optimizer group: learning_rate, warmup_epochs, final_fraction.
+    "cosine"; "step": a tenth of the rate from 1/2 of the epochs on and a hundredth from 3/4 (final_fraction is not
+    used); "triangle": up to the peak at 2/5 of the epochs, 1/20 of it at 4/5, then to final_fraction (no other
+    warm-up).
+
+    Args: config: the optimizer group: schedule, learning_rate, warmup_epochs, final_fraction.
     """
-    total = steps_per_epoch * num_epochs
+    total, peak = steps_per_epoch * num_epochs, config.learning_rate
+    if config.schedule == "triangle":
+        corners = [(0.0, 0.0), (0.4, peak), (0.8, peak / 20), (1.0, peak * config.final_fraction)]
+        steps = [round(fraction * total) for fraction, _ in corners]
+        pieces = [
+            optax.linear_schedule(low, high, max(1, stop - start))
+            for (_, low), (_, high), start, stop in zip(corners, corners[1:], steps, steps[1:], strict=False)
+        ]
+        return optax.join_schedules(pieces, steps[1:-1])
     warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
-    decay = optax.cosine_decay_schedule(config.learning_rate, max(1, total - warmup), alpha=config.final_fraction)
+    if config.schedule == "step":
+        # Counted from the end of the warm-up, because joined schedules count from their own start.
+        drops = {max(1, round(fraction * total) - warmup): 0.1 for fraction in (0.5, 0.75)}
+        decay = optax.piecewise_constant_schedule(peak, drops)
+    else:
+        decay = optax.cosine_decay_schedule(peak, max(1, total - warmup), alpha=config.final_fraction)
     if warmup == 0:
         return decay
     # The first step already moves: step i of the warm-up takes (i + 1) / warmup of the peak.
@@ -27,9 +63,10 @@ def learning_rate_schedule(config, steps_per_epoch: int, num_epochs: int) -> opt
 
 
 def make_optimizer(config, steps_per_epoch: int, num_epochs: int) -> optax.GradientTransformation:
-    """Global-norm clipping, then the named optimiser with its learning-rate schedule."""
+    """Global-norm clipping (none for clip_norm 0), then the named optimiser with its learning-rate schedule."""
     rate = learning_rate_schedule(config, steps_per_epoch, num_epochs)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), OPTIMIZERS[config.name](rate, config.weight_decay))
+    update = OPTIMIZERS[config.name](rate, config.weight_decay, decay_mask(config.decay))
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
 
 
 def epsilon_at(config, epoch: int, num_epochs: int) -> float:

@@ -37,5 +37,5 @@ def batch_sharded(mesh: Mesh) -> NamedSharding:
 
 
 def state_shardings(abstract_state, mesh: Mesh):
-    """Shardings of a train state, leaf by leaf: parameters, optimizer and vectors are replicated."""
+    """Shardings of a train state, leaf by leaf: parameters, optimizer and state are replicated."""
     return jax.tree.map(lambda _: replicated(mesh), abstract_state)

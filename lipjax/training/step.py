@@ -10,8 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from lipjax import bounds, certify, losses
-from lipjax.nn import LipschitzModel
-from lipjax.nn.model import COLLECTION
+from lipjax.nn import COLLECTION, LipschitzModel
 from lipjax.training import augment, sharding
 
 LOSSES = {
@@ -19,6 +18,11 @@ LOSSES = {
     "margin": lambda config: losses.margin,
     "gloro": lambda config: losses.gloro,
     "trades": lambda config: functools.partial(losses.trades, weight=config.trades_weight),
+    "certificate_regularization": lambda config: (
+        lambda logits, labels, lipschitz, epsilon: (
+            losses.certificate_regularization(logits, labels, lipschitz, config.gamma)
+        )
+    ),
     "cross_entropy": lambda config: lambda logits, labels, lipschitz, epsilon: losses.cross_entropy(logits, labels),
 }
 
@@ -29,13 +33,13 @@ class TrainState:
     """All that training changes.
 
     Attributes:
-      step: int32, batches seen. params: the model's. vectors: start of the next norm estimates, by operator.
+      step: int32, batches seen. params: the model's. lip: its state: vectors that the next estimates start from.
       opt_state: optax. key: typed PRNG key, constant; batches are functions of (key, step).
     """
 
     step: Any  # these are arrays, or what stands for arrays: shapes, shardings
     params: Any
-    vectors: Any
+    lip: Any
     opt_state: optax.OptState
     key: Any
 
@@ -45,10 +49,8 @@ def init_state(model: LipschitzModel, optimizer: optax.GradientTransformation, k
     init_key, data_key = jax.random.split(key)
     variables: Any = model.init(init_key, jnp.zeros((1, *model.input_shape)))
     # Single precision, whatever the process does by default: pixels are, and the two would not mix.
-    params, vectors = jax.tree.map(
-        lambda a: a.astype(jnp.float32), (variables["params"], variables[COLLECTION]["vectors"])
-    )
-    return TrainState(jnp.zeros((), jnp.int32), params, vectors, optimizer.init(params), data_key)
+    params, lip = jax.tree.map(lambda a: a.astype(jnp.float32), (variables["params"], variables[COLLECTION]))
+    return TrainState(jnp.zeros((), jnp.int32), params, lip, optimizer.init(params), data_key)
 
 
 def epoch_order(key: jax.Array, epoch, num_images: int) -> jax.Array:
@@ -75,7 +77,7 @@ def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int):
     """The training step (state, images, labels, epsilon) -> (state, metrics).
 
     images: uint8 (global batch, h, w, c); labels: int32; epsilon: the training radius, pixel units. A step that meets a
-    value that is not finite leaves parameters, vectors and optimizer as they are; metrics["finite"] says where it was.
+    value that is not finite leaves parameters, state and optimizer as they are; metrics["finite"] says where it was.
     """
     loss_function = LOSSES[config.loss.name](config.loss)
 
@@ -85,20 +87,23 @@ def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int):
         pixels = jax.lax.with_sharding_constraint(pixels, sharding.batch_sharded(mesh))
 
         def objective(params):
-            network = model.apply({"params": params}, method="build")
-            lipschitz, vectors = bounds.margin_lipschitz_estimate(network, state.vectors, config.power_iterations)
+            variables = {"params": params, COLLECTION: state.lip}
+            network, advanced = model.apply(variables, True, method="build", mutable=[COLLECTION])
+            vectors = state.lip["vectors"]
+            lipschitz, vectors = bounds.margin_lipschitz_estimate(network, vectors, config.power_iterations)
+            lip = {**advanced[COLLECTION], "vectors": vectors}
             logits = network(pixels)
             per_example = loss_function(logits, labels, lipschitz, epsilon)
-            return jnp.mean(per_example), (logits, lipschitz, vectors)
+            return jnp.mean(per_example), (logits, lipschitz, lip)
 
-        (loss, (logits, lipschitz, vectors)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        (loss, (logits, lipschitz, lip)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        finite = {"loss": _finite(loss), "logits": _finite(logits), "norm estimates": _finite((lipschitz, vectors))}
+        finite = {"loss": _finite(loss), "logits": _finite(logits), "norm estimates": _finite((lipschitz, lip))}
         finite |= {f"gradient of {name}": _finite(grads[name]) for name in grads}
         params = optax.apply_updates(state.params, updates)
         finite["updated parameters"] = _finite((params, opt_state))
         good = jnp.array(list(finite.values())).all()
-        fresh = dataclasses.replace(state, params=params, vectors=vectors, opt_state=opt_state)
+        fresh = dataclasses.replace(state, params=params, lip=lip, opt_state=opt_state)
         kept = jax.tree.map(lambda new, old: new if new is old else jnp.where(good, new, old), fresh, state)
         state = dataclasses.replace(kept, step=state.step + 1)
         radii = certify.certified_radius(logits, lipschitz)
@@ -136,16 +141,16 @@ def jit_stream_step(step, mesh: Mesh):
 
 
 def make_eval_step(model, config, mesh: Mesh, pixel_max: int):
-    """Two jitted functions: (params, vectors) -> (network, L), and (network, L, images, labels) -> sums over the batch.
+    """Two jitted functions: (params, lip) -> (network, L), and (network, L, images, labels) -> sums over the batch.
 
     L is an estimate. images: uint8; labels: int32, -1 for images that only fill up the batch.
     """
     everywhere = sharding.replicated(mesh)
 
     @functools.partial(jax.jit, out_shardings=everywhere)
-    def prepare(params, vectors):
-        network = model.apply({"params": params}, method="build")
-        lipschitz, _ = bounds.margin_lipschitz_estimate(network, vectors, config.power_iterations_eval)
+    def prepare(params, lip):
+        network = model.apply({"params": params, COLLECTION: lip}, method="build")
+        lipschitz, _ = bounds.margin_lipschitz_estimate(network, lip["vectors"], config.power_iterations_eval)
         return network, lipschitz
 
     @functools.partial(jax.jit, out_shardings=everywhere)

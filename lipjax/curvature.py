@@ -1,0 +1,118 @@
+"""Curvature of the logit differences of an MLP head, f = W2 softplus(W1 a + b1) + b2.
+
+As 0 <= softplus'' <= 1/4, the Hessian of f_i - f_j is at least -m[i, j] I everywhere, for
+
+    m[i, j] = lambda_max(W1^T diag(w^-) W1) / 4,  w^- = max(0, w_j - w_i),  w_i the rows of W2,
+
+and at most m[j, i] I. `norm_table` is a cheap upper bound of m before rounding, `eigenvalue_table` is m, `estimate` is
+m by a few steps of power iteration (perhaps low: for training), `bound` is proved.
+
+Weights are (out, in): w1 (hidden, features), w2 (classes, hidden). Source: Singla & Feizi 2022, arXiv:2211.08453.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lipjax import spectral
+from lipjax.operators import gamma
+
+Table = Float[Array, "k k"]
+W1 = Float[Array, "h n"]
+W2 = Float[Array, "k h"]
+
+
+def _negative_part(w2, classes, rivals):
+    # relu has gradient 0 at 0: where two rows share a weight, it adds to the curvature of neither side.
+    return jax.nn.relu(w2[rivals] - w2[classes])
+
+
+def norm_table(sigma: Float[Array, ""], w2: W2) -> Table:
+    """sigma^2 max(w^-) / 4 for all pairs: at least m if sigma is at least |W1|. Differentiable."""
+    largest = jax.lax.map(lambda row: jnp.max(jax.nn.relu(w2 - row), axis=1), w2)
+    return sigma**2 * largest / 4
+
+
+def eigenvalue_table(w1: W1, w2: W2) -> Table:
+    """m for all pairs: an eigenvalue problem of side min(hidden, features) each, minutes for 10 classes of width 2048."""
+    num_classes = w2.shape[0]
+
+    def one(pair):
+        rows = jnp.sqrt(_negative_part(w2, pair // num_classes, pair % num_classes))[:, None] * w1
+        gram = rows.T @ rows if w1.shape[0] >= w1.shape[1] else rows @ rows.T
+        return jnp.maximum(jnp.linalg.eigvalsh(gram)[-1], 0) / 4
+
+    return jax.lax.map(one, jnp.arange(num_classes**2)).reshape(num_classes, num_classes)
+
+
+def estimate(
+    w1: W1, w2: W2, classes: Int[Array, "*s"], rivals: Int[Array, "*s"], v: Float[Array, " n"], num_iters: int
+) -> Float[Array, "*s"]:
+    """m[class, rival] by power iteration from v: at most m before rounding, differentiable with the vectors constant.
+
+    Args:
+      classes, rivals: the pairs, of one shape. m[rival, class] is the curvature from above of the same difference.
+      v: any nonzero vector; the papers' code warm-starts it with the top right singular vector of W1, as
+        `spectral.power_iteration` on W1 keeps it.
+      num_iters: steps, each two products with W1 per pair.
+    Raises: ValueError if num_iters is negative or the shapes of classes and rivals differ.
+    """
+    if num_iters < 0 or classes.shape != rivals.shape:
+        raise ValueError(
+            f"Expected num_iters >= 0 and classes and rivals of one shape, got {num_iters}, {classes.shape} and "
+            f"{rivals.shape}."
+        )
+    negative = _negative_part(w2, classes.reshape(-1), rivals.reshape(-1))
+    constant_w1, constant_negative = jax.lax.stop_gradient((w1, negative))
+
+    def advance(_, vectors):
+        image = ((vectors @ constant_w1.T) * constant_negative) @ constant_w1
+        # Where the curvature is 0 any vector will do.
+        return jnp.where(jnp.any(image != 0, axis=1, keepdims=True), _unit(image), vectors)
+
+    vectors = jnp.broadcast_to(_unit(jax.lax.stop_gradient(v)[None]), (negative.shape[0], v.size))
+    vectors = jax.lax.fori_loop(0, num_iters, advance, vectors)
+    return (jnp.sum(negative * (vectors @ w1.T) ** 2, axis=1) / 4).reshape(classes.shape)
+
+
+def _unit(rows):
+    norm = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / jnp.where(norm > 0, norm, 1)
+
+
+def estimate_table(w1: W1, w2: W2, v: Float[Array, " n"], num_iters: int) -> Table:
+    """`estimate` of all pairs, class by class: 4 num_iters + 2 products of k^2 vectors with W1."""
+    others = jnp.arange(w2.shape[0])
+    one = jax.checkpoint(lambda i: estimate(w1, w2, jnp.full_like(others, i), others, v, num_iters))
+    return jax.lax.map(one, others)
+
+
+def top_rivals(logits: Float[Array, "b k"], labels: Int[Array, " b"], num_rivals: int) -> Int[Array, "b r"]:
+    """The num_rivals classes with the largest logits beside the label, by decreasing logit.
+
+    Raises: ValueError unless 1 <= num_rivals < k.
+    """
+    if not 1 <= num_rivals < logits.shape[1]:
+        raise ValueError(f"Expected 1 to {logits.shape[1] - 1} rivals of {logits.shape[1]} classes, got {num_rivals}.")
+    own = labels[:, None] == jnp.arange(logits.shape[1])
+    return jax.lax.top_k(jnp.where(own, -jnp.inf, logits), num_rivals)[1]
+
+
+def bound(w1: np.ndarray, w2: np.ndarray, class_: int, rival: int) -> float:
+    """Proved upper bound of m[class, rival], in NumPy float64; usually 1e-9 above it.
+
+    Args: w1, w2: finite float64 with entries below 2^100.
+    Source: docs/soundness.md.
+    """
+    negative = np.maximum(w2[rival] - w2[class_], 0.0)
+    used = negative > 0
+    if not used.any():
+        return 0.0
+    rows = np.sqrt(negative[used])[:, None] * w1[used]
+    # Each entry of diag(sqrt(w^-)) W1 is rounded three times; 2^-500 covers what underflows.
+    frobenius = math.sqrt(float(np.sum(rows**2)))
+    norm = (spectral.matrix_norm_bound(rows).value + gamma(8) * frobenius) * (1 + gamma(8)) + 2.0**-500
+    return math.nextafter(norm * norm / 4, math.inf)

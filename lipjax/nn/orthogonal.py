@@ -1,0 +1,215 @@
+"""Layers whose linear map is orthogonal by construction, activations with angles, and the heads that go with them."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lipjax import activations, conv, operators, pooling
+from lipjax.nn.layers import COLLECTION, Initializer, NamedOperators, torch_linear, with_bias
+from lipjax.parametrize import cayley, soc, soc_forms
+
+# Power iterations of the reshaped norms before the first step: as many as the papers' code makes now and then.
+_START_ITERS = 50
+
+
+def symmetric_uniform(bound: float) -> Initializer:
+    """U(-bound, bound)."""
+    return lambda key, shape, dtype=float: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def _skew_kernel(module: nn.Module, name: str, shape: tuple[int, ...], scale: float | None, iters: int, train: bool):
+    """Declares a raw kernel and returns its skew part, normalised to `scale` by the least of its reshaped norms.
+
+    The vectors of the norm estimates are state; they advance by `iters` steps where a training step builds.
+    """
+    raw = module.param(name, nn.initializers.normal(shape[-1] ** -0.5), shape)
+    kernel = conv.skew_kernel(raw)
+    if scale is None:
+        return kernel
+
+    def start():
+        vectors = soc.init_vectors(shape, module.make_rng("params"))
+        vectors = jax.tree.map(lambda v: v.astype(raw.dtype), vectors)
+        return soc.reshaped_norm(kernel, vectors, _START_ITERS)[1]
+
+    vectors = module.variable(COLLECTION, f"{name}_vectors", start)
+    sigma, advanced = soc.reshaped_norm(kernel, vectors.value, iters if train else 0)
+    if train and not module.is_initializing() and module.is_mutable_collection(COLLECTION):
+        vectors.value = jax.lax.stop_gradient(advanced)
+    return soc.normalize(kernel, sigma, scale)
+
+
+class SOC(nn.Module):
+    """Skew orthogonal convolution: the exponential of a convolution with a skew kernel, bias, activation.
+
+    The function is fixed by: padding; train_terms and eval_terms, the highest power of the series in a training step
+    and otherwise (None: the exact exponential, for circular padding); scale, to which the kernel is normalised by its
+    reshaped norms (None: not at all). strides by space-to-depth, kernel size unchanged. `form` says how it is computed
+    ("auto", "spatial", "response", "series": see `soc_forms.operators_of`), fast_gradient how it is differentiated.
+    """
+
+    features: int
+    kernel_size: int = 3
+    strides: int = 1
+    padding: str = "ZERO"
+    train_terms: int | None = 5
+    eval_terms: int | None = 12
+    scale: float | None = 0.7
+    form: str = "auto"
+    fast_gradient: bool = False
+    normalization_iters: int = 1
+    batch_size: int = 128
+    use_bias: bool = True
+    activation: Callable | None = operators.MaxMin
+
+    @nn.compact
+    def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
+        ops: list = []
+        shape = tuple(in_shape)
+        if self.strides > 1:
+            ops.append(operators.SpaceToDepth(shape, self.strides))
+            shape = ops[0].out_shape
+        channels = max(shape[-1], self.features)
+        size = (self.kernel_size, self.kernel_size, channels, channels)
+        kernel = _skew_kernel(self, "kernel", size, self.scale, self.normalization_iters, train)
+        ops += soc_forms.operators_of(
+            kernel,
+            shape,
+            self.features,
+            num_terms=self.train_terms if train else self.eval_terms,
+            padding=self.padding,
+            norm_bound=None if self.scale is None else self.kernel_size * self.scale,
+            form=self.form,
+            train=train,
+            batch_size=self.batch_size,
+            fast_gradient=self.fast_gradient,
+        )
+        return with_bias(self, ops, self.use_bias, self.activation, symmetric_uniform(self.features**-0.5))
+
+
+class Cayley(nn.Module):
+    """Cayley convolution (circular): per frequency the Cayley transform of the kernel's response; bias, activation.
+
+    strides by space-to-depth; a strided kernel has half the size (at least 1), as in the paper's code. alpha, the norm
+    of the response before the transform, is a parameter that starts at the kernel's own norm.
+    """
+
+    features: int
+    kernel_size: int = 3
+    strides: int = 1
+    use_bias: bool = True
+    activation: Callable | None = operators.MaxMin
+
+    @nn.compact
+    def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
+        ops: list = []
+        shape, side = tuple(in_shape), self.kernel_size
+        if self.strides > 1:
+            ops.append(operators.SpaceToDepth(shape, self.strides))
+            shape, side = ops[0].out_shape, max(1, side // self.strides)
+        fan_in = side**2 * shape[-1]
+        kernel = self.param("kernel", symmetric_uniform(fan_in**-0.5), (side, side, shape[-1], self.features))
+        alpha = self.param("alpha", lambda key: cayley.initial_alpha(kernel, shape[:2]))
+        response = cayley.response(kernel, alpha, shape[:2])
+        ops.append(operators.CircularConv(response, shape, nonexpansive=True))
+        return with_bias(self, ops, self.use_bias, self.activation, symmetric_uniform(fan_in**-0.5))
+
+
+class Householder(nn.Module):
+    """`operators.Householder` with an angle for each pair of channels, pi / 2 at the start."""
+
+    @nn.compact
+    def __call__(self, in_shape: tuple[int, ...]):
+        _check_pairs(in_shape)
+        theta = self.param("theta", nn.initializers.constant(np.pi / 2), (in_shape[-1] // 2,))
+        return operators.Householder(activations.householder_direction(theta), tuple(in_shape))
+
+
+class Householder2(nn.Module):
+    """`operators.Householder2` with three angles for each pair of channels, U(0, pi) at the start."""
+
+    @nn.compact
+    def __call__(self, in_shape: tuple[int, ...]):
+        _check_pairs(in_shape)
+        thetas = [self.param(f"theta{i}", nn.initializers.uniform(np.pi), (in_shape[-1] // 2,)) for i in range(3)]
+        return operators.Householder2(activations.householder2_directions(*thetas), tuple(in_shape))
+
+
+class ProjectionPool(nn.Module):
+    """`operators.ProjectionPool` with an angle for each pair of channels, U(0, pi) at the start."""
+
+    @nn.compact
+    def __call__(self, in_shape: tuple[int, ...]):
+        _check_pairs(in_shape)
+        theta = self.param("theta", nn.initializers.uniform(np.pi), (in_shape[-1] // 2,))
+        return operators.ProjectionPool(pooling.wedge_direction(theta), tuple(in_shape))
+
+
+def _check_pairs(in_shape: tuple[int, ...]) -> None:
+    if in_shape[-1] % 2:
+        raise ValueError(f"Paired activations need an even number of channels, got shape {tuple(in_shape)}.")
+
+
+ACTIVATIONS: dict[str, Callable] = {
+    "maxmin": operators.MaxMin,
+    "householder": lambda shape: Householder(name="activation")(shape),
+    "householder2": lambda shape: Householder2(name="activation")(shape),
+}
+POOLINGS: dict[str, Callable] = {
+    "max": operators.MaxPoolPairs,
+    "projection": lambda shape: ProjectionPool(name="pooling")(shape),
+}
+
+
+class SOCHead(nn.Module):
+    """Logits by orthonormal rows: the first rows of the exponential of a skew matrix, and a bias.
+
+    Attributes: as SOC's; a 1x1 kernel's norm is exact, so scale is the norm of the skew matrix.
+    """
+
+    num_classes: int
+    train_terms: int | None = 5
+    eval_terms: int | None = 12
+    scale: float | None = 1.0
+    normalization_iters: int = 1
+
+    @nn.compact
+    def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> operators.LinearHead:
+        side = max(in_shape[-1], self.num_classes)
+        kernel = _skew_kernel(self, "kernel", (1, 1, side, side), self.scale, self.normalization_iters, train)
+        terms = self.train_terms if train else self.eval_terms
+        matrix = soc_forms.orthonormal_rows(kernel[0, 0].T, self.num_classes, terms)[:, : in_shape[-1]]
+        bias = self.param("bias", symmetric_uniform(self.num_classes**-0.5), (self.num_classes,))
+        return operators.LinearHead(matrix, bias)
+
+
+class CayleyHead(nn.Module):
+    """Logits by orthonormal rows (or columns, with more classes than features): the Cayley transform of a matrix."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> operators.LinearHead:
+        weight = self.param("matrix", torch_linear, (self.num_classes, in_shape[-1]))
+        alpha = self.param("alpha", lambda key: jnp.linalg.norm(weight))
+        bias = self.param("bias", symmetric_uniform(in_shape[-1] ** -0.5), (self.num_classes,))
+        return operators.LinearHead(cayley.dense(weight, alpha), bias)
+
+
+class MLPHead(nn.Module):
+    """Logits by one hidden layer, W2 softplus(W1 x + b1) + b2, certified by its curvature."""
+
+    num_classes: int
+    hidden_features: int = 4096
+
+    @nn.compact
+    def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> operators.MLPHead:
+        width, hidden = in_shape[-1], self.hidden_features
+        w1 = self.param("w1", torch_linear, (hidden, width))
+        b1 = self.param("b1", symmetric_uniform(width**-0.5), (hidden,))
+        w2 = self.param("w2", torch_linear, (self.num_classes, hidden))
+        b2 = self.param("b2", symmetric_uniform(hidden**-0.5), (self.num_classes,))
+        return operators.MLPHead(w1, b1, w2, b2)

@@ -1,0 +1,212 @@
+"""Circular convolutions given by their frequency response, held as the real blocks of `_dft`."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lipjax import _dft, spectral
+from lipjax.operators._base import COMPUTED, Leaf, Linear, check_input, gamma, norm_per_image
+
+
+def _make(cls, **fields):
+    """An instance with these fields, whatever they hold: tree transformations put anything into leaves."""
+    self = object.__new__(cls)
+    for name, value in fields.items():
+        object.__setattr__(self, name, value)
+    return self
+
+
+def _register(*arrays: str):
+    """Class decorator: a pytree of `arrays`, the other fields static, rebuilt without the class's constructor."""
+
+    def wrap(cls):
+        static = [field.name for field in dataclasses.fields(cls) if field.name not in arrays]
+        keys = [jax.tree_util.GetAttrKey(name) for name in arrays]
+
+        def flatten(op):
+            return tuple(getattr(op, a) for a in arrays), tuple(getattr(op, name) for name in static)
+
+        def flatten_with_keys(op):
+            leaves, metadata = flatten(op)
+            return tuple(zip(keys, leaves, strict=True)), metadata
+
+        def unflatten(metadata, leaves):
+            return _make(cls, **dict(zip(arrays, leaves, strict=True)), **dict(zip(static, metadata, strict=True)))
+
+        jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+        return cls
+
+    return wrap
+
+
+def _check_blocks(fixed: Any, paired: Any, in_shape: tuple[int, ...]) -> None:
+    """Raises: ValueError unless the blocks are those of a map on images of in_shape."""
+    if len(in_shape) != 3 or min(in_shape) < 1:
+        raise ValueError(f"Expected in_shape (h, w, c), got {in_shape}.")
+    h, w, c = in_shape
+    grid = _dft.grid((h, w))
+    r, q, shape = len(grid.fixed), len(grid.paired), np.shape(fixed)
+    if len(shape) != 3 or shape[0] != r or shape[2] != c or np.shape(paired) != (q, 2, *shape[1:]):
+        raise ValueError(
+            f"Expected blocks fixed ({r}, o, {c}) and paired ({q}, 2, o, {c}) for images {tuple(in_shape)}, "
+            f"got shapes {shape} and {np.shape(paired)}."
+        )
+
+
+@_register("fixed", "paired")
+@dataclasses.dataclass(init=False, frozen=True, eq=False)
+class CircularConv(Linear):
+    """x -> the exact inverse discrete Fourier transform of R(f) x^(f), a map between real images.
+
+    `CircularConv(response, in_shape)` takes R on the half grid of `jnp.fft.rfft2`, complex (h, w // 2 + 1, o, i), and
+    of its columns that are their own mirror image (0, and w / 2 if w is even) the Hermitian part
+    (R[j] + conj R[-j]) / 2. `from_blocks` takes the blocks that are stored.
+
+    Attributes:
+      fixed: (r, o, i), the real blocks of the frequencies f with 2 f = 0 modulo (h, w).
+      paired: (q, 2, o, i), real and imaginary part of the blocks of one of each other pair +-f, in the order of
+        `_dft.grid`. In an orthonormal basis of real sinusoids the map is block diagonal, with these blocks.
+      in_shape: (h, w, i).
+      nonexpansive: a promise of who made the blocks that the norm is 1 at most; training skips its estimate.
+        `bound` does not look at it.
+    """
+
+    fixed: Leaf
+    paired: Leaf
+    in_shape: tuple[int, ...]
+    nonexpansive: bool = False
+
+    def __init__(self, response: Any, in_shape: tuple[int, ...], nonexpansive: bool = False):
+        shape, in_shape = np.shape(response), tuple(in_shape)
+        if len(in_shape) != 3 or len(shape) != 4 or shape[:2] != (in_shape[0], in_shape[1] // 2 + 1):
+            raise ValueError(f"Expected a response (h, w // 2 + 1, o, i) for images {in_shape}, got shape {shape}.")
+        fixed, paired = _dft.pack(response, in_shape[:2])
+        _check_blocks(fixed, paired, in_shape)
+        for name, value in zip(("fixed", "paired", "in_shape"), (fixed, paired, in_shape), strict=True):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "nonexpansive", nonexpansive)
+
+    @classmethod
+    def from_blocks(
+        cls, fixed: Any, paired: Any, in_shape: tuple[int, ...], nonexpansive: bool = False
+    ) -> "CircularConv":
+        """The operator that stores these blocks, unchanged.
+
+        Raises: ValueError if they do not fit images of in_shape.
+        """
+        _check_blocks(fixed, paired, in_shape)
+        return _make(cls, fixed=fixed, paired=paired, in_shape=tuple(in_shape), nonexpansive=nonexpansive)
+
+    # What a saved network calls with the fields by name.
+    rebuild = from_blocks
+
+    @property
+    def out_shape(self):
+        return (*self.in_shape[:2], self.fixed.shape[1])
+
+    @property
+    def response(self) -> Any:
+        """R on the half grid: complex, (h, w // 2 + 1, o, i)."""
+        return _dft.unpack(self.fixed, self.paired, self.in_shape[:2])
+
+    def check(self) -> None:
+        _check_blocks(self.fixed, self.paired, self.in_shape)
+
+    def _blocks_map(self, x, fixed, paired, precision):
+        size = self.in_shape[0], self.in_shape[1]
+        z = _dft.apply_blocks(_dft.spectrum(x, precision), fixed, paired, precision)
+        return _dft.image(z, size, precision)
+
+    def _map(self, x, precision):
+        return self._blocks_map(x, jnp.asarray(self.fixed), jnp.asarray(self.paired), precision)
+
+    def _adjoint(self, y, precision):
+        blocks = _dft.adjoint_blocks(jnp.asarray(self.fixed), jnp.asarray(self.paired))
+        return self._blocks_map(y, *blocks, precision)
+
+    def bound(self) -> spectral.NormBound:
+        return spectral.blocks_norm_bound(np.asarray(self.fixed, np.float64), np.asarray(self.paired, np.float64))
+
+    def rounding_error(self, x):
+        # A transform, the blocks and the inverse transform, each with an error relative to the norm of its input.
+        transform, products = _dft.transform_error(self.in_shape[:2]), gamma(2 * self.in_shape[2] + 4)
+        relative = (2 * transform + transform**2) * (1 + products) + products
+        return relative * COMPUTED * self._size() * norm_per_image(x)
+
+    def _size(self) -> Float[Array, ""]:
+        """Bound on | |B_f| |_2 for every block: the Frobenius norm of its real form [[R, -I], [I, R]]."""
+        squares = [jnp.sum(jnp.square(self.fixed), (1, 2)), 2 * jnp.sum(jnp.square(self.paired), (1, 2, 3))]
+        return jnp.sqrt(jnp.max(jnp.concatenate(squares)))
+
+
+@_register("fixed", "paired")
+@dataclasses.dataclass(frozen=True, eq=False)
+class CircularSeries(Linear):
+    """x -> the inverse transform of S_p(A(f)) x^(f), S_p(A) = sum_{j<=p} A^j / j!, without forming S_p(A(f)).
+
+    For training, where images are few beside channels: p products with c x c blocks per frequency and image, instead of
+    the products of c x c matrices that a matrix function takes. It has no `bound`: p roundings of an operator whose
+    norm says nothing about its series would have to be followed, and nothing is gained, since a network is frozen once
+    and applied often: freezing uses `CircularConv`.
+
+    Attributes:
+      fixed, paired: skew-Hermitian blocks A(f) of m x m, as in `CircularConv`.
+      in_shape: (h, w, c), c <= m: the missing channels are zero.
+      out_channels: how many of the m channels are kept, the first ones.
+      num_terms: p >= 1, the highest power.
+      nonexpansive: as in `CircularConv`.
+    """
+
+    fixed: Leaf
+    paired: Leaf
+    in_shape: tuple[int, ...]
+    out_channels: int
+    num_terms: int
+    nonexpansive: bool = False
+
+    def __post_init__(self):
+        if self.num_terms < 1:
+            raise ValueError(f"Expected num_terms >= 1, the highest power of the series, got {self.num_terms}.")
+
+    @property
+    def out_shape(self):
+        return (*self.in_shape[:2], self.out_channels)
+
+    def check(self) -> None:
+        m = np.shape(self.fixed)[-1] if np.ndim(self.fixed) else 0
+        _check_blocks(self.fixed, self.paired, (*self.in_shape[:2], m))
+        if np.shape(self.fixed)[1] != m or not max(self.in_shape[2], self.out_channels) <= m:
+            raise ValueError(
+                f"Expected square blocks of at least {max(self.in_shape[2], self.out_channels)} channels, "
+                f"got shape {np.shape(self.fixed)}."
+            )
+
+    def _series(self, x, fixed, paired, out_channels, precision):
+        size, c = (self.in_shape[0], self.in_shape[1]), x.shape[-1]
+        m = fixed.shape[-1]
+        z = _dft.spectrum(x, precision)
+        total = _resized(z, m)
+        # The first product needs the first columns of the blocks only, the last one the first rows.
+        term = z
+        for power in range(1, self.num_terms + 1):
+            rows = out_channels if power == self.num_terms else m
+            columns = c if power == 1 else m
+            term = _dft.apply_blocks(term, fixed[:, :rows, :columns], paired[:, :, :rows, :columns], precision) / power
+            total = (total if power < self.num_terms else total[..., :rows]) + term
+        return _dft.image(total, size, precision)
+
+    def _map(self, x, precision):
+        return self._series(x, jnp.asarray(self.fixed), jnp.asarray(self.paired), self.out_channels, precision)
+
+    def _adjoint(self, y, precision):
+        blocks = _dft.adjoint_blocks(jnp.asarray(self.fixed), jnp.asarray(self.paired))
+        return self._series(y, *blocks, self.in_shape[2], precision)
+
+
+def _resized(z: Float[Array, "n b c"], channels: int) -> Float[Array, "n b m"]:
+    """Zero channels appended."""
+    return jnp.pad(z, ((0, 0), (0, 0), (0, channels - z.shape[-1])))

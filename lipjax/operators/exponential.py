@@ -1,0 +1,136 @@
+"""The truncated exponential of a skew convolution: SOC in the spatial domain."""
+
+import math
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lipjax import _series, _verified, conv, spectral
+from lipjax.errors import NotCertifiable
+from lipjax.operators._base import COMPUTED, Leaf, Linear, check_input, gamma, norm_per_image, operator
+
+
+@operator("kernel", static=("in_shape", "num_terms", "padding", "nonexpansive", "fast_gradient"))
+class ConvExponential(Linear):
+    """x -> sum_{k <= num_terms} J^k x / k!, J the stride-1 convolution with a skew kernel.
+
+    Attributes:
+      kernel: HWIO (kh, kw, c, c), odd sides, a `conv.skew_kernel` times any number. Only then is there a bound.
+      in_shape: (h, w, c).
+      num_terms: the highest power, >= 1.
+      padding: "ZERO" or "CIRCULAR".
+      nonexpansive: what made the kernel promises that its norm is small enough for a Lipschitz constant of about 1, so
+        that training may skip the estimate. `bound` does not look at it.
+      fast_gradient: differentiates as `conv.series_exponential_fast_gradient`, approximately.
+    """
+
+    kernel: Leaf
+    in_shape: tuple[int, ...]
+    num_terms: int
+    padding: str = "ZERO"
+    nonexpansive: bool = False
+    fast_gradient: bool = False
+
+    def __post_init__(self):
+        if self.num_terms < 1 or self.padding not in ("ZERO", "CIRCULAR"):
+            raise ValueError(
+                "ConvExponential expects num_terms >= 1 and padding 'ZERO' or 'CIRCULAR', "
+                f"got {self.num_terms} and {self.padding!r}."
+            )
+
+    @property
+    def out_shape(self):
+        return self.in_shape
+
+    def check(self) -> None:
+        shape = np.shape(self.kernel)
+        if len(self.in_shape) != 3 or shape[2:] != (self.in_shape[2],) * 2 or not (shape[0] % 2 and shape[1] % 2):
+            raise ValueError(f"Expected an HWIO kernel with odd sides for images {self.in_shape}, got shape {shape}.")
+
+    def _options(self, precision) -> dict:
+        return {"num_terms": self.num_terms, "padding": self.padding, "precision": precision}
+
+    def _map(self, x, precision):
+        return conv.series_exponential(x, self.kernel, **self._options(precision))
+
+    def _adjoint(self, y, precision):
+        return conv.series_exponential(y, conv.adjoint_kernel(self.kernel), **self._options(precision))
+
+    def __call__(self, x):
+        check_input(self, x)
+        if self.fast_gradient:  # the same arithmetic
+            return conv.series_exponential_fast_gradient(x, self.kernel, **self._options(None))
+        return self._map(x, None)
+
+    def bound(self) -> spectral.NormBound:
+        kernel = np.asarray(self.kernel, np.float64)
+        if not np.isfinite(kernel).all():
+            raise NotCertifiable("the kernel has NaN or infinite entries")
+        if not np.array_equal(kernel, -np.flip(kernel, (0, 1)).swapaxes(2, 3)):
+            raise NotCertifiable(
+                "the stored kernel is not bit for bit skew (K == -flip(K)^T), so that nothing is known about the "
+                "spectrum: make it by conv.skew_kernel and multiply it by one number at most"
+            )
+        best, reason, value = math.inf, "", math.inf
+        for norm, method in self._skew_norm_bounds(kernel):
+            if norm < best:
+                best, reason, value = norm, method, _series.gain_bound(self.num_terms, norm)
+            if value == 1:
+                break
+        details = {"num_terms": self.num_terms, "skew_norm": best, "skew_norm_method": reason}
+        return spectral.NormBound(value, "supremum of the truncated exponential on the imaginary axis", details)
+
+    def _skew_norm_bounds(self, kernel: np.ndarray):
+        """Proved bounds of |J|, cheap ones first: sqrt(kh kw) times norms of the reshaped kernel, then the convolution.
+
+        The symbol of J is a product of the reshaped kernel with blocks of phases, whose norms multiply to sqrt(kh kw).
+        A skew kernel's four reshaped norms are two pairs of equal ones.
+        """
+        kh, kw, c, _ = kernel.shape
+        root = Fraction(_verified.sqrt_up(Fraction(kh * kw)))
+        reshapes = {
+            "(kh kw i, o)": kernel.reshape(kh * kw * c, c),
+            "(kh o, kw i)": kernel.transpose(0, 3, 1, 2).reshape(kh * c, kw * c),
+        }
+        for name, matrix in reshapes.items():
+            norm = Fraction(spectral.matrix_norm_bound(matrix).value)
+            yield _verified.float_up(root * norm), f"sqrt(kh kw) times the norm of the kernel as {name}"
+        padding = self.padding
+        if padding != "CIRCULAR":
+            padding = conv.explicit_padding((kh, kw), padding)
+        found = spectral.conv_norm_bound(kernel, self.in_shape, 1, padding)
+        yield found.value, found.method
+
+    def rounding_error(self, x):
+        """A number that depends on the kernel, times the norm of each image (docs/soundness.md)."""
+        kh, kw, c, _ = self.kernel.shape
+        norm, size = self._norms()
+        # Of exact partial sums, and of the distance of computed ones, in units of |x|.
+        local = gamma(kh * kw * c + 8)
+        length, error = 1.0, 0.0
+        for k in range(self.num_terms, 0, -1):
+            error = norm / k * error + local * (1 + size * (length + error) / k)
+            length = 1 + norm / k * length
+        return error * COMPUTED * norm_per_image(x)
+
+    def _norms(self):
+        """Bounds of |J| and of the norm of the convolution with |K|, in JAX, for float64.
+
+        With A the kernel as (kh kw i, o): |J| <= sqrt(kh kw) |A|, and |A|^8 = |(A^T A)^4| <= its Frobenius norm. The
+        loss is at most c^(1/16). Every product adds its own rounding.
+        """
+        kh, kw, c, _ = self.kernel.shape
+        largest = jnp.max(jnp.abs(self.kernel))
+        largest = jnp.where(largest > 0, largest, 1)
+        matrix = self.kernel.reshape(-1, c) / largest  # neither overflows nor underflows when squared
+        sizes, lengths = [jnp.linalg.norm(matrix)], [kh * kw * c, c, c]
+        for _ in lengths:
+            matrix = jnp.matmul(matrix.T, matrix, precision=jax.lax.Precision.HIGHEST)
+            sizes.append(jnp.linalg.norm(matrix))
+        norm = sizes[-1]
+        for size, length in zip(sizes[-2::-1], lengths[::-1], strict=True):
+            norm = jnp.sqrt(norm + gamma(length + 2) * size**2)
+        scale = math.sqrt(kh * kw) * largest * COMPUTED
+        return scale * norm, scale * sizes[0]

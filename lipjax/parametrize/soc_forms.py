@@ -1,0 +1,98 @@
+"""The operators of a SOC layer: one function, computed in the form that suits the shapes."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lipjax import _series, linalg, operators
+from lipjax.parametrize import soc_frequency
+
+FORMS = ("auto", "spatial", "response", "series")
+# A series whose gain stays below this counts as nonexpansive in training estimates (5 terms of norm 3: 1.0047).
+_GAIN = 1.01
+
+
+def operators_of(
+    kernel: Float[Array, "kh kw m m"],
+    in_shape: tuple[int, ...],
+    features: int,
+    *,
+    num_terms: int | None,
+    padding: str = "ZERO",
+    norm_bound: float | None = None,
+    form: str = "auto",
+    train: bool = False,
+    batch_size: int = 128,
+    fast_gradient: bool = False,
+) -> list:
+    """Operators that apply S_p(A), or exp(A), to images whose channels are padded to m, and keep `features` of them.
+
+    The arguments up to padding say what is computed; form, train and batch_size only how:
+      "spatial": p convolutions in turn (`ConvExponential`).
+      "response": the matrix function per frequency, once, then one product per frequency (`CircularConv`).
+      "series": the series acts on the images' spectrum, and no matrix function is formed (`CircularSeries`).
+    "auto" takes for a training step what `soc_frequency.choose_form` expects to be fastest and otherwise, as does
+    "series" (which holds nothing that can be certified), the response where padding is circular.
+
+    Args:
+      kernel: HWIO, skew, m = max(in_shape[-1], features).
+      num_terms: the highest power p of the series; None for the exponential itself, which needs circular padding.
+      norm_bound: a number that the norm of A does not exceed in training, or None if nothing is known. Forms without
+        a matrix function then compute exp(A) by as many terms as reach 1e-6.
+    Returns: operators in order, from in_shape to (h, w, features).
+    Raises: ValueError for channels that do not fit, an unknown form, and a form that cannot compute the function.
+    Source: Singla & Feizi 2021, arXiv:2105.11417; Singla, Singla & Feizi 2022, arXiv:2108.04062.
+    """
+    h, w, c = in_shape
+    m = kernel.shape[-1]
+    if m != max(c, features):
+        raise ValueError(f"Expected a kernel of {max(c, features)} channels, got shape {kernel.shape}.")
+    if form not in FORMS:
+        raise ValueError(f"Expected form to be one of {FORMS}, got {form!r}.")
+    if padding not in ("ZERO", "CIRCULAR"):
+        raise ValueError(f"Expected padding 'ZERO' or 'CIRCULAR', got {padding!r}.")
+    if padding == "ZERO" and (num_terms is None or form in ("response", "series")):
+        raise ValueError(
+            "Zero padding has only the form 'spatial' with a number of terms, "
+            f"got form {form!r} and num_terms {num_terms}: take padding 'CIRCULAR' for the others."
+        )
+    terms = num_terms
+    if num_terms is None and norm_bound is not None:
+        terms = _series.terms_for(norm_bound, 1e-6)
+    if padding == "ZERO":
+        form = "spatial"
+    elif form == "auto" and train:
+        form = soc_frequency.choose_form(
+            (h, w), m, c, features, kernel.shape[:2], batch_size, num_terms=num_terms, norm_bound=norm_bound
+        )
+    elif form == "auto" or (form == "series" and not train):
+        form = "response"
+    gain = None if norm_bound is None else 1.0 if num_terms is None else _series.gain_bound(num_terms, norm_bound)
+    nonexpansive = (num_terms is None and form == "response") or (gain is not None and gain <= _GAIN)
+    if form == "response":
+        fixed, paired = soc_frequency.exponential_blocks(kernel, (h, w), num_terms)
+        blocks = fixed[..., :features, :c], paired[..., :features, :c]
+        return [operators.CircularConv.from_blocks(*blocks, tuple(in_shape), nonexpansive=nonexpansive)]
+    if terms is None:
+        raise ValueError(
+            f"Form {form!r} computes exp(A) as a series, which needs a bound on the norm of A: normalise the kernel."
+        )
+    if form == "series":
+        fixed, paired = soc_frequency.packed_response(kernel, (h, w))
+        return [operators.CircularSeries(fixed, paired, tuple(in_shape), features, terms, nonexpansive=nonexpansive)]
+    ops: list = [] if c == m else [operators.PadChannels(tuple(in_shape), m)]
+    ops.append(operators.ConvExponential(kernel, (h, w, m), terms, padding, nonexpansive, fast_gradient))
+    return ops if features == m else [*ops, operators.CropChannels((h, w, m), features)]
+
+
+def orthonormal_rows(skew: Float[Array, "n n"], num_rows: int, num_terms: int | None) -> Float[Array, "k n"]:
+    """The first rows of exp(A), or of its series S_p(A), for a skew matrix A.
+
+    Args: num_terms: p; None for the exponential. Returns: (num_rows, n); orthonormal if exact.
+    """
+    if num_terms is None:
+        return linalg.expm_skew(skew)[:num_rows]
+    term = total = jnp.eye(num_rows, skew.shape[0], dtype=skew.dtype)
+    for power in range(1, num_terms + 1):
+        term = jnp.matmul(term, skew, precision="highest") / power
+        total = total + term
+    return total

@@ -1,0 +1,85 @@
+"""SOC in the frequency domain: matrix functions of a skew circular convolution, block by block."""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Complex, Float
+
+from lipjax import _dft, linalg
+from lipjax.conv import packed_response
+
+Blocks = tuple[Array, Array]
+
+
+def exponential_blocks(
+    kernel: Float[Array, "kh kw c c"], size: tuple[int, int], num_terms: int | None = None
+) -> tuple[Float[Array, "r c c"], Float[Array, "q 2 c c"]]:
+    """The blocks of exp(A), or of S_p(A) = sum_{j<=p} A^j / j!, A the circular convolution with a skew kernel.
+
+    A is block diagonal per frequency, with skew-symmetric (real) or skew-Hermitian blocks; so is a function of it.
+
+    Args:
+      kernel: HWIO, equal to its own `conv.skew_kernel` (unchecked).
+      size: (h, w) of the images.
+      num_terms: p >= 1, or None for the exponential, whose blocks are orthogonal or unitary whatever the norm of A.
+    Returns: (fixed, paired) as `operators.CircularConv.from_blocks` takes them.
+    Raises: ValueError if num_terms < 1 or the kernel has unequal channels.
+    Source: Singla & Feizi 2021, arXiv:2105.11417; per frequency as Trockman & Kolter 2021, arXiv:2104.07167.
+    """
+    if num_terms is not None and num_terms < 1:
+        raise ValueError(f"Expected num_terms >= 1, the highest power of the series, or None, got {num_terms}.")
+    if kernel.shape[2] != kernel.shape[3]:
+        raise ValueError(f"Expected an HWIO kernel with equal channels, got shape {kernel.shape}.")
+    fixed, paired = packed_response(kernel, size)
+    if num_terms is not None:
+        return _series((fixed, paired), num_terms)
+    real, imaginary = linalg.expm_skew_split(paired[:, 0], paired[:, 1])
+    return linalg.expm_skew_split(fixed)[0], jnp.stack([real, imaginary], 1)
+
+
+def exponential_response(kernel: Float[Array, "kh kw c c"], size: tuple[int, int]) -> Complex[Array, "h f c c"]:
+    """The frequency response of exp(A), A the circular convolution with a skew kernel: unitary at every frequency.
+
+    Args, errors, source: as `exponential_blocks`.
+    Returns: (h, w // 2 + 1, c, c) on the half grid of `jnp.fft.rfft2`, for `conv.apply_response`.
+    """
+    return _dft.unpack(*exponential_blocks(kernel, size), size)
+
+
+def _product(x: Blocks, y: Blocks) -> Blocks:
+    """x y, block by block."""
+
+    def multiply(a, b):
+        return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+    (xr, xi), (yr, yi) = (jnp.moveaxis(a[1], 1, 0) for a in (x, y))
+    # Three real products instead of four (Gauss).
+    rr, ii = multiply(xr, yr), multiply(xi, yi)
+    return multiply(x[0], y[0]), jnp.stack([rr - ii, multiply(xr + xi, yr + yi) - rr - ii], 1)
+
+
+def _combination(coefficients: list[float], powers: list[Blocks]) -> Blocks:
+    """c_0 I + c_1 A + c_2 A^2 + ..., `powers` from A on."""
+    fixed, paired = powers[0]
+    eye = jnp.eye(fixed.shape[-1], dtype=fixed.dtype)
+    fixed = coefficients[0] * eye + sum(c * p[0] for c, p in zip(coefficients[1:], powers, strict=False))
+    paired = sum(c * p[1] for c, p in zip(coefficients[1:], powers, strict=False)) + jnp.zeros_like(paired)
+    return fixed, paired.at[:, 0].add(coefficients[0] * eye)
+
+
+def _series(a: Blocks, num_terms: int) -> Blocks:
+    """S_p(A) by Paterson and Stockmeyer's scheme: a polynomial in A^s whose coefficients are polynomials in A."""
+    step = min(range(1, num_terms + 1), key=lambda s: (s - 1 + (num_terms - 1) // s, s))
+    powers = [a]
+    while len(powers) < step:
+        powers.append(_product(powers[-1], a))
+    c = [1 / math.factorial(j) for j in range(num_terms + 1)]
+    # The highest coefficient polynomial has degree 1 to s, so that no product is spent on a constant.
+    start = step * ((num_terms - 1) // step)
+    total = _combination(c[start:], powers)
+    for low in range(start - step, -1, -step):
+        lower = _combination(c[low : low + step], powers)
+        product = _product(total, powers[-1])
+        total = product[0] + lower[0], product[1] + lower[1]
+    return total
