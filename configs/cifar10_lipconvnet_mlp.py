@@ -40,7 +40,7 @@ def get_config():
     )
 
     # The weight of the curvature penalty is ours: the paper's is not known to us.
-    config.loss.name = "cross_entropy"
+    config.loss.name = "curvature"
     config.loss.curvature_weight = 0.01
     config.loss.epsilon = 36 / 255
 

@@ -221,18 +221,19 @@ def apply_blocks(
 
     Args: fixed, paired: one real block for each fixed frequency, (real, imaginary) for each paired one.
     """
-    r, o, i = fixed.shape
-    q, b = paired.shape[0], z.shape[1]
+    (r, o, i), (_, b, _), q = fixed.shape, z.shape, len(paired)
     dimensions = (((2,), (2,)), ((0,), (0,)))
-    y = lax.dot_general(z[:r], fixed, dimensions, precision=precision)
+    # Splits rather than slices: their transposes, in the backward pass, are concatenations without padding.
+    real, both = lax.split(z, (r, 2 * q))
+    y = lax.dot_general(real, fixed, dimensions, precision=precision)
     if not q:
         return y
     # One real product of (2 b x i) with (i x 2 o): all four of the real and imaginary parts.
-    z, both = z[r:].reshape(q, 2 * b, i), paired.reshape(q, 2 * o, i)
-    parts = lax.dot_general(z, both, dimensions, precision=precision).reshape(q, 2, b, 2, o)
-    real = parts[:, 0, :, 0] - parts[:, 1, :, 1]
-    imaginary = parts[:, 0, :, 1] + parts[:, 1, :, 0]
-    return jnp.concatenate([y, jnp.stack([real, imaginary], 1).reshape(2 * q, b, o)])
+    both, paired = both.reshape(q, 2 * b, i), paired.reshape(q, 2 * o, i)
+    parts = lax.dot_general(both, paired, dimensions, precision=precision).reshape(q, 2, b, 2 * o)
+    of_real, of_imaginary = lax.split(parts, (1, 1), axis=1)
+    (rr, ri), (ir, ii) = (lax.split(part, (o, o), axis=3) for part in (of_real, of_imaginary))
+    return jnp.concatenate([y, jnp.concatenate([rr - ii, ri + ir], 1).reshape(2 * q, b, o)])
 
 
 def adjoint_blocks(fixed: Float[Array, "r o i"], paired: Float[Array, "q 2 o i"]) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ from lipjax.operators import MLPHead, gamma
 from lipjax.operators._base import COMPUTED, UNIT_ROUNDOFF
 from lipjax.operators.softplus import SIGMOID_ERROR, sigmoid_of, softplus_error, softplus_of
 
-_NUM_STEPS = 16
+_NUM_STEPS = 32
 # Rows (an image and a rival) that are worked on at a time: their hidden units fit into caches and memory.
 _ROWS = 64
 # Added wherever numbers of magnitude up to 2^300 may have underflown to zero.

@@ -11,6 +11,7 @@ import numpy as np
 from lipjax import _verified
 from lipjax._dft import twiddles
 
+
 @dataclasses.dataclass(frozen=True)
 class Axis:
     """One spatial axis: y[i] = sum_t K[t] x[s i + t - lo] for 0 <= i < out, x zero outside [0, size) or periodic."""

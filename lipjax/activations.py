@@ -184,7 +184,8 @@ def _sectors(a, b, directions) -> tuple[Bool[Array, "..."], Bool[Array, "..."], 
     across = p[0] * b - p[1] * a
     left = across >= 0
     # The two sectors at the first ray reach up to q on its left, and down to -r on its right, the mirror image of
-    # -conj(r). Where the comparison ties, w lies on that ray, or on the opposite one if the ray is horizontal.
+    # -conj(r). Where the comparison ties, w lies on that ray, and either answer will do, or the ray is horizontal and w
+    # lies opposite to it, on the first ray (if along > 0, as the ray points left) or beyond the cone.
     edge_along, edge_across = jnp.where(left, q[0], -r[0]), jnp.where(left, q[1], r[1])
     turn = edge_along * jnp.abs(across) - edge_across * along
     cone = (turn < 0) | ((turn == 0) & (along > 0))

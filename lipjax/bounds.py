@@ -42,9 +42,7 @@ def norm_estimates(network: Network, vectors: Vectors, num_iters: int) -> tuple[
     return sigmas, advanced
 
 
-def feature_lipschitz_estimate(
-    network: Network, vectors: Vectors, num_iters: int
-) -> tuple[Float[Array, ""], Vectors]:
+def feature_lipschitz_estimate(network: Network, vectors: Vectors, num_iters: int) -> tuple[Float[Array, ""], Vectors]:
     """Estimate of the Lipschitz constant of pixels -> features, the head's input: the product of norms / min std.
 
     Args, returns: as `margin_lipschitz_estimate`, with a scalar.

@@ -1,6 +1,7 @@
 """Certified radii and accuracies, and the certificate as a document."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -88,27 +89,33 @@ def best_minorant(evaluate: Callable, points, curvature, num_steps: int, xp: Any
     least 1. xp: the arrays' module; with numpy the search ends early once it has stopped to gain.
     Returns: the radii (b,) and where they come from, (b, n).
     """
-    step = best_step = xp.zeros_like(points)
-    best = last = xp.zeros_like(curvature)
-    damping = xp.ones_like(curvature)
-    idle = 0
-    for _ in range(num_steps):
+
+    def advance(state):
+        step, best_step, best, last, damping = state
         value, gradient = evaluate(points + step)
         radius = minorant_radius(value, gradient, step, curvature, xp)
-        gains = radius > best * (1 + 1e-3)
-        damping, last = xp.where(radius < last, damping / 2, damping), radius
+        damping = xp.where(radius < last, damping / 2, damping)
         best_step = xp.where((radius > best)[:, None], step, best_step)
-        best = xp.maximum(radius, best)
-        idle = 0 if xp is not np or gains.any() else idle + 1
-        if idle == 2:
-            break
         squared = xp.sum(gradient**2, axis=1)
         # The multiplier at which the linearised problem has its solution, as far as the minorants have a ball for it.
         multiplier = (value - xp.sum(gradient * step, axis=1)) / xp.where(squared > 0, squared, 1.0)
         end = xp.where(curvature > 0, _MAX_MULTIPLIER / xp.where(curvature > 0, curvature, 1.0), xp.inf)
         multiplier = xp.minimum(xp.maximum(multiplier, 0.0), end)
         step = step - damping[:, None] * (multiplier[:, None] * gradient + step)
-    return best, points + best_step
+        return step, best_step, xp.maximum(radius, best), radius, damping
+
+    nowhere, zero = xp.zeros_like(points), xp.zeros_like(curvature)
+    state = advance((nowhere, nowhere, zero, zero, xp.ones_like(curvature)))
+    if xp is np:
+        idle = 0
+        for _ in range(num_steps - 1):
+            before, state = state[2], advance(state)
+            idle = 0 if (state[2] > before * (1 + 1e-3)).any() else idle + 1
+            if idle == 3:
+                break
+    elif num_steps > 1:
+        state = jax.lax.fori_loop(1, num_steps, lambda _, state: advance(state), state)
+    return state[2], points + state[1]
 
 
 def mlp_radius(
@@ -120,7 +127,7 @@ def mlp_radius(
     method: str = "closed_form",
     curvature: Float[Array, "p q"] | None = None,
     *,
-    num_steps: int = 16,
+    num_steps: int = 32,
 ) -> Float[Array, " b"]:
     """Radius in feature units around each a inside which W2 softplus(W1 a + b1) + b2 keeps its argmax: all rivals.
 
@@ -148,6 +155,12 @@ def mlp_radius(
         curvature = curvatures.norm_table(jnp.linalg.norm(w1, 2), w2)
     if curvature.shape != (num_classes, num_classes):
         raise ValueError(f"Expected curvature of shape ({num_classes}, {num_classes}), got {curvature.shape}.")
+    return _mlp_radius(head, features, curvature, num_steps if method == "dual" else 1)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _mlp_radius(head: MLPHead, features, curvature, num_steps: int):
+    w1, b1, w2, b2 = head.w1, head.b1, head.w2, head.b2
     predicted = jnp.argmax(head(features), axis=1)
 
     def to_rival(rival):
@@ -157,11 +170,10 @@ def mlp_radius(
             hidden = points @ w1.T + b1
             return jnp.sum(row * softplus(hidden), axis=1) + offset, (row * sigmoid(hidden)) @ w1
 
-        steps = num_steps if method == "dual" else 1
-        radius, _ = best_minorant(evaluate, features, curvature[predicted, rival], steps, jnp)
+        radius, _ = best_minorant(evaluate, features, curvature[predicted, rival], num_steps, jnp)
         return jnp.where(rival == predicted, jnp.inf, radius)
 
-    return jnp.min(jax.lax.map(to_rival, jnp.arange(num_classes)), axis=0)
+    return jnp.min(jax.lax.map(to_rival, jnp.arange(w2.shape[0])), axis=0)
 
 
 def certified_accuracy(predictions, labels, radii, epsilon: float) -> float:

@@ -3,6 +3,7 @@
 Products use Precision.HIGHEST: in bfloat16 or TF32 no result would be orthogonal.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -159,6 +160,7 @@ def _newton_schulz(v: _Parts) -> _Parts:
     return _add(v, _product(v, half))
 
 
+@functools.partial(jax.jit, static_argnames="method")
 def cayley(w: Inexact[Array, "*batch m n"], *, method: str = "solve") -> Inexact[Array, "*batch m n"]:
     """The Cayley transform: matrices with orthonormal columns (m >= n) or rows (m < n).
 

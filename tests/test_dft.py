@@ -78,7 +78,11 @@ def test_transform_error_covers_the_distance_to_exact_arithmetic(size):
     claimed, largest = _dft.transform_error(size), 0.0
     n = size[0] * size[1]
     # Signs that agree with a row's make the sums large; magnitudes of many orders make single terms dominate.
-    inputs = [rng.normal(size=n), np.sign(exact[n // 2].astype(float)), rng.normal(size=n) * 10.0 ** rng.integers(-9, 9, n)]
+    inputs = [
+        rng.normal(size=n),
+        np.sign(exact[n // 2].astype(float)),
+        rng.normal(size=n) * 10.0 ** rng.integers(-9, 9, n),
+    ]
     with mpmath.workdps(40):
         for values in inputs:
             vector = np.array([mpmath.mpf(float(v)) for v in values], dtype=object)

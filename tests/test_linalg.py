@@ -1,4 +1,4 @@
-"""Exponentials against eigendecompositions and SciPy, Cayley transforms against their definition, in both precisions."""
+"""Exponentials against eigendecompositions and SciPy, Cayley transforms against their definition."""
 
 import inspect
 
@@ -21,7 +21,7 @@ def adjoint(x):
 
 
 def norm(x):
-    return max(np.linalg.norm(block, 2) for block in np.reshape(x, (-1, *x.shape[-2:])))
+    return np.max(np.linalg.norm(x, 2, (-2, -1)), initial=0.0) if x.size else 0.0
 
 
 def draw(shape, dtype, scale=None, seed=0):
@@ -49,26 +49,39 @@ def departure(q):
     return norm(adjoint(q) @ q - np.eye(q.shape[-1]))
 
 
-def skew_part(m):
-    return (m - jnp.conj(jnp.swapaxes(m, -1, -2))) / 2
-
-
 # --- The exponential ---
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (4, 2, 2), (2, 2, 3, 3), (3, 8, 8), (2, 64, 64)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        *(((3, 8, 8), dtype) for dtype in DTYPES),
+        *(((2, 64, 64), dtype) for dtype in ("complex64", "complex128")),
+        ((1, 1), "complex64"),
+        ((2, 1, 1), "float64"),
+        ((4, 2, 2), "float32"),
+        ((2, 2, 3, 3), "complex128"),
+        ((0, 3, 3), "float32"),
+        ((0, 0), "complex128"),
+    ],
+)
 def test_exponential_is_orthogonal_and_accurate(shape, dtype):
     """One compiled function for every norm: the number of squarings is no shape."""
-    exponential = jax.jit(linalg.expm_skew)
+    exponential = jax.jit(lambda a: linalg.expm_skew(a))
     unit = UNIT[dtype]
     for scale in (0.0, 1e-3, 0.9, 1.4, 3.0, 7.0, 50.0):
         a = draw_skew(shape, dtype, scale)
         u = exponential(jnp.asarray(a))
         assert (u.shape, u.dtype) == (shape, a.dtype)
-        # In double precision the oracle and the product of the check round too: a few u sqrt(n) more.
-        assert departure(u) <= (8 + 4 * shape[-1] ** 0.5) * unit
-        assert norm(np.asarray(u) - exact_exponential(a)) <= (GROWTH[dtype] * (1 + norm(a)) + 8) * unit
+        if not u.size:
+            continue
+        # In double precision the product of the check rounds too, and so do the oracle's eigenvectors (n u) and
+        # eigenvalues (sqrt(n) u |a|).
+        n, size = shape[-1], norm(a)
+        assert departure(u) <= (8 + 4 * n**0.5) * unit
+        assert norm(np.asarray(u) - exact_exponential(a)) <= GROWTH[dtype] * (1 + size) * unit + 2**-53 * (
+            n + n**0.5 * size
+        )
     assert exponential._cache_size() == 1
 
 
@@ -123,25 +136,39 @@ def test_the_polynomial_is_as_close_as_stated(dtype, value, slope):
         assert errors(linalg._COEFFICIENTS["float64"], theta)[0] > 3 * value
 
 
+def exact_gradient(a, g):
+    """The adjoint of the derivative of exp at a, applied to g: divided differences between the eigenvalues i w."""
+    values, vectors = np.linalg.eigh(-1j * a.astype("complex128"))
+    mean, half = (values[..., :, None] + values[..., None, :]) / 2, (values[..., :, None] - values[..., None, :]) / 2
+    differences = np.exp(1j * mean) * np.sinc(half / np.pi)
+    return vectors @ (differences.conj() * (adjoint(vectors) @ g @ vectors)) @ adjoint(vectors)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale", [0.0, 0.3, 1.5, 5.0, 20.0])
-def test_gradient_is_that_of_scipy(scale, dtype):
-    """Against JAX's Pade approximant in double precision, with a cotangent that is tangent to nothing."""
-    m, weight = draw((2, 5, 5), dtype, scale), draw((2, 5, 5), dtype, seed=1)
-    value = lambda f: lambda m: jnp.sum((f(skew_part(m)) * weight.astype(m.dtype)).real)  # noqa: E731
-    double = "complex128" if "complex" in dtype else "float64"
-    expected = jax.grad(value(jax.vmap(jax.scipy.linalg.expm)))(jnp.asarray(m.astype(double)))
-    # |p' - exp'| of the polynomial, and the rounding of U for the matrices and again for the tangent.
-    slope = {"float32": 1.2e-6, "float64": 2.6e-14}["float32" if UNIT[dtype] > 1e-10 else "float64"]
-    limit = slope + 4 * GROWTH[dtype] * (1 + scale) * UNIT[dtype]
-    gradient = jax.jit(jax.grad(value(linalg.expm_skew)))
-    error = lambda m: np.linalg.norm(gradient(jnp.asarray(m)) - expected) / np.linalg.norm(expected)  # noqa: E731
-    assert error(m) <= limit
-    if scale:  # control: the bound tells matrices apart that differ by a few times it
-        assert error(m * (1 + 100 * limit)) > limit
+def test_gradient_is_accurate(dtype):
+    """For a cotangent that is tangent to nothing, whose part off the tangents is right to the same accuracy."""
+
+    @jax.jit
+    def gradient(a, g):
+        if "float" in dtype:
+            return jax.vjp(linalg.expm_skew, a)[1](g)[0]
+        parts = jax.vjp(linalg.expm_skew_split, a.real, a.imag)[1]((g.real, g.imag))
+        return jax.lax.complex(*parts)
+
+    g = draw((2, 5, 5), dtype, 1.0, seed=1)
+    for scale in (0.0, 0.3, 1.5, 5.0, 20.0):
+        a = draw_skew((2, 5, 5), dtype, scale)
+        found, expected = np.asarray(gradient(jnp.asarray(a), jnp.asarray(g))), exact_gradient(a, g)
+        assert found.dtype == dtype
+        # |p' - exp'| of the polynomial; the rounding of U enters from both sides of the tangent, and in the oracle.
+        slope = {"float32": 1.2e-6, "float64": 2.6e-14}["float32" if UNIT[dtype] > 1e-10 else "float64"]
+        limit = slope + 4 * GROWTH[dtype] * (1 + scale) * UNIT[dtype]
+        assert norm(found - expected) <= limit
+        if scale:  # control: neighbours are told apart
+            assert norm(found - exact_gradient((1 + 10 * limit) * a.astype("complex128"), g)) > limit
 
 
-def test_gradient_is_linear_and_right_for_every_perturbation():
+def test_gradient_is_right_for_every_perturbation():
     """Also off the skew matrices, where neither the polynomial nor the squarings know of skewness (no polish here)."""
     a = jnp.asarray(draw_skew((3, 3), "float64", 2.0))
     g, e = jnp.asarray(draw((3, 3), "float64", seed=1)), jnp.asarray(draw((3, 3), "float64", seed=2))
@@ -191,7 +218,7 @@ def test_products_are_pinned_to_the_highest_precision():
     skew, tall = draw_skew((4, 4), "complex64", 1.0), draw((6, 4), "complex64")
     for f, x in ((linalg.expm_skew, skew), (linalg.cayley, tall)):
         text = str(jax.make_jaxpr(jax.grad(lambda x, f=f: f(x).real.sum()))(x))
-        assert text.count("dot_general[") == text.count("precision=Precision.HIGHEST") > 0
+        assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") > 0
 
 
 @pytest.mark.parametrize(
@@ -226,8 +253,10 @@ def cayley_by_definition(w):
     return np.concatenate([inverse @ (np.eye(n) - a), -2 * v @ inverse], -2)
 
 
-@pytest.mark.parametrize("method", ["solve", "real_block"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "method"),
+    [(dtype, "solve") for dtype in DTYPES] + [("complex64", "real_block"), ("complex128", "real_block")],
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_cayley_is_orthogonal_and_as_defined(shape, dtype, method):
     for scale in (1e-3, 1.0, 30.0) if 0 not in shape else (None,):
@@ -256,8 +285,9 @@ def test_cayley_of_zero_and_of_a_wide_complex_matrix():
     assert np.array_equal(linalg.cayley(w), linalg.cayley(w.T).T)  # transposed, not conjugated
 
 
+@pytest.mark.x64_off
 @pytest.mark.parametrize("shape", [(4, 6, 6), (4, 9, 6), (4, 6, 9)])
-def test_methods_agree_in_training_precision(shape, precision):
+def test_methods_agree_in_training_precision(shape):
     """Values to 5e-7 entry by entry, and gradients to the same relative to their norm."""
     w, weight = jnp.asarray(draw(shape, "complex64", 1.0)), jnp.asarray(draw(shape, "complex64", seed=1))
     value = lambda w, method: jnp.sum((linalg.cayley(w, method=method) * weight).real)  # noqa: E731

@@ -41,7 +41,11 @@ def orthogonal_blocks(size, m, rows=None, columns=None, seed=0):
     grid, rng = _dft.grid(size), np.random.default_rng(seed)
     fixed = np.linalg.qr(rng.normal(size=(len(grid.fixed), m, m)))[0]
     shape = (len(grid.paired), m, m)
-    unitary = np.linalg.qr(rng.normal(size=shape) + 1j * rng.normal(size=shape))[0] if len(grid.paired) else 0j * np.ones(shape)
+    unitary = (
+        np.linalg.qr(rng.normal(size=shape) + 1j * rng.normal(size=shape))[0]
+        if len(grid.paired)
+        else 0j * np.ones(shape)
+    )
     paired = np.stack([unitary.real, unitary.imag], 1)
     return fixed[:, :rows, :columns], paired[:, :, :rows, :columns]
 
@@ -50,9 +54,7 @@ def direct(x, kernel):
     """sum_t K[t]^T x[p + t - lo] with indices wrapped, term by term."""
     k1, k2 = kernel.shape[:2]
     lows = (k1 - 1) // 2, (k2 - 1) // 2
-    return sum(
-        np.roll(x, (lows[0] - a, lows[1] - b), axis=(1, 2)) @ kernel[a, b] for a, b in np.ndindex(k1, k2)
-    )
+    return sum(np.roll(x, (lows[0] - a, lows[1] - b), axis=(1, 2)) @ kernel[a, b] for a, b in np.ndindex(k1, k2))
 
 
 def to_matrix(op):
@@ -204,7 +206,9 @@ def test_a_circular_shift_is_bounded_by_one_and_zero_by_zero():
 @pytest.mark.parametrize("promise", [False, True])
 def test_the_promise_of_the_parametrisation_proves_nothing(promise):
     fixed, paired = random_blocks((3, 3), scale=5.0)
-    values = [CircularConv.from_blocks(fixed, paired, (3, 3, 3), nonexpansive=p).bound().value for p in (promise, False)]
+    values = [
+        CircularConv.from_blocks(fixed, paired, (3, 3, 3), nonexpansive=p).bound().value for p in (promise, False)
+    ]
     assert values[0] == values[1] > 2
 
 
@@ -242,7 +246,9 @@ def test_rounding_error_covers_the_distance_to_exact_arithmetic(size):
     ratios = []
     with mpmath.workdps(40):
         for row, got, limit in zip(x, computed, claimed, strict=True):
-            difference = exact_map(fixed, paired, size, row) - np.array([mpmath.mpf(float(v)) for v in got], dtype=object)
+            difference = exact_map(fixed, paired, size, row) - np.array(
+                [mpmath.mpf(float(v)) for v in got], dtype=object
+            )
             ratios.append(float(mpmath.sqrt(difference @ difference) / mpmath.mpf(float(limit))))
     assert max(ratios) <= 1
     assert max(ratios) > 1e-4  # control: rounding happens, and the bound is not vacuous

@@ -13,6 +13,8 @@ import pytest
 
 from lipjax import activations, operators, pooling, spectral
 from lipjax.errors import NotCertifiable
+from lipjax.frozen import FrozenNetwork
+from lipjax.network import make_network
 
 GOLDEN = Path(__file__).parent / "golden"
 FLOOR = 2.0**-480  # what FrozenNetwork adds for underflow, times 1 + |x|
@@ -195,7 +197,6 @@ def test_rounding_error_covers_the_distance_to_exact_arithmetic(name):
                 other = ORACLES[name](directions[[0, 2, 1], :, i], z)
                 swapped = max(swapped, float(sum((w - f) ** 2 for w, f in zip(other, found, strict=True))) ** 0.5)
         assert total <= Fraction(float(bound) + FLOOR * (1 + np.linalg.norm(row))) ** 2
-    print(name, largest)
     assert 1e-3 < largest < 1  # control: rounding does happen
     assert name != "Householder2" or swapped > 1
 
@@ -279,6 +280,27 @@ def test_directions_without_a_proof_are_refused(name):
         with pytest.raises(NotCertifiable, match=name):
             with_directions(values).bound()
     jax.eval_shape(lambda v: with_directions(v).check(), jnp.zeros(good.shape))  # no values while tracing: shape alone
+
+
+def test_a_frozen_network_of_them_certifies_and_comes_back(tmp_path):
+    rng = np.random.default_rng(2)
+    theta = jnp.asarray(rng.uniform(0, 6, (5, 4)))
+    cuts = {"Householder": theta[:1], "Householder2": theta[1:4], "ProjectionPool": theta[4:]}
+    ops = [(name, build(name, list(angles), (8,))) for name, angles in cuts.items()]
+    ops += [("MaxMin", operators.MaxMin((4,))), ("MaxPoolPairs", operators.MaxPoolPairs((4,)))]
+    head = operators.LinearHead(jnp.asarray(rng.normal(size=(3, 2))), jnp.asarray(rng.normal(size=3)))
+    frozen = FrozenNetwork(jax.tree.map(np.asarray, make_network(ops, head)))
+    assert all(row.bound == 1 for row in frozen.lipschitz_report())
+    np.testing.assert_allclose(frozen.margin_lipschitz(), head.pairwise_bound(), rtol=1e-15)  # rounded upwards
+    x = rng.uniform(size=(20, 8))
+    certificate = frozen.certify(x)
+    assert (certificate.radii > 1e-3).any()
+    step = rng.normal(size=(100, 20, 8))
+    step *= certificate.radii[:, None] / np.linalg.norm(step, axis=-1, keepdims=True)
+    moved = np.clip(x + step, 0, 1)  # moves no further: x lies in the box
+    assert (frozen(moved.reshape(-1, 8)).argmax(axis=1).reshape(100, 20) == certificate.predictions).all()
+    frozen.save(tmp_path)
+    np.testing.assert_array_equal(FrozenNetwork.load(tmp_path)(x), frozen(x))
 
 
 @pytest.mark.parametrize("name", ORACLES)

@@ -200,7 +200,10 @@ class CayleyHead(nn.Module):
 
 
 class MLPHead(nn.Module):
-    """Logits by one hidden layer, W2 softplus(W1 x + b1) + b2, certified by its curvature."""
+    """Logits by one hidden layer, W2 softplus(W1 x + b1) + b2, certified by its curvature.
+
+    Its state has a place for the top right singular vector of W1, "vector", where estimates of the curvature start.
+    """
 
     num_classes: int
     hidden_features: int = 4096
@@ -212,4 +215,5 @@ class MLPHead(nn.Module):
         b1 = self.param("b1", symmetric_uniform(width**-0.5), (hidden,))
         w2 = self.param("w2", torch_linear, (self.num_classes, hidden))
         b2 = self.param("b2", symmetric_uniform(hidden**-0.5), (self.num_classes,))
+        self.variable(COLLECTION, "vector", lambda: jax.random.normal(self.make_rng("params"), (width,), w1.dtype))
         return operators.MLPHead(w1, b1, w2, b2)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lipjax import _dft, spectral
-from lipjax.operators._base import COMPUTED, Leaf, Linear, check_input, gamma, norm_per_image
+from lipjax.operators._base import COMPUTED, Leaf, Linear, gamma, norm_per_image
 
 
 def _make(cls, **fields):

@@ -7,8 +7,8 @@ operator is what the arithmetic of `activations` and `pooling` gives on the stor
 
 from collections.abc import Sequence
 
-import jax
 import numpy as np
+from jax.core import Tracer
 
 from lipjax import activations, pooling
 from lipjax.errors import NotCertifiable
@@ -43,7 +43,7 @@ def _check_directions(label: str, directions, in_shape: Sequence[int], lead: tup
     shape = (*lead, 2, in_shape[-1] // 2)
     if np.shape(directions) != shape:
         raise ValueError(f"Expected {label} of shape {shape} for inputs {tuple(in_shape)}, got {np.shape(directions)}.")
-    if isinstance(directions, jax.core.Tracer):
+    if isinstance(directions, Tracer):
         return
     values = np.asarray(directions, np.float64)
     lengths = np.hypot(values[..., 0, :], values[..., 1, :])
@@ -55,7 +55,10 @@ def _check_directions(label: str, directions, in_shape: Sequence[int], lead: tup
 
 
 class _Directed(_Pairs):
-    """Operators with stored directions, whose proof needs what `check` checks."""
+    """Operators with stored directions, whose proof needs what `check` checks.
+
+    Their rounding error is at most gamma(_roundings) |x|, a misjudged side of a fold included (docs/soundness.md).
+    """
 
     _roundings = 0
 
@@ -136,7 +139,7 @@ class Householder2(_Directed):
 
 @operator("direction", static=("in_shape",))
 class ProjectionPool(_Pooled, _Directed):
-    """`pooling.wedge_distance` along the last axis. direction: (2, C/2), of `pooling.wedge_direction`, none negative."""
+    """`pooling.wedge_distance` along the last axis. direction: (2, C/2), of `pooling.wedge_direction`, not negative."""
 
     direction: Leaf
     in_shape: tuple[int, ...]

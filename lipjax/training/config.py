@@ -1,6 +1,9 @@
 """The fields of a config, their defaults, and the checks that run before any work."""
 
+import json
 import math
+import os
+import pathlib
 from typing import Any
 
 import ml_collections
@@ -10,7 +13,7 @@ from lipjax.errors import UserError
 from lipjax.training import optimizer
 from lipjax.training.data import NAMES
 from lipjax.training.report import radius_key
-from lipjax.training.step import LOSSES
+from lipjax.training.step import CURVATURE, LOSSES
 
 PRECISIONS = ("default", "high", "highest")
 
@@ -25,6 +28,8 @@ def default_config() -> Any:
     config.batch_size = 256  # global, whatever the number of devices
     config.num_epochs = 100
     config.matmul_precision = "default"  # of the forward and backward pass; norms are estimated at the highest
+    config.train_head_only = False  # keep all but the head as config.init_from left it
+    config.init_from = ""  # directory of a finished run of the same layers, whose best checkpoint training starts from
     config.power_iterations = 10  # per training step, warm-started
     config.power_iterations_eval = 100  # before a validation
 
@@ -60,7 +65,7 @@ def default_config() -> Any:
     config.loss.epsilon_ramp = 0.5  # fraction of the epochs over which it rises linearly
     config.loss.trades_weight = 1.0  # lambda, read by the loss "trades"
     config.loss.gamma = 0.0  # weight of the certified radius, read by the loss "certificate_regularization"
-    config.loss.curvature_weight = 0.0  # of the curvature penalty, for models with an MLP head
+    config.loss.curvature_weight = 0.01  # beta, read by the loss "curvature", for models with an MLP head
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "adamw"
@@ -123,7 +128,8 @@ def validate(config) -> None:
     std = config.model.input_std if "input_std" in config.model else 1.0
     positive = all(1e-30 < s < 1e30 for s in (std if isinstance(std, tuple) else (std,)))
     _check(positive, "model.input_std", "positive float32 numbers, one or one per channel", std)
-    _check(config.loss.name in LOSSES, "loss.name", f"one of {sorted(LOSSES)}", config.loss.name)
+    names = sorted([*LOSSES, CURVATURE])
+    _check(config.loss.name in names, "loss.name", f"one of {names}", config.loss.name)
     for field in ("epsilon", "epsilon_end"):
         _check(0 < config.loss[field] < math.inf, f"loss.{field}", "a positive number", config.loss[field])
     for field in ("epsilon_start", "trades_weight", "gamma", "curvature_weight"):
@@ -177,3 +183,41 @@ def _check_types(config, defaults, prefix: str) -> None:
 
 def _is_number(value) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
+
+
+def load_config(workdir: str | os.PathLike) -> tuple[Any, int]:
+    """The config and seed that a run's directory records.
+
+    Raises: UserError if the directory holds no run, or the file is damaged.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    try:
+        document = json.loads(path.read_text())
+        config, seed = document["config"], document["seed"]
+        if type(seed) is not int or seed < 0:
+            raise ValueError(f"seed {seed!r}")
+        loaded = default_config()
+        model = config.pop("model")
+        loaded.model = type(loaded)({name: _tuples(value) for name, value in model.items()})
+        _update(loaded, config)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{workdir} holds no training run ({path.name} is missing): give the --workdir of one."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged or of another version ({error}).") from error
+    loaded.lock()
+    validate(loaded)
+    return loaded, seed
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _update(target, values: dict) -> None:
+    for field, value in values.items():
+        if isinstance(value, dict):
+            _update(target[field], value)
+        else:
+            setattr(target, field, _tuples(value))

@@ -2,11 +2,9 @@
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,52 +14,12 @@ from rich.progress import track
 
 import lipjax
 from lipjax import attacks, certify
-from lipjax.errors import UserError
 from lipjax.training import report as reports
 from lipjax.training import sharding
-from lipjax.training.config import default_config, validate
 from lipjax.training.data import StreamDataset
 from lipjax.training.loop import Run, load_best, plain
 
 VERSIONED = ("jax", "jaxlib", "numpy", "scipy", "flax", "optax", "orbax-checkpoint")
-
-
-def load_config(workdir: str | os.PathLike) -> tuple[Any, int]:
-    """The config and seed that a run's directory records.
-
-    Raises: UserError if the directory holds no run, or the file is damaged.
-    """
-    path = pathlib.Path(workdir) / "config.json"
-    try:
-        document = json.loads(path.read_text())
-        config, seed = document["config"], document["seed"]
-        if type(seed) is not int or seed < 0:
-            raise ValueError(f"seed {seed!r}")
-        loaded = default_config()
-        model = config.pop("model")
-        loaded.model = type(loaded)({name: _tuples(value) for name, value in model.items()})
-        _update(loaded, config)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{workdir} holds no training run ({path.name} is missing): give the --workdir of one."
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged or of another version ({error}).") from error
-    loaded.lock()
-    validate(loaded)
-    return loaded, seed
-
-
-def _tuples(value):
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _update(target, values: dict) -> None:
-    for field, value in values.items():
-        if isinstance(value, dict):
-            _update(target[field], value)
-        else:
-            setattr(target, field, _tuples(value))
 
 
 def test_images(dataset, count: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:

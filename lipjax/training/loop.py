@@ -16,14 +16,14 @@ from lipjax.errors import UserError
 from lipjax.models import get_model
 from lipjax.nn import COLLECTION
 from lipjax.training import optimizer as optimizers
-from lipjax.training import sharding
+from lipjax.training import sharding, warm_start
 from lipjax.training import step as steps
 from lipjax.training.checkpoint import Checkpointer
 from lipjax.training.config import default_config
 from lipjax.training.data import StreamDataset, load_dataset
 from lipjax.training.metrics import MetricWriter
+from lipjax.training.step import METRIC
 
-METRIC = "certified_accuracy_estimate"
 # What may change when a run resumes: none of it alters what training computes. (A directory's seed is checked apart.)
 FREE_TO_CHANGE = ("checkpoint.", "certify.", "mesh.", "seeds", "data.data_dir", "data.download")
 
@@ -81,8 +81,16 @@ class Run:
                 f"config.batch_size = {config.batch_size} exceeds the {self.num_images} training images: lower it."
             )
         self.total_steps = self.steps_per_epoch * config.num_epochs
-        self.model = get_model(config.model, input_shape=self.dataset.image_shape, num_classes=self.dataset.num_classes)
-        self.optimizer = optimizers.make_optimizer(config.optimizer, self.steps_per_epoch, config.num_epochs)
+        self.model = get_model(
+            config.model,
+            input_shape=self.dataset.image_shape,
+            num_classes=self.dataset.num_classes,
+            batch_size=config.batch_size // self.mesh.devices.size,
+        )
+        _check_loss(config.loss, self.model)
+        self.optimizer = optimizers.make_optimizer(
+            config.optimizer, self.steps_per_epoch, config.num_epochs, config.train_head_only
+        )
         self.pixel_max = self.dataset.pixel_max
 
         def initialise():
@@ -121,7 +129,10 @@ class Run:
 
     def fresh_state(self) -> steps.TrainState:
         """The state before the first step."""
-        return self._initialise()
+        state = self._initialise()
+        if self.config.init_from:
+            state = warm_start.state_from(self.config.init_from, state, self.model, self.mesh)
+        return state
 
     def batch_runner(self, first_step: int):
         """A function (state, step, epsilon) -> (state, metrics) that trains on the batch of that step."""
@@ -175,21 +186,27 @@ class Run:
         def validate(state) -> dict[str, float]:
             if size == 0:
                 return {}
-            network, lipschitz = prepare(state.params, state.lip)
+            network, constants = prepare(state.params, state.lip)
             totals: dict[str, float] = {}
             for images, labels in batches():
                 missing = [(0, batch - len(labels))]
                 images = np.pad(images, missing + [(0, 0)] * 3)
                 labels = np.pad(labels, missing, constant_values=-1)
                 inputs = jax.device_put((images, labels), split)
-                for name, value in evaluate(network, lipschitz, *inputs).items():
+                for name, value in evaluate(network, constants, *inputs).items():
                     totals[name] = totals.get(name, 0.0) + float(value)
-            lipschitz = np.asarray(lipschitz)
+            lipschitz = np.asarray(constants["lipschitz"])
             return {name: value / size for name, value in totals.items()} | {
                 "lipschitz_estimate": float(lipschitz.max())
             }
 
         return validate
+
+
+def _check_loss(config, model) -> None:
+    """Raises: UserError for a loss that the model's head has no curvature for."""
+    if config.name == steps.CURVATURE and getattr(model, "head", None) != "mlp":
+        raise UserError('config.loss.name "curvature" is for models with config.model.head = "mlp": choose another.')
 
 
 def _of_size(dataset, image_size: int):

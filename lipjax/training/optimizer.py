@@ -62,11 +62,25 @@ def learning_rate_schedule(config, steps_per_epoch: int, num_epochs: int) -> opt
     return optax.join_schedules([ramp, decay], [warmup])
 
 
-def make_optimizer(config, steps_per_epoch: int, num_epochs: int) -> optax.GradientTransformation:
-    """Global-norm clipping (none for clip_norm 0), then the named optimiser with its learning-rate schedule."""
+def make_optimizer(
+    config, steps_per_epoch: int, num_epochs: int, head_only: bool = False
+) -> optax.GradientTransformation:
+    """Global-norm clipping (none for clip_norm 0), then the named optimiser with its learning-rate schedule.
+
+    Args: config: the optimizer group. head_only: leaves all parameters but those of "head" as they are.
+    """
     rate = learning_rate_schedule(config, steps_per_epoch, num_epochs)
     update = OPTIMIZERS[config.name](rate, config.weight_decay, decay_mask(config.decay))
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
+    if config.clip_norm:
+        update = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    if head_only:
+        still = optax.masked(optax.set_to_zero(), _not_the_head)
+        update = optax.chain(still, update, still)  # before, for the norm that is clipped; after, for the decay
+    return update
+
+
+def _not_the_head(params):
+    return {name: jax.tree.map(lambda _, name=name: name != "head", tree) for name, tree in params.items()}
 
 
 def epsilon_at(config, epoch: int, num_epochs: int) -> float:

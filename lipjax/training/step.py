@@ -9,22 +9,29 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from lipjax import bounds, certify, losses
+from lipjax import bounds, certify, curvature, losses, spectral
 from lipjax.nn import COLLECTION, LipschitzModel
+from lipjax.operators import MLPHead
 from lipjax.training import augment, sharding
 
+# Of (logits, labels, lipschitz, epsilon). The loss "curvature" needs more: see `_per_example_loss`.
 LOSSES = {
     "emma": lambda config: losses.emma,
     "margin": lambda config: losses.margin,
     "gloro": lambda config: losses.gloro,
     "trades": lambda config: functools.partial(losses.trades, weight=config.trades_weight),
     "certificate_regularization": lambda config: (
-        lambda logits, labels, lipschitz, epsilon: (
-            losses.certificate_regularization(logits, labels, lipschitz, config.gamma)
+        lambda logits, labels, lipschitz, epsilon: losses.certificate_regularization(
+            logits, labels, lipschitz, config.gamma
         )
     ),
     "cross_entropy": lambda config: lambda logits, labels, lipschitz, epsilon: losses.cross_entropy(logits, labels),
 }
+CURVATURE = "curvature"
+METRIC = "certified_accuracy_estimate"
+# Up to this many classes the curvatures of all pairs are cheaper than those of every image's own rivals, of which the
+# papers' code takes 9. Power iterations from a warm vector.
+_MAX_TABLE, _RIVALS, _CURVATURE_ITERS = 20, 9, 2
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +56,9 @@ def init_state(model: LipschitzModel, optimizer: optax.GradientTransformation, k
     init_key, data_key = jax.random.split(key)
     variables: Any = model.init(init_key, jnp.zeros((1, *model.input_shape)))
     # Single precision, whatever the process does by default: pixels are, and the two would not mix.
-    params, lip = jax.tree.map(lambda a: a.astype(jnp.float32), (variables["params"], variables[COLLECTION]))
+    params, lip = jax.tree.map(
+        lambda a: a.astype(jnp.float32), (variables["params"], {"vectors": {}, **variables.get(COLLECTION, {})})
+    )
     return TrainState(jnp.zeros((), jnp.int32), params, lip, optimizer.init(params), data_key)
 
 
@@ -73,13 +82,60 @@ def _finite(tree) -> jax.Array:
     return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
+def estimate_constants(network, lip, num_iters: int):
+    """Estimates, perhaps low, that radii and losses are made of, and the state with its vectors advanced.
+
+    Returns: ({"features": the Lipschitz constant of pixels -> features, "lipschitz": (k, k), of the logit differences,
+      "curvature": (k, k), of an MLP head}, lip).
+    """
+    product, vectors = bounds.feature_lipschitz_estimate(network, lip["vectors"], num_iters)
+    constants = {"features": product, "lipschitz": product * network.head.pairwise_lipschitz()}
+    lip = {**lip, "vectors": vectors}
+    if isinstance(network.head, MLPHead):
+        w1, w2 = jax.lax.stop_gradient((network.head.w1, network.head.w2))
+        start = lip["head"]["vector"]
+        sigma, vector = spectral.power_iteration(lambda v: w1 @ v, lambda y: y @ w1, start, num_iters)
+        constants["curvature"] = curvature.norm_table(sigma, w2)
+        lip["head"] = {"vector": vector}
+    return constants, lip
+
+
+def radius_estimate(network, constants, features, logits):
+    """The radius of every image by these constants, pixel units: a number to watch, no certificate."""
+    if not isinstance(network.head, MLPHead):
+        return certify.certified_radius(logits, constants["lipschitz"])
+    head = network.head
+    radius = certify.mlp_radius(features, head.w1, head.b1, head.w2, head.b2, curvature=constants["curvature"])
+    return radius / constants["features"]
+
+
+def _curvatures(head: MLPHead, vector, logits, labels):
+    """(b, r): the larger of both sides' curvatures of each label's difference to its largest rivals."""
+    rivals = curvature.top_rivals(jax.lax.stop_gradient(logits), labels, min(_RIVALS, logits.shape[1] - 1))
+    labels = jnp.broadcast_to(labels[:, None], rivals.shape)
+    if logits.shape[1] <= _MAX_TABLE:
+        table = curvature.estimate_table(head.w1, head.w2, vector, _CURVATURE_ITERS)
+        return jnp.maximum(table, table.T)[labels, rivals]
+    sides = [
+        curvature.estimate(head.w1, head.w2, *pair, vector, _CURVATURE_ITERS)
+        for pair in ((labels, rivals), (rivals, labels))
+    ]
+    return jnp.maximum(*sides)
+
+
+def _per_example_loss(config, network, lip, logits, labels, constants, epsilon):
+    if config.name == CURVATURE:
+        curvatures = _curvatures(network.head, lip["head"]["vector"], logits, labels)
+        return losses.curvature_penalty(logits, labels, curvatures, config.curvature_weight)
+    return LOSSES[config.name](config)(logits, labels, constants["lipschitz"], epsilon)
+
+
 def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int):
     """The training step (state, images, labels, epsilon) -> (state, metrics).
 
     images: uint8 (global batch, h, w, c); labels: int32; epsilon: the training radius, pixel units. A step that meets a
     value that is not finite leaves parameters, state and optimizer as they are; metrics["finite"] says where it was.
     """
-    loss_function = LOSSES[config.loss.name](config.loss)
 
     def step(state: TrainState, images, labels, epsilon):
         key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
@@ -88,17 +144,22 @@ def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int):
 
         def objective(params):
             variables = {"params": params, COLLECTION: state.lip}
-            network, advanced = model.apply(variables, True, method="build", mutable=[COLLECTION])
-            vectors = state.lip["vectors"]
-            lipschitz, vectors = bounds.margin_lipschitz_estimate(network, vectors, config.power_iterations)
-            lip = {**advanced[COLLECTION], "vectors": vectors}
-            logits = network(pixels)
-            per_example = loss_function(logits, labels, lipschitz, epsilon)
-            return jnp.mean(per_example), (logits, lipschitz, lip)
+            # A network that is only to give features is the one that will be certified.
+            train = not config.train_head_only
+            network, advanced = model.apply(variables, train, method="build", mutable=[COLLECTION])
+            lip = {"vectors": {}, **advanced.get(COLLECTION, {})}
+            constants, lip = estimate_constants(network, lip, config.power_iterations)
+            features = network.features(pixels)
+            if config.train_head_only:
+                features = jax.lax.stop_gradient(features)
+            logits = network.head(features)
+            loss = jnp.mean(_per_example_loss(config.loss, network, lip, logits, labels, constants, epsilon))
+            radii = radius_estimate(network, constants, features, logits)
+            return loss, (logits, radii, constants, lip)
 
-        (loss, (logits, lipschitz, lip)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        (loss, (logits, radii, constants, lip)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        finite = {"loss": _finite(loss), "logits": _finite(logits), "norm estimates": _finite((lipschitz, lip))}
+        finite = {"loss": _finite(loss), "logits": _finite(logits), "norm estimates": _finite((constants, lip))}
         finite |= {f"gradient of {name}": _finite(grads[name]) for name in grads}
         params = optax.apply_updates(state.params, updates)
         finite["updated parameters"] = _finite((params, opt_state))
@@ -106,7 +167,6 @@ def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int):
         fresh = dataclasses.replace(state, params=params, lip=lip, opt_state=opt_state)
         kept = jax.tree.map(lambda new, old: new if new is old else jnp.where(good, new, old), fresh, state)
         state = dataclasses.replace(kept, step=state.step + 1)
-        radii = certify.certified_radius(logits, lipschitz)
         correct = jnp.argmax(logits, axis=1) == labels
         metrics = {
             "loss": loss,
@@ -141,23 +201,25 @@ def jit_stream_step(step, mesh: Mesh):
 
 
 def make_eval_step(model, config, mesh: Mesh, pixel_max: int):
-    """Two jitted functions: (params, lip) -> (network, L), and (network, L, images, labels) -> sums over the batch.
+    """Two jitted functions: (params, lip) -> (network, constants); (network, constants, images, labels) -> sums.
 
-    L is an estimate. images: uint8; labels: int32, -1 for images that only fill up the batch.
+    constants: as `estimate_constants`; sums are over the batch. images: uint8; labels: int32, -1 for images that only
+    fill up the batch.
     """
     everywhere = sharding.replicated(mesh)
 
     @functools.partial(jax.jit, out_shardings=everywhere)
     def prepare(params, lip):
         network = model.apply({"params": params, COLLECTION: lip}, method="build")
-        lipschitz, _ = bounds.margin_lipschitz_estimate(network, lip["vectors"], config.power_iterations_eval)
-        return network, lipschitz
+        constants, _ = estimate_constants(network, lip, config.power_iterations_eval)
+        return network, constants
 
     @functools.partial(jax.jit, out_shardings=everywhere)
-    def evaluate(network, lipschitz, images, labels):
-        logits = network(augment.to_pixels(images, pixel_max))
+    def evaluate(network, constants, images, labels):
+        features = network.features(augment.to_pixels(images, pixel_max))
+        logits = network.head(features)
         correct = jnp.argmax(logits, axis=1) == labels
-        radii = certify.certified_radius(logits, lipschitz)
+        radii = radius_estimate(network, constants, features, logits)
         return {
             "accuracy": jnp.sum(correct),
             "certified_accuracy_estimate": jnp.sum(correct & (radii > config.loss.epsilon)),

@@ -1,0 +1,55 @@
+"""Training that starts from the parameters of another run."""
+
+import dataclasses
+import os
+import pathlib
+
+import jax
+
+from lipjax.errors import UserError
+from lipjax.models import get_model
+from lipjax.nn import LipschitzModel
+from lipjax.training import optimizer as optimizers
+from lipjax.training import sharding, step
+from lipjax.training.checkpoint import Checkpointer
+from lipjax.training.config import load_config
+
+
+def state_from(directory: str | os.PathLike, state: step.TrainState, model: LipschitzModel, mesh) -> step.TrainState:
+    """A fresh state with the layers of another run's best checkpoint, and its head too where it has the same shapes.
+
+    Args: directory: of the other run, on images of the same shape and classes. state, model: what training starts with.
+    Raises: UserError if there is no usable run, or its layers are not those of the model.
+    """
+    directory = pathlib.Path(directory).expanduser()
+    config, _ = load_config(directory)
+    other = get_model(config.model, input_shape=model.input_shape, num_classes=model.num_classes)
+    optimizer = optimizers.make_optimizer(config.optimizer, 1, config.num_epochs, config.train_head_only)
+    abstract = jax.eval_shape(lambda: step.init_state(other, optimizer, jax.random.key(0)))
+    everywhere = sharding.replicated(mesh)
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), abstract)
+    with Checkpointer(directory / "checkpoints", best_metric=step.METRIC, read_only=True) as checkpointer:
+        found, _ = checkpointer.restore_best(abstract)
+    params, lip = (
+        _merged(ours, theirs, directory) for ours, theirs in ((state.params, found.params), (state.lip, found.lip))
+    )
+    return dataclasses.replace(state, params=params, lip=lip)
+
+
+def _merged(ours: dict, theirs: dict, directory) -> dict:
+    """The layers of theirs, which ours must have; of the head and of the estimates what fits."""
+    free = ("head", "vectors")
+    shapes = {
+        side: {name: jax.tree.map(lambda a: a.shape, tree) for name, tree in part.items()}
+        for side, part in (("ours", ours), ("theirs", theirs))
+    }
+    differ = [n for n in sorted({*ours, *theirs}) if n not in free and shapes["ours"].get(n) != shapes["theirs"].get(n)]
+    if differ:
+        raise UserError(
+            f"config.init_from = {directory} has other layers than config.model describes ({', '.join(differ[:4])}): "
+            "only the head may differ."
+        )
+    return {
+        name: theirs[name] if shapes["ours"][name] == shapes["theirs"].get(name) else tree
+        for name, tree in ours.items()
+    }
