@@ -23,8 +23,8 @@ def run_directories(workdir: str) -> list[pathlib.Path]:
 def certify(arguments) -> None:
     """Certifies every run in a directory again from its checkpoints."""
     from lipjax.certify import write_json
-    from lipjax.training.config import validate
-    from lipjax.training.evaluate import certify_run, load_config
+    from lipjax.training.config import load_config, validate
+    from lipjax.training.evaluate import certify_run
     from lipjax.training.report import print_table, summarize
 
     console = Console(soft_wrap=True, highlight=False)

@@ -253,6 +253,15 @@ def tap_phases(kernel_size: tuple[int, int], size: tuple[int, int], frequencies:
     return (factors[0][:, :, None] * factors[1][:, None, :]).reshape(len(frequencies), kernel_size[0] * kernel_size[1])
 
 
+@functools.lru_cache(maxsize=64)
+def packed_tap_phases(kernel_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """`tap_phases` as real rows in the order of a spectrum: (h w, kh kw)."""
+    frequencies = grid((size[0], size[1]))
+    fixed, paired = (tap_phases(kernel_size, size, f) for f in (frequencies.fixed, frequencies.paired))
+    rows = np.stack([paired.real, paired.imag], 1).reshape(-1, fixed.shape[1])
+    return _read_only(np.concatenate([fixed.real, rows]))
+
+
 def pack(response: Complex[Any, "h f o i"], size: tuple[int, int]) -> tuple[Any, Any]:
     """The blocks (fixed, paired) of a response on the half grid of `numpy.fft.rfft2`, (h, w // 2 + 1, o, i).
 

@@ -296,24 +296,17 @@ def packed_response(
     Returns: (fixed, paired): the blocks of the r real frequencies, and (real, imaginary) for the q = (h w - r) / 2
       others, in the order of `_dft.grid(size)`; what `operators.CircularConv.from_blocks` takes.
     """
-    grid = _dft.grid((size[0], size[1]))
-    paired = _dft.tap_phases(kernel.shape[:2], size, grid.paired)
-    rows = np.concatenate([_dft.tap_phases(kernel.shape[:2], size, grid.fixed).real, _parts(paired, 1)])
-    blocks = _tap_product(rows, kernel)
-    r = len(grid.fixed)
+    phases = _dft.packed_tap_phases((kernel.shape[0], kernel.shape[1]), size)
+    blocks = _tap_product(phases, kernel.swapaxes(2, 3))
+    r = len(_dft.grid((size[0], size[1])).fixed)
     return blocks[:r], blocks[r:].reshape(-1, 2, *blocks.shape[1:])
 
 
-def _parts(phases: np.ndarray, axis: int) -> np.ndarray:
-    """Real and imaginary parts as rows, in turn."""
-    return np.stack([phases.real, phases.imag], axis).reshape(2 * len(phases), phases.shape[1])
-
-
-def _tap_product(rows: np.ndarray, kernel: Float[Array, "kh kw i o"]) -> Float[Array, "n o i"]:
-    """sum_t rows[n, t] K[t]^T."""
-    taps = kernel.swapaxes(2, 3).reshape(rows.shape[1], -1)
-    product = jnp.matmul(jnp.asarray(rows, kernel.dtype), taps, precision=lax.Precision.HIGHEST)
-    return product.reshape(-1, kernel.shape[3], kernel.shape[2])
+def _tap_product(phases: np.ndarray, taps: Float[Array, "kh kw o i"]) -> Float[Array, "n o i"]:
+    """sum_t phases[n, t] taps[t]."""
+    table = jnp.asarray(phases, taps.dtype)
+    product = jnp.matmul(table, taps.reshape(table.shape[1], -1), precision=lax.Precision.HIGHEST)
+    return product.reshape(-1, *taps.shape[2:])
 
 
 def frequency_response(kernel: Float[Array, "kh kw i o"], size: tuple[int, int]) -> Complex[Array, "h f o i"]:
@@ -327,9 +320,9 @@ def frequency_response(kernel: Float[Array, "kh kw i o"], size: tuple[int, int])
     """
     h, w = size
     frequencies = np.stack(np.meshgrid(np.arange(h), np.arange(w // 2 + 1), indexing="ij"), -1).reshape(-1, 2)
-    phases = _dft.tap_phases(kernel.shape[:2], size, frequencies)
-    blocks = _tap_product(_parts(phases, 0), kernel).reshape(2, h, w // 2 + 1, kernel.shape[3], kernel.shape[2])
-    return lax.complex(blocks[0], blocks[1])
+    phases = _dft.tap_phases((kernel.shape[0], kernel.shape[1]), size, frequencies)
+    blocks = [_tap_product(part, kernel.swapaxes(2, 3)) for part in (phases.real, phases.imag)]
+    return lax.complex(*blocks).reshape(h, w // 2 + 1, kernel.shape[3], kernel.shape[2])
 
 
 def apply_response(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lipjax import losses
+from lipjax import certify, losses
 from lipjax.operators import LinearHead
 from lipjax.parametrize import lln
 
@@ -122,3 +122,82 @@ def test_normalize_rows():
     w = jnp.array([[3.0, 4.0], [0.0, 0.0]])
     np.testing.assert_allclose(np.asarray(lln.normalize_rows(w)), [[0.6, 0.8], [0, 0]], rtol=1e-15)
     assert np.isfinite(np.asarray(jax.jacobian(lln.normalize_rows)(w))).all()
+
+
+def test_certificate_regularization_parity():
+    z = np.load(GOLDEN / "certificates_lln_ortho.npz")
+    labels, scale = jnp.asarray(z["input/labels"]), float(z["input/L"])
+
+    def parts(features, weight, bias):
+        head = LinearHead(lln.normalize_rows(weight), bias)
+        return head(features), scale * head.pairwise_lipschitz()
+
+    def mean_loss(*arguments):
+        logits, lipschitz = parts(*arguments)
+        return losses.certificate_regularization(logits, labels, lipschitz, float(z["input/cr_gamma"])).mean()
+
+    arguments = [jnp.asarray(z[name]) for name in ("input/features", "param/weight", "param/bias")]
+    value, grads = jax.value_and_grad(mean_loss, (0, 1, 2))(*arguments)
+    assert relative(value, z["output/cr_loss"]) < PARITY
+    for got, name in zip(grads, ("cr_grad_features", "cr_grad/weight", "cr_grad/bias"), strict=True):
+        assert relative(got, z[f"output/{name}"]) < PARITY
+    logits, lipschitz = parts(*arguments)
+    # Control: without the radii it is another loss.
+    assert relative(losses.cross_entropy(logits, labels).mean(), z["output/cr_loss"]) > 1e-3
+
+    # The certificates of the two heads, of the predicted class and of the label; a tie gives 0.
+    orthogonal = jnp.full((10, 10), scale * np.sqrt(2.0))
+    for name, y, constants in (
+        ("lln", logits, lipschitz),
+        ("ortho", jnp.asarray(z["input/ortho_logits"]), orthogonal),
+    ):
+        predicted = certify.certified_radius(y, constants)
+        assert relative(predicted, z[f"output/{name}_cert_pred"]) < PARITY
+        assert relative(losses.label_radius(y, labels, constants), z[f"output/{name}_cert_label"]) < PARITY
+    assert float(predicted[0]) == 0
+    assert relative(lln.normalize_rows(arguments[1]), z["output/lln_weight"]) < PARITY
+
+
+def test_label_radius_by_definition_and_the_radius_of_wrong_labels():
+    rng = np.random.default_rng(5)
+    y, t, lipschitz = rng.normal(size=(30, 4)), rng.integers(0, 4, 30), rng.uniform(0.5, 2, (4, 4))
+    expected = [
+        min((row[k] - row[i]) / lipschitz[k, i] for i in range(4) if i != k) for row, k in zip(y, t, strict=True)
+    ]
+    arguments = jnp.asarray(y), jnp.asarray(t), jnp.asarray(lipschitz)
+    np.testing.assert_allclose(losses.label_radius(*arguments), expected, rtol=1e-14)
+    plain = losses.cross_entropy(*arguments[:2])
+    regularised = losses.certificate_regularization(*arguments, 0.3)
+    np.testing.assert_allclose(regularised, plain - 0.3 * np.maximum(expected, 0), rtol=1e-12)
+    wrong = np.array(expected) < 0
+    assert wrong.any() and not wrong.all()
+    np.testing.assert_array_equal(regularised[wrong], plain[wrong])
+
+
+def test_radii_without_limit_or_rows_that_coincide_leave_the_loss_finite():
+    logits, labels = jnp.array([[2.0, 1.0], [1.0, 2.0], [1.0, 1.0]]), jnp.array([0, 0, 0])
+    np.testing.assert_array_equal(losses.label_radius(logits, labels, jnp.zeros((2, 2))), [np.inf, -1, 0])
+
+    def total(matrix, logits):
+        lipschitz = LinearHead(matrix, jnp.zeros(2)).pairwise_lipschitz()
+        return losses.certificate_regularization(logits, labels, lipschitz, 2.0).sum()
+
+    for matrix in (jnp.ones((2, 4)), jnp.eye(2, 4)):
+        value, grads = jax.value_and_grad(total, (0, 1))(matrix, logits)
+        assert np.isfinite(float(value)) and all(np.isfinite(np.asarray(g)).all() for g in grads)
+
+
+def test_curvature_penalty():
+    logits, labels = jnp.array([[2.0, 1.0, 0.0], [1.0, 2.0, 0.0]]), jnp.array([0, 2])
+    got = losses.curvature_penalty(logits, labels, jnp.array([[1.0, 2.0], [0.0, 5.0]]), 0.1)
+    np.testing.assert_allclose(got, losses.cross_entropy(logits, labels) + jnp.array([0.15, 0.25]), rtol=1e-15)
+    # tests/test_curvature.py compares it with the papers' code.
+
+
+def test_new_losses_in_both_precisions(precision):
+    dtype = jnp.float64 if precision == "x64" else jnp.float32
+    logits, labels = jnp.zeros((2, 3), dtype).at[:, 1].set(1), jnp.array([1, 1])
+    regularised = jax.jit(losses.certificate_regularization)(logits, labels, jnp.ones((3, 3), dtype), 0.5)
+    penalised = jax.jit(losses.curvature_penalty)(logits, labels, jnp.ones((2, 2), dtype), 0.5)
+    assert regularised.dtype == penalised.dtype == dtype
+    np.testing.assert_allclose(penalised - regularised, 1.0, rtol=1e-6)

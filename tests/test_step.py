@@ -187,11 +187,63 @@ def test_gradients_are_clipped_by_their_global_norm():
         return transform.update(gradients, transform.init(params), params)[0]
 
     gradients = {"a": jnp.array([30.0, 0.0]), "b": jnp.array([40.0])}  # norm 50
-    # Nesterov's first step is (1 + 0.9) times the gradient.
-    clipped, free = update(5.0, gradients), update(100.0, gradients)
-    np.testing.assert_allclose(clipped["a"], [-1.9 * 3, 0], rtol=1e-6)
-    np.testing.assert_allclose(clipped["b"], [-1.9 * 4], rtol=1e-6)
-    np.testing.assert_allclose(free["b"], [-1.9 * 40], rtol=1e-6)  # control
+    clipped, free, unclipped = (update(norm, gradients) for norm in (5.0, 100.0, 0.0))
+    np.testing.assert_allclose(clipped["a"], [-3, 0], rtol=1e-6)
+    np.testing.assert_allclose(clipped["b"], [-4], rtol=1e-6)
+    np.testing.assert_allclose(free["b"], [-40], rtol=1e-6)  # control
+    np.testing.assert_array_equal(unclipped["b"], free["b"])
+
+
+def test_sgd_is_torchs():
+    """Momentum 0.9 without Nesterov, the decay in the gradient: v <- 0.9 v + g + d p, p <- p - rate v."""
+    config = tiny_config(
+        **{"optimizer.name": "sgd", "optimizer.learning_rate": 0.1, "optimizer.weight_decay": 0.5}
+    ).optimizer
+    with config.unlocked():
+        config.update({"schedule": "step", "warmup_epochs": 0.0, "clip_norm": 0.0})
+    transform = optimizer.make_optimizer(config, 2, 4)  # eight steps: the rate falls at 4 and 6
+    params = {"matrix": jnp.array([[2.0]]), "theta": jnp.array([2.0])}
+    state, p, v, t = transform.init(params), 2.0, 0.0, 2.0
+    velocity = 0.0
+    for step_number in range(8):
+        grads = {"matrix": jnp.array([[1.0]]), "theta": jnp.array([1.0])}
+        updates, state = transform.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        rate = 0.1 * (1 if step_number < 4 else 0.1 if step_number < 6 else 0.01)
+        v = 0.9 * v + 1 + 0.5 * p
+        p -= rate * v
+        velocity = 0.9 * velocity + 1  # an angle does not decay
+        t -= rate * velocity
+        np.testing.assert_allclose(params["matrix"], [[p]], rtol=1e-5)
+        np.testing.assert_allclose(params["theta"], [t], rtol=1e-5)
+
+
+def test_the_triangle_peaks_at_two_fifths_and_ends_at_zero():
+    config = tiny_config(**{"optimizer.learning_rate": 1.0}).optimizer
+    with config.unlocked():
+        config.update({"schedule": "triangle", "final_fraction": 0.0})
+    rate = optimizer.learning_rate_schedule(config, 10, 10)
+    for at, expected in ((0, 0.0), (20, 0.5), (40, 1.0), (60, 0.525), (80, 0.05), (90, 0.025), (100, 0.0)):
+        assert abs(float(rate(at)) - expected) < 1e-6, at
+
+
+def test_weight_decay_of_weights_spares_biases_angles_and_the_mlp_head():
+    params = {"conv": {"kernel": jnp.ones((1, 1, 2, 2)), "bias": jnp.ones(2)}, "head": {"w1": jnp.ones((2, 2))}}
+    params["conv"]["activation"] = {"theta": jnp.ones(1)}
+    for which, expected in (("all", [True, True, True, False]), ("weights", [True, False, False, False])):
+        mask = optimizer.decay_mask(which)(params)
+        found = [mask["conv"]["kernel"], mask["conv"]["bias"], mask["head"]["w1"], mask["conv"]["activation"]["theta"]]
+        assert found == expected
+
+
+def test_training_the_head_alone_moves_nothing_else():
+    config = tiny_config(**{"optimizer.weight_decay": 0.1}).optimizer
+    params = {"conv": {"kernel": jnp.ones(3)}, "head": {"matrix": jnp.ones(3)}}
+    for head_only in (True, False):
+        transform = optimizer.make_optimizer(config, 10, 1, head_only)
+        updates, _ = transform.update(jax.tree.map(jnp.ones_like, params), transform.init(params), params)
+        assert (np.asarray(updates["head"]["matrix"]) != 0).all()
+        assert (np.asarray(updates["conv"]["kernel"]) != 0).all() != head_only
 
 
 @pytest.mark.parametrize("name", sorted(optimizer.OPTIMIZERS))
@@ -200,9 +252,8 @@ def test_weight_decay_pulls_towards_zero(name):
         config = tiny_config(**{"optimizer.name": name, "optimizer.weight_decay": decay}).optimizer
         transform = optimizer.make_optimizer(config, 10, 1)
         params = {"a": jnp.array([2.0])}
-        return optax.apply_updates(params, transform.update({"a": jnp.zeros(1)}, transform.init(params), params)[0])[
-            "a"
-        ][0]
+        updates, _ = transform.update({"a": jnp.zeros(1)}, transform.init(params), params)
+        return optax.apply_updates(params, updates)["a"][0]
 
     assert moved(0.0) == 2.0 and moved(0.1) < 2.0
 

@@ -100,7 +100,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
         matrix = self.param("matrix", self.kernel_init, (self.features, in_shape[-1]))
-        return _with_bias(self, operators.Dense(matrix), self.use_bias, self.activation)
+        return with_bias(self, [operators.Dense(matrix)], self.use_bias, self.activation)
 
 
 class LinearHead(nn.Module):

@@ -113,7 +113,8 @@ class ConvExponential(Linear):
         for k in range(self.num_terms, 0, -1):
             error = norm / k * error + local * (1 + size * (length + error) / k)
             length = 1 + norm / k * length
-        return error * COMPUTED * norm_per_image(x)
+        # The last term stands for what underflows on the way, or in the norm: J amplifies that, too.
+        return error * COMPUTED * (norm_per_image(x) + 2.0**-480)
 
     def _norms(self):
         """Bounds of |J| and of the norm of the convolution with |K|, in JAX, for float64.

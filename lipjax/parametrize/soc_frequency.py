@@ -3,13 +3,29 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
 from lipjax import _dft, linalg
-from lipjax.conv import packed_response
 
 Blocks = tuple[Array, Array]
+
+
+def packed_response(kernel: Float[Array, "kh kw c c"], size: tuple[int, int]) -> Blocks:
+    """`conv.packed_response` of a skew kernel, without transposing it: K[t]^T = -K[-t], hence R(f) = -R(f)^H.
+
+    Args: kernel: HWIO, equal to its own `conv.skew_kernel` (unchecked). size: (h, w) of the images.
+    Returns: (fixed, paired), skew-symmetric and skew-Hermitian blocks A(f).
+    """
+    kh, kw, c, _ = kernel.shape
+    r, n = len(_dft.grid((size[0], size[1])).fixed), size[0] * size[1]
+    # -conj: minus the rows of the fixed frequencies and of real parts, plus those of imaginary parts.
+    signs = np.concatenate([-np.ones(r), np.tile([-1.0, 1.0], (n - r) // 2)])
+    phases = jnp.asarray(signs[:, None] * _dft.packed_tap_phases((kh, kw), size), kernel.dtype)
+    blocks = jnp.matmul(phases, kernel.reshape(kh * kw, c * c), precision=lax.Precision.HIGHEST)
+    fixed, paired = lax.split(blocks, (r, n - r))
+    return fixed.reshape(r, c, c), paired.reshape(-1, 2, c, c)
 
 
 def exponential_blocks(
