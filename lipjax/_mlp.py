@@ -82,9 +82,9 @@ class MLPCertifier:
                 current = stage[images, rivals]
                 if (current == 2).all():
                     return radii
-                for method, name in enumerate((self._closed_form, self._dual)):
-                    chosen = np.flatnonzero(current == method)
-                    found = name(features[chosen], predictions[chosen], rivals[chosen])
+                for reached, method in enumerate((self._closed_form, self._dual)):
+                    chosen = np.flatnonzero(current == reached)
+                    found = method(features[chosen], predictions[chosen], rivals[chosen])
                     where = chosen, rivals[chosen]
                     radii[where] = np.maximum(radii[where], found)
                     stage[where] += 1

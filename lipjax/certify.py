@@ -149,13 +149,15 @@ def mlp_radius(
     num_classes = w2.shape[0]
     if method not in ("closed_form", "dual") or num_steps < 1:
         raise ValueError(f"Expected method 'closed_form' or 'dual' and num_steps >= 1, got {method!r} and {num_steps}.")
-    if curvature is None and method == "dual" and num_classes <= _MAX_EXACT_CLASSES:
-        curvature = curvatures.eigenvalue_table(w1, w2)
-    elif curvature is None:
-        curvature = curvatures.norm_table(jnp.linalg.norm(w1, 2), w2)
-    if curvature.shape != (num_classes, num_classes):
-        raise ValueError(f"Expected curvature of shape ({num_classes}, {num_classes}), got {curvature.shape}.")
-    return _mlp_radius(head, features, curvature, num_steps if method == "dual" else 1)
+    if curvature is not None:
+        table = curvature
+    elif method == "dual" and num_classes <= _MAX_EXACT_CLASSES:
+        table = curvatures.eigenvalue_table(w1, w2)
+    else:
+        table = curvatures.norm_table(jnp.linalg.norm(w1, 2), w2)
+    if table.shape != (num_classes, num_classes):
+        raise ValueError(f"Expected curvature of shape ({num_classes}, {num_classes}), got {table.shape}.")
+    return _mlp_radius(head, features, table, num_steps if method == "dual" else 1)
 
 
 @functools.partial(jax.jit, static_argnums=3)

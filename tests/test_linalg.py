@@ -58,11 +58,10 @@ def departure(q):
         *(((3, 8, 8), dtype) for dtype in DTYPES),
         *(((2, 64, 64), dtype) for dtype in ("complex64", "complex128")),
         ((1, 1), "complex64"),
-        ((2, 1, 1), "float64"),
+        ((2, 2, 3, 3), "float64"),
         ((4, 2, 2), "float32"),
-        ((2, 2, 3, 3), "complex128"),
-        ((0, 3, 3), "float32"),
-        ((0, 0), "complex128"),
+        ((0, 3, 3), "complex128"),
+        ((0, 0), "float32"),
     ],
 )
 def test_exponential_is_orthogonal_and_accurate(shape, dtype):
@@ -238,8 +237,6 @@ def test_misuse_of_the_exponential_is_named(arguments, message):
 
 # --- The Cayley transform ---
 
-SHAPES = [(1, 1), (3, 3), (2, 5, 3), (2, 3, 5), (1, 2, 4, 1), (2, 1, 4), (4, 0), (40, 24)]
-
 
 def cayley_by_definition(w):
     """[(I + A)^-1 (I - A); -2 V (I + A)^-1] with explicit inverses, in double precision."""
@@ -254,10 +251,14 @@ def cayley_by_definition(w):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "method"),
-    [(dtype, "solve") for dtype in DTYPES] + [("complex64", "real_block"), ("complex128", "real_block")],
+    ("shape", "dtype", "method"),
+    [
+        *(((2, 5, 3), dtype, "solve") for dtype in DTYPES),
+        *((shape, "complex64", "real_block") for shape in ((3, 3), (2, 5, 3), (2, 3, 5), (2, 1, 4))),
+        *((shape, "complex128", "solve") for shape in ((1, 1), (2, 3, 5), (1, 2, 4, 1), (40, 24))),
+        *((shape, "float32", "solve") for shape in ((3, 3), (4, 0), (24, 40))),
+    ],
 )
-@pytest.mark.parametrize("shape", SHAPES)
 def test_cayley_is_orthogonal_and_as_defined(shape, dtype, method):
     for scale in (1e-3, 1.0, 30.0) if 0 not in shape else (None,):
         w = draw(shape, dtype, scale)
@@ -286,7 +287,7 @@ def test_cayley_of_zero_and_of_a_wide_complex_matrix():
 
 
 @pytest.mark.x64_off
-@pytest.mark.parametrize("shape", [(4, 6, 6), (4, 9, 6), (4, 6, 9)])
+@pytest.mark.parametrize("shape", [(4, 9, 6), (4, 6, 9)])
 def test_methods_agree_in_training_precision(shape):
     """Values to 5e-7 entry by entry, and gradients to the same relative to their norm."""
     w, weight = jnp.asarray(draw(shape, "complex64", 1.0)), jnp.asarray(draw(shape, "complex64", seed=1))
@@ -297,13 +298,17 @@ def test_methods_agree_in_training_precision(shape):
     assert norm(np.asarray(one - other)) <= 2e-6 * norm(np.asarray(one))
 
 
-@pytest.mark.parametrize("method", ["solve", "real_block"])
-@pytest.mark.parametrize(("shape", "dtype"), [((5, 3), "float64"), ((2, 5, 3), "complex128"), ((3, 5), "complex128")])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "method"),
+    [((5, 3), "float64", "solve"), ((2, 5, 3), "complex128", "real_block"), ((3, 5), "complex128", "solve")],
+)
 def test_gradient_of_cayley(shape, dtype, method):
     """Along a random direction, by central differences: h^2 from truncation, u / h from rounding."""
     w, weight, e = (draw(shape, dtype, 1.0, seed) for seed in range(3))
     f = lambda w: jnp.sum((linalg.cayley(jnp.asarray(w), method=method) * weight).real)  # noqa: E731
-    found = np.sum((np.asarray(jax.grad(f)(jnp.asarray(w))) * e).real)  # JAX's gradient is the conjugate of steepest
+    found = np.sum(
+        (np.asarray(jax.jit(jax.grad(f))(jnp.asarray(w))) * e).real
+    )  # JAX's gradient is the conjugate of steepest
     slope = (f(w + 1e-5 * e) - f(w - 1e-5 * e)) / 2e-5
     np.testing.assert_allclose(found, slope, rtol=0, atol=1e-8)
     assert abs(slope) > 1e-3  # control

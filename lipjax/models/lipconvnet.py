@@ -12,6 +12,7 @@ from lipjax.nn import (
     SOCHead,
     flatten,
 )
+from lipjax.parametrize.soc_forms import FORMS
 
 
 class LipConvnet(LipschitzModel):
@@ -55,6 +56,7 @@ class LipConvnet(LipschitzModel):
             ("layer", ("soc", "cayley")),
             ("activation", tuple(ACTIVATIONS)),
             ("pooling", tuple(POOLINGS)),
+            ("form", FORMS),
             ("head", ("lln", "orthonormal", "linear", "mlp")),
         ):
             if getattr(self, name) not in known:
@@ -77,6 +79,8 @@ class LipConvnet(LipschitzModel):
                 raise ValueError(f"{name} None, the exact exponential, needs padding 'CIRCULAR'.")
         if self.padding not in ("ZERO", "CIRCULAR"):
             raise ValueError(f"expected padding 'ZERO' or 'CIRCULAR', got {self.padding!r}.")
+        if self.padding == "ZERO" and self.layer == "soc" and self.form in ("response", "series"):
+            raise ValueError(f"form {self.form!r} works in the frequency domain, which needs padding 'CIRCULAR'.")
         if self.scale is not None and not self.scale > 0:
             raise ValueError(f"expected scale > 0 or None, got {self.scale}.")
 

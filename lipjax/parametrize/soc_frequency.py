@@ -29,8 +29,12 @@ def packed_response(kernel: Float[Array, "kh kw c c"], size: tuple[int, int]) ->
 
 
 def exponential_blocks(
-    kernel: Float[Array, "kh kw c c"], size: tuple[int, int], num_terms: int | None = None
-) -> tuple[Float[Array, "r c c"], Float[Array, "q 2 c c"]]:
+    kernel: Float[Array, "kh kw c c"],
+    size: tuple[int, int],
+    num_terms: int | None = None,
+    *,
+    out_channels: int | None = None,
+) -> tuple[Float[Array, "r o c"], Float[Array, "q 2 o c"]]:
     """The blocks of exp(A), or of S_p(A) = sum_{j<=p} A^j / j!, A the circular convolution with a skew kernel.
 
     A is block diagonal per frequency, with skew-symmetric (real) or skew-Hermitian blocks; so is a function of it.
@@ -39,19 +43,22 @@ def exponential_blocks(
       kernel: HWIO, equal to its own `conv.skew_kernel` (unchecked).
       size: (h, w) of the images.
       num_terms: p >= 1, or None for the exponential, whose blocks are orthogonal or unitary whatever the norm of A.
+      out_channels: how many of the c channels to keep, the first ones; None keeps all. A series then costs less.
     Returns: (fixed, paired) as `operators.CircularConv.from_blocks` takes them.
-    Raises: ValueError if num_terms < 1 or the kernel has unequal channels.
+    Raises: ValueError if num_terms < 1, the kernel has unequal channels or less than out_channels.
     Source: Singla & Feizi 2021, arXiv:2105.11417; per frequency as Trockman & Kolter 2021, arXiv:2104.07167.
     """
     if num_terms is not None and num_terms < 1:
         raise ValueError(f"Expected num_terms >= 1, the highest power of the series, or None, got {num_terms}.")
-    if kernel.shape[2] != kernel.shape[3]:
-        raise ValueError(f"Expected an HWIO kernel with equal channels, got shape {kernel.shape}.")
+    c = kernel.shape[2]
+    rows = c if out_channels is None else out_channels
+    if kernel.shape[3] != c or not 1 <= rows <= c:
+        raise ValueError(f"Expected an HWIO kernel of equal channels, at least {rows}, got shape {kernel.shape}.")
     fixed, paired = packed_response(kernel, size)
     if num_terms is not None:
-        return _series((fixed, paired), num_terms)
+        return _series((fixed, paired), num_terms, rows)
     real, imaginary = linalg.expm_skew_split(paired[:, 0], paired[:, 1])
-    return linalg.expm_skew_split(fixed)[0], jnp.stack([real, imaginary], 1)
+    return linalg.expm_skew_split(fixed)[0][:, :rows], jnp.stack([real[:, :rows], imaginary[:, :rows]], 1)
 
 
 def exponential_response(kernel: Float[Array, "kh kw c c"], size: tuple[int, int]) -> Complex[Array, "h f c c"]:
@@ -69,33 +76,49 @@ def _product(x: Blocks, y: Blocks) -> Blocks:
     def multiply(a, b):
         return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
-    (xr, xi), (yr, yi) = (jnp.moveaxis(a[1], 1, 0) for a in (x, y))
+    xr, xi, yr, yi = x[1][:, 0], x[1][:, 1], y[1][:, 0], y[1][:, 1]
     # Three real products instead of four (Gauss).
     rr, ii = multiply(xr, yr), multiply(xi, yi)
     return multiply(x[0], y[0]), jnp.stack([rr - ii, multiply(xr + xi, yr + yi) - rr - ii], 1)
 
 
-def _combination(coefficients: list[float], powers: list[Blocks]) -> Blocks:
-    """c_0 I + c_1 A + c_2 A^2 + ..., `powers` from A on."""
-    fixed, paired = powers[0]
-    eye = jnp.eye(fixed.shape[-1], dtype=fixed.dtype)
-    fixed = coefficients[0] * eye + sum(c * p[0] for c, p in zip(coefficients[1:], powers, strict=False))
-    paired = sum(c * p[1] for c, p in zip(coefficients[1:], powers, strict=False)) + jnp.zeros_like(paired)
-    return fixed, paired.at[:, 0].add(coefficients[0] * eye)
+def _combination(coefficients: list[float], powers: list[Blocks], rows: int) -> Blocks:
+    """The first rows of c_0 I + c_1 A + c_2 A^2 + ..., `powers` from A on."""
+    eye = jnp.eye(rows, powers[0][0].shape[-1], dtype=powers[0][0].dtype)
+    fixed, paired = coefficients[0] * eye, coefficients[0] * jnp.stack([eye, 0 * eye])
+    for c, (of_fixed, of_paired) in zip(coefficients[1:], powers, strict=False):
+        fixed, paired = fixed + c * of_fixed[:, :rows], paired + c * of_paired[:, :, :rows]
+    return jnp.broadcast_to(fixed, (len(powers[0][0]), *eye.shape)), jnp.broadcast_to(
+        paired, (len(powers[0][1]), 2, *eye.shape)
+    )
 
 
-def _series(a: Blocks, num_terms: int) -> Blocks:
-    """S_p(A) by Paterson and Stockmeyer's scheme: a polynomial in A^s whose coefficients are polynomials in A."""
-    step = min(range(1, num_terms + 1), key=lambda s: (s - 1 + (num_terms - 1) // s, s))
+def _num_products(num_terms: int, step: int) -> tuple[int, int]:
+    """Products of whole matrices, and of their first rows with whole matrices, that `_series` makes."""
+    return step - 1, (num_terms - 1) // step
+
+
+def _best_step(num_terms: int, share: float) -> int:
+    """The step with the least cost, `share` being the share of the rows that is kept."""
+
+    def cost(step):
+        whole, partial = _num_products(num_terms, step)
+        return whole + share * partial, step
+
+    return min(range(1, num_terms + 1), key=cost)
+
+
+def _series(a: Blocks, num_terms: int, rows: int) -> Blocks:
+    """The first rows of S_p(A), as a polynomial in A^s whose coefficients are polynomials in A (Paterson-Stockmeyer)."""
+    step = _best_step(num_terms, rows / a[0].shape[-1])
     powers = [a]
     while len(powers) < step:
         powers.append(_product(powers[-1], a))
     c = [1 / math.factorial(j) for j in range(num_terms + 1)]
-    # The highest coefficient polynomial has degree 1 to s, so that no product is spent on a constant.
+    # The highest coefficient has degree 1 to s, so that no product is spent on a constant.
     start = step * ((num_terms - 1) // step)
-    total = _combination(c[start:], powers)
+    total = _combination(c[start:], powers, rows)
     for low in range(start - step, -1, -step):
-        lower = _combination(c[low : low + step], powers)
-        product = _product(total, powers[-1])
+        lower, product = _combination(c[low : low + step], powers, rows), _product(total, powers[-1])
         total = product[0] + lower[0], product[1] + lower[1]
     return total
