@@ -13,7 +13,7 @@ from lipjax.operators.softplus import SIGMOID_ERROR, sigmoid_of, softplus_error,
 _NUM_STEPS = 32
 # Rows (an image and a rival) that are worked on at a time: their hidden units fit into caches and memory.
 _ROWS = 64
-# Added wherever numbers of magnitude up to 2^300 may have underflown to zero.
+# Added to every norm and error, so that what underflows is covered (docs/soundness.md).
 _TINY = 2.0**-400
 
 
@@ -135,8 +135,9 @@ class MLPCertifier:
         value_error = (value_error + gamma(hidden + 8) * (np.sum(size * units, axis=1) + biases)) * COMPUTED + _TINY
         weighted = row * slopes
         gradient = weighted @ self._w1
-        unit_error = _length(size * (sum_error / 4 + SIGMOID_ERROR + 4 * UNIT_ROUNDOFF))
-        gradient_error = self._norm * unit_error + gamma(hidden + 4) * self._frobenius * (_length(weighted) + _TINY)
+        unit_error = _length(size * (sum_error / 4 + SIGMOID_ERROR + 4 * UNIT_ROUNDOFF)) + _TINY
+        weight_length = _length(weighted) + _TINY
+        gradient_error = self._norm * unit_error + gamma(hidden + 4) * self._frobenius * weight_length
         gradient_error = gradient_error * COMPUTED + _TINY
 
         # The radius, of which the numerator is taken low and the denominator high.

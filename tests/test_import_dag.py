@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = (
     ("errors",),
     ("_dft",),
-    ("linalg", "conv", "activations", "pooling", "_verified"),
-    ("_symbol", "_series"),
+    ("linalg", "conv", "activations", "_verified"),
+    ("_symbol", "_series", "pooling"),
     ("spectral",),
     ("operators",),
     ("parametrize", "network", "curvature"),

@@ -99,7 +99,8 @@ def test_exponential_of_zero_is_the_identity(dtype):
 def test_too_few_squarings_or_no_polish_are_noticed(dtype, monkeypatch):
     """Control of the two bounds above: each fails without the step that it rests on."""
     a = draw_skew((8, 8), dtype, 50.0)
-    exponential = lambda: linalg._exponential_forward((jnp.asarray(a), None))[0][0]  # noqa: E731  not compiled before
+    # Compiled anew at every call.
+    exponential = lambda: jax.jit(lambda a: linalg._exponential_forward((a, None))[0][0])(jnp.asarray(a))  # noqa: E731
     bound = (8 + 4 * 8**0.5) * UNIT[dtype]
     assert departure(exponential()) <= bound
     with monkeypatch.context() as patch:
@@ -171,7 +172,7 @@ def test_gradient_is_right_for_every_perturbation():
     """Also off the skew matrices, where neither the polynomial nor the squarings know of skewness (no polish here)."""
     a = jnp.asarray(draw_skew((3, 3), "float64", 2.0))
     g, e = jnp.asarray(draw((3, 3), "float64", seed=1)), jnp.asarray(draw((3, 3), "float64", seed=2))
-    (gradient,) = jax.vjp(linalg.expm_skew, a)[1](g)
+    (gradient,) = jax.jit(lambda a, g: jax.vjp(linalg.expm_skew, a)[1](g))(a, g)
     # Of f(t) = <g, exp(a + t e)> by central differences: h^2 |e|^3 from truncation, u / h from rounding.
     h = 1e-5
     slope = (jnp.vdot(g, linalg.expm_skew(a + h * e)) - jnp.vdot(g, linalg.expm_skew(a - h * e))) / (2 * h)
@@ -194,13 +195,13 @@ def test_exponential_under_vmap_takes_each_its_own_squarings():
     alone = jnp.stack([linalg.expm_skew(block) for block in a])
     bound = 2 * 12.4 * 41 * 2.0**-53
     assert norm(np.asarray(jax.vmap(linalg.expm_skew)(a) - alone)) <= bound
-    gradient = jax.grad(lambda a: jnp.sum(linalg.expm_skew(a)[0]))
+    gradient = jax.jit(jax.grad(lambda a: jnp.sum(linalg.expm_skew(a)[0])))
     assert norm(np.asarray(jax.vmap(gradient)(a) - jnp.stack([gradient(block) for block in a]))) <= 10 * bound
 
 
 def test_exponential_in_training_precision(precision):
     a = draw_skew((2, 4, 4), "complex64", 2.0)
-    value, gradient = jax.value_and_grad(lambda a: linalg.expm_skew(a).real.sum())(jnp.asarray(a))
+    value, gradient = jax.jit(jax.value_and_grad(lambda a: linalg.expm_skew(a).real.sum()))(jnp.asarray(a))
     assert (value.dtype, gradient.dtype) == ("float32", "complex64")
     assert bool(jnp.isfinite(gradient).all())
 

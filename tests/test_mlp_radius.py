@@ -154,8 +154,8 @@ def test_ties_nan_constant_heads_and_single_classes():
         assert (np.asarray(radius(features, w1, b1, w2, jnp.full(3, np.nan))) == 0).all()
         table = jnp.ones((3, 3)).at[:, 1].set(np.nan).at[1].set(np.nan)
         assert (np.asarray(radius(features, w1, b1, w2, b2, curvature=table)) == 0).all()
-        assert np.isinf(np.asarray(radius(features[:1], w1, b1, w2[:1], b2[:1]))).all()
-        assert radius(features[:0], w1, b1, w2, b2).shape == (0,)
+    assert np.isinf(np.asarray(certify.mlp_radius(features[:1], w1, b1, w2[:1], b2[:1]))).all()
+    assert certify.mlp_radius(features[:0], w1, b1, w2, b2).shape == (0,)
 
 
 def test_more_margin_and_less_curvature_give_more_radius():

@@ -70,6 +70,14 @@ def test_operators_are_pytrees_whose_shapes_are_static():
     np.testing.assert_allclose(jax.jit(lambda o, a: o(a))(doubled, x), 2 * op(x), rtol=1e-14)
 
 
+def test_structures_of_operators_of_different_types_differ():
+    """jit takes a program by the structure of its arguments; JAX's own dataclass nodes compare fields alone."""
+    structures = [jax.tree.structure(getattr(operators, name)((4,))) for name in ("MaxMin", "Flatten", "MaxPoolPairs")]
+    assert len({*structures}) == 3
+    assert not any(a == b for i, a in enumerate(structures) for b in structures[:i])
+    assert structures[0] == jax.tree.structure(operators.MaxMin((4,))) != jax.tree.structure(operators.MaxMin((2,)))
+
+
 def exact_dense(matrix, x):
     """The error-free product, as fractions."""
     return [sum(Fraction(float(m)) * Fraction(float(a)) for m, a in zip(row, x, strict=True)) for row in matrix]

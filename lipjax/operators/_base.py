@@ -28,7 +28,25 @@ def operator(*arrays: str, static: tuple[str, ...]):
 
     def wrap(cls):
         cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
-        return jax.tree_util.register_dataclass(cls, data_fields=arrays, meta_fields=static)
+        keys = [jax.tree_util.GetAttrKey(name) for name in arrays]
+
+        def flatten(op):
+            return [getattr(op, name) for name in arrays], tuple(getattr(op, name) for name in static)
+
+        def flatten_with_keys(op):
+            leaves, metadata = flatten(op)
+            return list(zip(keys, leaves, strict=True)), metadata
+
+        def unflatten(metadata, leaves):
+            op = object.__new__(cls)  # not the constructor: leaves may be anything
+            for name, value in (*zip(static, metadata, strict=True), *zip(arrays, leaves, strict=True)):
+                object.__setattr__(op, name, value)
+            return op
+
+        # Not `register_dataclass`: structures of two classes registered with it compare equal if their fields do (JAX
+        # 0.10.2), and when their hashes happen to collide, jit runs the program compiled for the other class.
+        jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+        return cls
 
     return wrap
 
