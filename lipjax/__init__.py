@@ -6,7 +6,20 @@ import os
 # 39292).
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from lipjax import activations, bounds, certify, conv, losses, network, operators, parametrize, spectral  # noqa: E402
+from lipjax import (  # noqa: E402
+    activations,
+    bounds,
+    certify,
+    conv,
+    curvature,
+    linalg,
+    losses,
+    network,
+    operators,
+    parametrize,
+    pooling,
+    spectral,
+)
 from lipjax.errors import NotCertifiable, UserError  # noqa: E402
 from lipjax.frozen import FrozenNetwork, freeze  # noqa: E402
 
@@ -20,10 +33,13 @@ __all__ = [
     "bounds",
     "certify",
     "conv",
+    "curvature",
     "freeze",
+    "linalg",
     "losses",
     "network",
     "operators",
     "parametrize",
+    "pooling",
     "spectral",
 ]

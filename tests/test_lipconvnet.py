@@ -138,7 +138,7 @@ def test_no_perturbation_inside_the_radius_changes_the_class(name):
         x = images
         for _ in range(30):
             direction = np.asarray(climb(jnp.asarray(x)))
-            direction /= np.sqrt((direction**2).sum((1, 2, 3), keepdims=True))
+            direction = direction / np.sqrt((direction**2).sum((1, 2, 3), keepdims=True))
             radii = scale * certificate.radii[:, None, None, None]
             x = x + radii / 10 * direction
             moved = x - images
@@ -236,7 +236,7 @@ def test_a_head_is_trained_on_frozen_features(tmp_path):
         assert all(jax.tree.leaves(same)) == (name != "head"), name
     # Heads of other shapes start afresh; other layers are refused.
     other = training_config(**{**changes, "model.head": "mlp", "model.head_features": 6})
-    assert loop.Run(other, 0).fresh_state().params["head"]["w1"].shape == (6, 16)
+    assert loop.Run(other, 0).fresh_state().params["head"]["w1"].shape == (6, 64)
     with pytest.raises(UserError, match="other layers than config.model"):
         loop.Run(training_config(**{**changes, "model.width": 6}), 0).fresh_state()
     with pytest.raises(UserError, match="no training run"):

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from training_helpers import quick_compiles  # noqa: F401
 
 from lipjax import bounds, certify, interop, losses

@@ -113,8 +113,8 @@ class Cayley(nn.Module):
         fan_in = side**2 * shape[-1]
         kernel = self.param("kernel", symmetric_uniform(fan_in**-0.5), (side, side, shape[-1], self.features))
         alpha = self.param("alpha", lambda key: cayley.initial_alpha(kernel, shape[:2]))
-        response = cayley.response(kernel, alpha, shape[:2])
-        ops.append(operators.CircularConv(response, shape, nonexpansive=True))
+        blocks = cayley.packed_response(kernel, alpha, shape[:2])
+        ops.append(operators.CircularConv.from_blocks(*blocks, shape, nonexpansive=True))
         return with_bias(self, ops, self.use_bias, self.activation, symmetric_uniform(fan_in**-0.5))
 
 

@@ -188,23 +188,30 @@ class CircularSeries(Linear):
 
     def _series(self, x, fixed, paired, out_channels, precision):
         size, m = (self.in_shape[0], self.in_shape[1]), fixed.shape[-1]
-        z = _dft.spectrum(x, precision)
-        whole = jnp.pad(z, ((0, 0), (0, 0), (0, m - z.shape[-1])))
+        term = _dft.spectrum(x, precision)
+        total = jnp.pad(term, ((0, 0), (0, 0), (0, m - term.shape[-1])))
 
-        def step(y, power, rows):
-            """x + A y / power, the first rows of it. The first y lacks the channels that are zero."""
-            blocks = fixed[:, :rows, : y.shape[-1]], paired[:, :, :rows, : y.shape[-1]]
-            return whole[..., :rows] + _dft.apply_blocks(y, *blocks, precision) / power
+        def next_term(term, power, rows):
+            """The first rows of A term / power. The first term lacks the channels that are zero."""
+            blocks = fixed[:, :rows, : term.shape[-1]], paired[:, :, :rows, : term.shape[-1]]
+            return _dft.apply_blocks(term, *blocks, precision) / power
 
-        if len(z) == 1:
+        if len(term) == 1:
             # A loop adds up the gradients of A in turn. XLA on the CPU would otherwise add all of them inside the
             # transpose that `skew_kernel` ends the backward pass with: half the time of a layer of 2048 channels.
-            powers = jnp.arange(self.num_terms, 0, -1, dtype=z.dtype)
-            y, _ = lax.scan(lambda y, power: (step(y, power, m), None), whole, powers)
-            return _dft.image(y[..., :out_channels], size, precision)
-        for power in range(self.num_terms, 0, -1):
-            z = step(z, power, out_channels if power == 1 else m)
-        return _dft.image(z, size, precision)
+            def step(carry, power):
+                term, total = carry
+                term = next_term(term, power, m)
+                return (term, total + term), None
+
+            powers = jnp.arange(1, self.num_terms + 1, dtype=total.dtype)
+            (_, total), _ = lax.scan(step, (total, total), powers)
+            return _dft.image(total[..., :out_channels], size, precision)
+        for power in range(1, self.num_terms):
+            term = next_term(term, power, m)
+            total = total + term
+        total = total[..., :out_channels] + next_term(term, self.num_terms, out_channels)
+        return _dft.image(total, size, precision)
 
     def _map(self, x, precision):
         return self._series(x, jnp.asarray(self.fixed), jnp.asarray(self.paired), self.out_channels, precision)

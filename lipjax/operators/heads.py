@@ -19,7 +19,7 @@ _MAX_EXPONENT = 100
 
 
 def _distances(rows) -> Float[Array, "k k"]:
-    """|r_i - r_j|_2 for all pairs of rows, by direct differences; differentiable, with gradient 0 where they coincide."""
+    """|r_i - r_j|_2 for all pairs of rows, by direct differences; differentiable, with gradient 0 at equal rows."""
     count, width = rows.shape
     if count * count * width <= 2**24:
         squared = jnp.sum((rows[:, None] - rows) ** 2, axis=2)
