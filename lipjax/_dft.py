@@ -21,11 +21,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
+Size = tuple[int, ...]  # (h, w)
 _PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
 _HALF, _QUARTER = Fraction(1, 2), Fraction(1, 4)
 _DIGITS = Context(prec=50)  # whatever the caller's rounding, traps and limits
 # Up to this many pixels the transform is one product with the whole matrix.
-_DENSE = 64
+DENSE = 64
 # Up to this many entries the second product is a batch of matrices, the same one for most columns.
 _STACKED = 2**19
 
@@ -94,14 +95,14 @@ class Grid:
       num_mirrored: how many of `paired` lie in the former.
     """
 
-    size: tuple[int, int]
+    size: Size
     fixed: np.ndarray
     paired: np.ndarray
     num_mirrored: int
 
 
 @functools.lru_cache(maxsize=256)
-def grid(size: tuple[int, int]) -> Grid:
+def grid(size: Size) -> Grid:
     """The frequencies of images of a size (h, w)."""
     h, w = size
     columns = _self_conjugate(w)
@@ -112,11 +113,13 @@ def grid(size: tuple[int, int]) -> Grid:
     return Grid((h, w), _read_only(np.array(fixed)), _read_only(paired), len(mirrored))
 
 
-def _dense_matrix(size: tuple[int, int]) -> np.ndarray:
+def _dense_matrix(size: Size) -> np.ndarray:
     """All rows of the transform: (h w, h w)."""
     (h, w), frequencies = size, grid(size)
-    pixels = np.stack(np.meshgrid(np.arange(h), np.arange(w), indexing="ij"), -1).reshape(-1, 2)
-    angles = [(f * [w, h]) @ pixels.T % (h * w) for f in (frequencies.fixed, frequencies.paired)]
+    p, q = np.divmod(np.arange(h * w), w)
+    angles = [
+        (np.outer(f[:, 0] * w, p) + np.outer(f[:, 1] * h, q)) % (h * w) for f in (frequencies.fixed, frequencies.paired)
+    ]
     (real, _), (cosines, sines) = (_scaled_circle(h * w, s, h * w) for s in (1, 2))
     pairs = np.stack([cosines[angles[1]], -sines[angles[1]]], 1).reshape(-1, h * w)
     return np.concatenate([real[angles[0]], pairs])
@@ -137,13 +140,13 @@ def _column_matrices(h: int, num_special: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.lru_cache(maxsize=64)
-def _tables(size: tuple[int, int]) -> tuple[np.ndarray, ...]:
+def _tables(size: Size) -> tuple[np.ndarray, ...]:
     """The factors of the transform: (all,) for small images, (rows, columns), or (rows, special and other columns).
 
     Every one is, exactly, an orthogonal matrix (or a stack of them) with each entry rounded once.
     """
     h, w = size
-    if h * w <= _DENSE:
+    if h * w <= DENSE:
         return (_read_only(_dense_matrix(size)),)
     rows = _dense_matrix((1, w))
     special, other = _column_matrices(h, len(_self_conjugate(w)))
@@ -153,11 +156,11 @@ def _tables(size: tuple[int, int]) -> tuple[np.ndarray, ...]:
     return _read_only(rows), _read_only(np.concatenate([special[None], repeated]))
 
 
-def transform_error(size: tuple[int, int]) -> float:
+def transform_error(size: Size) -> float:
     """e such that `spectrum` and `image` in float64 err by at most e |input|_2, but for underflow."""
     h, w = size
     total = 0.0
-    for side in (h * w,) if h * w <= _DENSE else (w, 2 * h):
+    for side in (h * w,) if h * w <= DENSE else (w, 2 * h):
         # |computed - P z| <= gamma_(K+2) |P||z|, the rounding of P included, and | |P| |_2 <= |P|_F = sqrt(K).
         error = (side + 3) * 2.0**-53 * math.sqrt(side)
         total += error + total * error
@@ -192,9 +195,7 @@ def _split_columns(z: Float[Array, "w h n"]) -> tuple[Array, Array]:
     return z[:s].reshape(s * h, n), z[s:].reshape((w - s) // 2, 2 * h, n)
 
 
-def image(
-    z: Float[Array, "n b c"], size: tuple[int, int], precision: lax.Precision | None = None
-) -> Float[Array, "b h w c"]:
+def image(z: Float[Array, "n b c"], size: Size, precision: lax.Precision | None = None) -> Float[Array, "b h w c"]:
     """The inverse, and adjoint, of `spectrum`."""
     (h, w), (_, b, c) = size, z.shape
     tables = [table.swapaxes(-1, -2) for table in _tables((h, w))]
@@ -242,7 +243,7 @@ def adjoint_blocks(fixed: Float[Array, "r o i"], paired: Float[Array, "q 2 o i"]
     return fixed.swapaxes(1, 2), jnp.stack([real, -imaginary], 1)
 
 
-def tap_phases(kernel_size: tuple[int, int], size: tuple[int, int], frequencies: np.ndarray) -> np.ndarray:
+def tap_phases(kernel_size: tuple[int, ...], size: Size, frequencies: np.ndarray) -> np.ndarray:
     """exp(2 pi i f (t - lo) / n) for frequencies (m, 2) and all taps, lo = (k - 1) // 2: complex128, (m, kh kw)."""
     factors = []
     for axis in range(2):
@@ -254,40 +255,43 @@ def tap_phases(kernel_size: tuple[int, int], size: tuple[int, int], frequencies:
 
 
 @functools.lru_cache(maxsize=64)
-def packed_tap_phases(kernel_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+def packed_tap_phases(kernel_size: tuple[int, ...], size: Size) -> np.ndarray:
     """`tap_phases` as real rows in the order of a spectrum: (h w, kh kw)."""
-    frequencies = grid((size[0], size[1]))
+    frequencies = grid(size)
     fixed, paired = (tap_phases(kernel_size, size, f) for f in (frequencies.fixed, frequencies.paired))
-    rows = np.stack([paired.real, paired.imag], 1).reshape(-1, fixed.shape[1])
-    return _read_only(np.concatenate([fixed.real, rows]))
+    rows = np.stack([np.real(paired), np.imag(paired)], 1).reshape(-1, fixed.shape[1])
+    return _read_only(np.concatenate([np.real(fixed), rows]))
 
 
-def pack(response: Complex[Any, "h f o i"], size: tuple[int, int]) -> tuple[Any, Any]:
+def pack(response: Complex[Any, "h f o i"], size: Size) -> tuple[Any, Any]:
     """The blocks (fixed, paired) of a response on the half grid of `numpy.fft.rfft2`, (h, w // 2 + 1, o, i).
 
     In the columns that are their own mirror image it takes the Hermitian part (R[j] + conj R[-j]) / 2, which is all
     that the exact inverse transform to real images uses. NumPy arrays give NumPy arrays.
     """
-    xp = np if isinstance(response, np.ndarray) else jnp
-    g, half = grid(size), size[1] // 2 + 1
-    flat = response.reshape(-1, *response.shape[2:])
-    fixed = flat[g.fixed @ [half, 1]].real
-    here = flat[g.paired @ [half, 1]]
-    mirror = flat[(-g.paired[: g.num_mirrored] % [size[0], size[1]]) @ [half, 1]].conj()
-    projected = xp.concatenate([(here[: g.num_mirrored] + mirror) / 2, here[g.num_mirrored :]])
-    return fixed, xp.stack([projected.real, projected.imag], 1)
+    xp: Any = np if isinstance(response, np.ndarray) else jnp
+    (h, w), g, k = size, grid(size), grid(size).num_mirrored
+
+    def at(f: np.ndarray) -> Any:
+        return response[f[:, 0], f[:, 1]]
+
+    here = at(g.paired)
+    mirror = at(-g.paired[:k] % np.array([h, w])).conj()
+    blocks = xp.concatenate([(here[:k] + mirror) / 2, here[k:]])
+    return at(g.fixed).real, xp.stack([blocks.real, blocks.imag], 1)
 
 
-def unpack(fixed: Any, paired: Any, size: tuple[int, int]) -> Any:
+def unpack(fixed: Any, paired: Any, size: Size) -> Any:
     """The response, (h, w // 2 + 1, o, i), complex, of the blocks: `pack` gives them back."""
     numpy = isinstance(paired, np.ndarray)
     g, (h, w) = grid(size), size
     mirrored = paired[: g.num_mirrored]
     real = [fixed, paired[:, 0], mirrored[:, 0]]
     imaginary = [0 * fixed, paired[:, 1], -mirrored[:, 1]]
-    places = np.concatenate([g.fixed, g.paired, -g.paired[: g.num_mirrored] % [h, w]]) @ [w // 2 + 1, 1]
+    places = np.concatenate([g.fixed, g.paired, -g.paired[: g.num_mirrored] % np.array([h, w])])
+    order = np.lexsort((places[:, 1], places[:, 0]))
     if numpy:
         values = np.concatenate(real) + 1j * np.concatenate(imaginary)
     else:
         values = lax.complex(jnp.concatenate(real), jnp.concatenate(imaginary))
-    return values[np.argsort(places)].reshape(h, w // 2 + 1, *fixed.shape[1:])
+    return values[order].reshape(h, w // 2 + 1, *fixed.shape[1:])

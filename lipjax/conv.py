@@ -298,7 +298,7 @@ def packed_response(
     """
     phases = _dft.packed_tap_phases((kernel.shape[0], kernel.shape[1]), size)
     blocks = _tap_product(phases, kernel.swapaxes(2, 3))
-    r = len(_dft.grid((size[0], size[1])).fixed)
+    r = len(_dft.grid(size).fixed)
     return blocks[:r], blocks[r:].reshape(-1, 2, *blocks.shape[1:])
 
 
@@ -321,7 +321,7 @@ def frequency_response(kernel: Float[Array, "kh kw i o"], size: tuple[int, int])
     h, w = size
     frequencies = np.stack(np.meshgrid(np.arange(h), np.arange(w // 2 + 1), indexing="ij"), -1).reshape(-1, 2)
     phases = _dft.tap_phases((kernel.shape[0], kernel.shape[1]), size, frequencies)
-    blocks = [_tap_product(part, kernel.swapaxes(2, 3)) for part in (phases.real, phases.imag)]
+    blocks = [_tap_product(part, kernel.swapaxes(2, 3)) for part in (np.real(phases), np.imag(phases))]
     return lax.complex(*blocks).reshape(h, w // 2 + 1, kernel.shape[3], kernel.shape[2])
 
 

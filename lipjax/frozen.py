@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -351,7 +352,7 @@ def _rebuild(document: dict, arrays: dict[str, np.ndarray]) -> Network:
         cls, prefix = operators.OPERATORS[entry["type"]], f"ops/{entry['name']}"
         fields = {f.name: entry.get(f.name, arrays.get(f"{prefix}/{f.name}")) for f in dataclasses.fields(cls)}
         # Some constructors take other arguments than the fields.
-        make = getattr(cls, "rebuild", cls)
+        make: Any = getattr(cls, "rebuild", cls)
         ops.append(make(**{name: tuples(value) for name, value in fields.items()}))
     cls = operators.HEADS[document["head"]]
     head = cls(**{f.name: arrays[f"head/{f.name}"] for f in dataclasses.fields(cls)})

@@ -110,10 +110,10 @@ class Cayley(nn.Module):
         if self.strides > 1:
             ops.append(operators.SpaceToDepth(shape, self.strides))
             shape, side = ops[0].out_shape, max(1, side // self.strides)
-        fan_in = side**2 * shape[-1]
+        size, fan_in = (shape[0], shape[1]), side**2 * shape[-1]
         kernel = self.param("kernel", symmetric_uniform(fan_in**-0.5), (side, side, shape[-1], self.features))
-        alpha = self.param("alpha", lambda key: cayley.initial_alpha(kernel, shape[:2]))
-        blocks = cayley.packed_response(kernel, alpha, shape[:2])
+        alpha = self.param("alpha", lambda key: cayley.initial_alpha(kernel, size))
+        blocks = cayley.packed_response(kernel, alpha, size)
         ops.append(operators.CircularConv.from_blocks(*blocks, shape, nonexpansive=True))
         return with_bias(self, ops, self.use_bias, self.activation, symmetric_uniform(fan_in**-0.5))
 

@@ -3,45 +3,13 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
 from lipjax import _dft, spectral
-from lipjax.operators._base import COMPUTED, Leaf, Linear, gamma, norm_per_image
-
-
-def _make(cls, **fields):
-    """An instance with these fields, whatever they hold: tree transformations put anything into leaves."""
-    self = object.__new__(cls)
-    for name, value in fields.items():
-        object.__setattr__(self, name, value)
-    return self
-
-
-def _register(*arrays: str):
-    """Class decorator: a pytree of `arrays`, the other fields static, rebuilt without the class's constructor."""
-
-    def wrap(cls):
-        static = [field.name for field in dataclasses.fields(cls) if field.name not in arrays]
-        keys = [jax.tree_util.GetAttrKey(name) for name in arrays]
-
-        def flatten(op):
-            return tuple(getattr(op, a) for a in arrays), tuple(getattr(op, name) for name in static)
-
-        def flatten_with_keys(op):
-            leaves, metadata = flatten(op)
-            return tuple(zip(keys, leaves, strict=True)), metadata
-
-        def unflatten(metadata, leaves):
-            return _make(cls, **dict(zip(arrays, leaves, strict=True)), **dict(zip(static, metadata, strict=True)))
-
-        jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-        return cls
-
-    return wrap
+from lipjax.operators._base import COMPUTED, Leaf, Linear, gamma, norm_per_image, operator
 
 
 def _check_blocks(fixed: Any, paired: Any, in_shape: tuple[int, ...]) -> None:
@@ -58,8 +26,7 @@ def _check_blocks(fixed: Any, paired: Any, in_shape: tuple[int, ...]) -> None:
         )
 
 
-@_register("fixed", "paired")
-@dataclasses.dataclass(init=False, frozen=True, eq=False)
+@operator("fixed", "paired", static=("in_shape", "nonexpansive"))
 class CircularConv(Linear):
     """x -> the exact inverse discrete Fourier transform of R(f) x^(f), a map between real images.
 
@@ -85,11 +52,12 @@ class CircularConv(Linear):
         shape, in_shape = np.shape(response), tuple(in_shape)
         if len(in_shape) != 3 or len(shape) != 4 or shape[:2] != (in_shape[0], in_shape[1] // 2 + 1):
             raise ValueError(f"Expected a response (h, w // 2 + 1, o, i) for images {in_shape}, got shape {shape}.")
-        fixed, paired = _dft.pack(response, in_shape[:2])
-        _check_blocks(fixed, paired, in_shape)
-        for name, value in zip(("fixed", "paired", "in_shape"), (fixed, paired, in_shape), strict=True):
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "nonexpansive", nonexpansive)
+        self._set(*_dft.pack(response, in_shape[:2]), in_shape, nonexpansive)
+
+    def _set(self, *fields) -> None:
+        for field, value in zip(dataclasses.fields(self), fields, strict=True):
+            object.__setattr__(self, field.name, value)
+        self.check()
 
     @classmethod
     def from_blocks(
@@ -99,8 +67,9 @@ class CircularConv(Linear):
 
         Raises: ValueError if they do not fit images of in_shape.
         """
-        _check_blocks(fixed, paired, in_shape)
-        return _make(cls, fixed=fixed, paired=paired, in_shape=tuple(in_shape), nonexpansive=nonexpansive)
+        self = object.__new__(cls)
+        self._set(fixed, paired, tuple(in_shape), nonexpansive)
+        return self
 
     # What a saved network calls with the fields by name.
     rebuild = from_blocks
@@ -118,9 +87,8 @@ class CircularConv(Linear):
         _check_blocks(self.fixed, self.paired, self.in_shape)
 
     def _blocks_map(self, x, fixed, paired, precision):
-        size = self.in_shape[0], self.in_shape[1]
         z = _dft.apply_blocks(_dft.spectrum(x, precision), fixed, paired, precision)
-        return _dft.image(z, size, precision)
+        return _dft.image(z, self.in_shape[:2], precision)
 
     def _map(self, x, precision):
         return self._blocks_map(x, jnp.asarray(self.fixed), jnp.asarray(self.paired), precision)
@@ -144,8 +112,7 @@ class CircularConv(Linear):
         return jnp.sqrt(jnp.max(jnp.concatenate(squares)))
 
 
-@_register("fixed", "paired")
-@dataclasses.dataclass(frozen=True, eq=False)
+@operator("fixed", "paired", static=("in_shape", "out_channels", "num_terms", "nonexpansive"))
 class CircularSeries(Linear):
     """x -> the inverse transform of S_p(A(f)) x^(f), S_p(A) = sum_{j<=p} A^j / j!, without forming S_p(A(f)).
 
@@ -187,7 +154,7 @@ class CircularSeries(Linear):
             )
 
     def _series(self, x, fixed, paired, out_channels, precision):
-        size, m = (self.in_shape[0], self.in_shape[1]), fixed.shape[-1]
+        size, m = self.in_shape[:2], fixed.shape[-1]
         term = _dft.spectrum(x, precision)
         total = jnp.pad(term, ((0, 0), (0, 0), (0, m - term.shape[-1])))
 

@@ -62,15 +62,22 @@ def operators_of(
         form = "spatial"
     elif form == "auto" and train:
         form = soc_frequency.choose_form(
-            (h, w), m, c, features, kernel.shape[:2], batch_size, num_terms=num_terms, norm_bound=norm_bound
+            (h, w),
+            m,
+            c,
+            features,
+            (kernel.shape[0], kernel.shape[1]),
+            batch_size,
+            num_terms=num_terms,
+            norm_bound=norm_bound,
         )
     elif form == "auto" or (form == "series" and not train):
         form = "response"
     gain = None if norm_bound is None else 1.0 if num_terms is None else _series.gain_bound(num_terms, norm_bound)
     nonexpansive = (num_terms is None and form == "response") or (gain is not None and gain <= _GAIN)
     if form == "response":
-        fixed, paired = soc_frequency.exponential_blocks(kernel, (h, w), num_terms)
-        blocks = fixed[..., :features, :c], paired[..., :features, :c]
+        fixed, paired = soc_frequency.exponential_blocks(kernel, (h, w), num_terms, out_channels=features)
+        blocks = fixed[..., :c], paired[..., :c]
         return [operators.CircularConv.from_blocks(*blocks, tuple(in_shape), nonexpansive=nonexpansive)]
     if terms is None:
         raise ValueError(

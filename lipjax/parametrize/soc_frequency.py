@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Complex, Float
 
 from lipjax import _dft, linalg
+from lipjax._series import terms_for
 
 Blocks = tuple[Array, Array]
 
@@ -19,7 +20,7 @@ def packed_response(kernel: Float[Array, "kh kw c c"], size: tuple[int, int]) ->
     Returns: (fixed, paired), skew-symmetric and skew-Hermitian blocks A(f).
     """
     kh, kw, c, _ = kernel.shape
-    r, n = len(_dft.grid((size[0], size[1])).fixed), size[0] * size[1]
+    r, n = len(_dft.grid(size).fixed), size[0] * size[1]
     # -conj: minus the rows of the fixed frequencies and of real parts, plus those of imaginary parts.
     signs = np.concatenate([-np.ones(r), np.tile([-1.0, 1.0], (n - r) // 2)])
     phases = jnp.asarray(signs[:, None] * _dft.packed_tap_phases((kh, kw), size), kernel.dtype)
@@ -29,7 +30,7 @@ def packed_response(kernel: Float[Array, "kh kw c c"], size: tuple[int, int]) ->
 
 
 def exponential_blocks(
-    kernel: Float[Array, "kh kw c c"],
+    kernel: Float[Array, "kh kw i c"],
     size: tuple[int, int],
     num_terms: int | None = None,
     *,
@@ -61,7 +62,7 @@ def exponential_blocks(
     return linalg.expm_skew_split(fixed)[0][:, :rows], jnp.stack([real[:, :rows], imaginary[:, :rows]], 1)
 
 
-def exponential_response(kernel: Float[Array, "kh kw c c"], size: tuple[int, int]) -> Complex[Array, "h f c c"]:
+def exponential_response(kernel: Float[Array, "kh kw i c"], size: tuple[int, int]) -> Complex[Array, "h f c c"]:
     """The frequency response of exp(A), A the circular convolution with a skew kernel: unitary at every frequency.
 
     Args, errors, source: as `exponential_blocks`.
@@ -109,7 +110,7 @@ def _best_step(num_terms: int, share: float) -> int:
 
 
 def _series(a: Blocks, num_terms: int, rows: int) -> Blocks:
-    """The first rows of S_p(A), as a polynomial in A^s whose coefficients are polynomials in A (Paterson-Stockmeyer)."""
+    """The first rows of S_p(A), a polynomial in A^s whose coefficients are polynomials in A (Paterson-Stockmeyer)."""
     step = _best_step(num_terms, rows / a[0].shape[-1])
     powers = [a]
     while len(powers) < step:
@@ -122,3 +123,111 @@ def _series(a: Blocks, num_terms: int, rows: int) -> Blocks:
         lower, product = _combination(c[low : low + step], powers, rows), _product(total, powers[-1])
         total = product[0] + lower[0], product[1] + lower[1]
     return total
+
+
+# What share of a plain matrix product's speed each kind of work reaches, from benchmarks/soc.py on two cores of an
+# AVX-512 Xeon, float32: transforms and convolutions about a third, products of c x c blocks c / (c + side).
+_TRANSFORM, _CONVOLUTION = 0.35, 0.3
+_APPLICATION_SIDE, _FUNCTION_SIDE = 150, 250
+# Products of whole matrices that `linalg.expm_skew_split` and its gradient take at norms up to 2 (12 to 18).
+_EXPM_PRODUCTS = 14
+
+
+def form_costs(
+    size: tuple[int, int],
+    channels: int,
+    in_channels: int,
+    out_channels: int,
+    kernel_size: tuple[int, int],
+    batch: int,
+    *,
+    num_terms: int | None,
+    norm_bound: float | None = None,
+    num_devices: int = 1,
+) -> dict[str, float]:
+    """Estimated cost of a training step of one circular SOC layer in each form that can compute its function.
+
+    Floating-point operations, forward and backward, of the parametrisation and its application, each divided by the
+    share of the speed of large matrix products that its kind reaches. Forms that differ by less than a fifth may be
+    ordered wrongly; what costs the same in all forms is left out.
+
+    Args: as `choose_form`.
+    Returns: "spatial", "response" and "series" -> cost in operations of a large matrix product, per device. For
+      num_terms = None the first and the last are there only with a norm_bound.
+    """
+    (h, w), c = size, channels
+    n, batch = h * w, -(-batch // num_devices)
+    grid = _dft.grid((h, w))
+    r, q = len(grid.fixed), len(grid.paired)
+    # The matrix functions are spread over devices by frequency.
+    matrices = (2 * r + 6 * q) * -(-(r + q) // num_devices) / (r + q)
+
+    def application(width_in, width_out):
+        return 3 * (2 * r + 8 * q) * batch * width_in * width_out * (1 + _APPLICATION_SIDE / max(width_in, width_out))
+
+    multiply_adds = n if n <= _dft.DENSE else w + 2 * h
+    transforms = 4 * n * multiply_adds * batch * (in_channels + out_channels) / _TRANSFORM
+    product = matrices * c**3 * (1 + _FUNCTION_SIDE / c)
+    applied = transforms + application(in_channels, out_channels)
+    terms = num_terms
+    if num_terms is None:
+        costs = {"response": applied + _EXPM_PRODUCTS * product}
+        terms = None if norm_bound is None else terms_for(norm_bound, 1e-6)
+    else:
+        share = out_channels / c
+        whole, partial = _num_products(num_terms, _best_step(num_terms, share))
+        costs = {"response": applied + 3 * (whole + share * partial) * product}
+    if terms is not None:
+        ends = application(in_channels, c) + application(c, out_channels)
+        costs["series"] = transforms + (ends + (terms - 2) * application(c, c) if terms > 1 else ends / 2)
+        costs["spatial"] = 3 * terms * 2 * n * batch * kernel_size[0] * kernel_size[1] * c**2 / _CONVOLUTION
+    return costs
+
+
+def choose_form(
+    size: tuple[int, int],
+    channels: int,
+    in_channels: int,
+    out_channels: int,
+    kernel_size: tuple[int, int],
+    batch: int,
+    *,
+    num_terms: int | None,
+    padding: str = "CIRCULAR",
+    norm_bound: float | None = None,
+    num_devices: int = 1,
+) -> str:
+    """The form expected to be fastest in training: all compute the same function, to 1e-5 in float32.
+
+    Args:
+      size: (h, w) of the images.
+      channels: of the skew kernel; the first in_channels of them come in and the first out_channels are kept.
+      kernel_size: (kh, kw).
+      batch: images per step on all devices.
+      num_terms: the highest power of the series, or None for the exponential.
+      padding: "ZERO" has the spatial form only.
+      norm_bound: a promised bound on the norm of the convolution, or None; with one, forms that have no matrix function
+        may compute the exponential by a series, to 1e-6.
+      num_devices: over which images and frequencies are spread.
+    Returns: "spatial" (a convolution per term), "response" (a matrix function per frequency, then one product per
+      image) or "series" (a product per term and image in the frequency domain).
+    Raises: ValueError for zero padding without num_terms, and another padding.
+    """
+    if padding not in ("ZERO", "CIRCULAR"):
+        raise ValueError(f"Expected padding 'ZERO' or 'CIRCULAR', got {padding!r}.")
+    if padding == "ZERO":
+        if num_terms is None:
+            raise ValueError("Zero padding has only the form 'spatial' with a number of terms, got num_terms None.")
+        return "spatial"
+    costs = form_costs(
+        size,
+        channels,
+        in_channels,
+        out_channels,
+        kernel_size,
+        batch,
+        num_terms=num_terms,
+        norm_bound=norm_bound,
+        num_devices=num_devices,
+    )
+    return min(costs, key=lambda form: costs[form])
