@@ -16,8 +16,11 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
+import functools
+import importlib
 import statistics
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +30,12 @@ from lipjax import activations, conv, losses
 from lipjax.models import LipConvnet
 from lipjax.nn import COLLECTION
 
+torch: Any
+tf: Any
 try:
-    import torch
-    import torch.nn.functional as tf
+    torch, tf = importlib.import_module("torch"), importlib.import_module("torch.nn.functional")
 except ImportError:
-    torch = None
+    torch = tf = None
 
 TRAIN_TERMS, EVAL_TERMS, CLASSES = 5, 12, 10
 
@@ -158,14 +162,14 @@ def torch_maxmin(x):
     return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], dim=1)
 
 
-def faster_layout(make, run) -> "torch.memory_format":
+def faster_layout(make, run):
     """The layout in which run(make(layout)) is faster, best of three each."""
     taken = {}
     for layout in (torch.contiguous_format, torch.channels_last):
         layer = make(layout)
         run(layer)
         taken[layout] = min(seconds(run, layer) for _ in range(3))
-    return min(taken, key=taken.get)
+    return min(taken, key=lambda layout: taken[layout])
 
 
 def torch_net(width: int, batch: int, train: bool):
@@ -180,7 +184,7 @@ def torch_net(width: int, batch: int, train: bool):
             layer.raw.grad = None
             return layer(x.detach().requires_grad_(), True).square().sum().backward()
 
-        layout = faster_layout(lambda layout, s=(side, channels, features, k): TorchLayer(*s, layout), run)
+        layout = faster_layout(functools.partial(TorchLayer, side, channels, features, k), run)
         layers.append(TorchLayer(side, channels, features, k, layout))
     head = torch.randn(CLASSES, 32 * width).requires_grad_()
 
@@ -244,7 +248,7 @@ def gflops_of_sgemm(n: int = 1024) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
