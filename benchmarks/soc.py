@@ -3,10 +3,10 @@
 Run: python benchmarks/soc.py [--part=speed|forms] [--batch=64,128] [--depths=5,15] [--rounds=7]
   speed: the frequency domain against the spatial series of 5 terms, at 32x32x32 and 16x16x64.
   forms: at every layer shape of LipConvnet-5 ... 40 (arXiv:2108.04062), each form of the same circular function, and
-    what `soc_frequency.choose_form` takes. With --terms=exact the function is the exponential, by 14 terms where
-    there is no matrix function.
-Medians of interleaved rounds in one process, on whatever device JAX finds. A shape whose spatial form would take long
-on two cores is skipped with --max_spatial_gflop.
+    what `soc_frequency.choose_form` takes. With --terms=exact the function is the exponential, by as many
+    terms as reach 1e-6 where there is no matrix function.
+Medians of interleaved rounds in one process, on whatever device JAX finds. Spatial forms of more than
+--max_spatial_gflop are left out: XLA's CPU convolution takes half a minute at 512 channels on a 2x2 map.
 
 What the compiled step shows (XLA for CPU, float32, JAX 0.10.2; `jit(...).lower(...).compile().as_text()`):
   - no complex number and no FFT: all products are real, four of a complex one as a single product of (2 b x i) with
@@ -14,7 +14,10 @@ What the compiled step shows (XLA for CPU, float32, JAX 0.10.2; `jit(...).lower(
   - the images are transposed once on the way in and once out, (b, h, w, c) <-> (w, h, b, c), channels staying in
     place; between such layers XLA keeps elementwise operations in that layout. The transforms are products of the
     pixels in place with small constant matrices, down to one product per side of the map.
-  - FFTs instead (`jnp.fft.rfft2` with the transposes that it needs) took 3.4 times as long at 32 x 32 x 32.
+  - FFTs instead (`jnp.fft.rfft2` with the transposes that it needs) took 3.4 times as long at 32x32x32, batch 64,
+    and 1.8 times as long at 16x16x64: forward and backward, the blocks given.
+  - no reshape merges the batch with an axis before it; one that does makes a batch spread over devices be gathered
+    (tests/test_dft.py). On the CPU that costs the backward pass of the transforms a transpose of its results.
   - splits rather than slices, whose transposes would be padded sums, are worth 5 to 20 % of the backward pass.
   - `skew_kernel` at 1024 channels takes 50 ms on two cores forward and as long backward: XLA fuses its transpose into
     a loop of strided reads. On a 1x1 map it would also add up the gradients of all terms there; a loop prevents it.
@@ -33,12 +36,13 @@ import numpy as np
 from absl import app, flags
 
 from lipjax import conv
+from lipjax._series import terms_for
 from lipjax.parametrize import soc, soc_forms, soc_frequency
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("part", "all", ["all", "speed", "forms"], "What is measured.")
 flags.DEFINE_list("batch", ["64", "128"], "Batch sizes of the first part; the second takes the largest.")
-flags.DEFINE_list("depths", ["5", "10"], "Depths of LipConvnet; from 10 on the shapes are the same.")
+flags.DEFINE_list("depths", ["5", "15"], "Depths of LipConvnet; from 15 on the shapes are the same.")
 flags.DEFINE_enum("terms", "5", ["5", "exact"], "The function of the second part.")
 flags.DEFINE_integer("rounds", 7, "Rounds; in each, every form runs once. Medians are shown.")
 flags.DEFINE_float("max_spatial_gflop", 150, "Spatial forms with more arithmetic per step are left out.")
@@ -144,6 +148,7 @@ def compare_forms() -> None:
     num_terms = None if FLAGS.terms == "exact" else 5
     batch, worst = max(map(int, FLAGS.batch)), 0.0
     shapes = list(dict.fromkeys(shape for depth in FLAGS.depths for shape in lipconvnet_shapes(int(depth))))
+    terms = terms_for(NORM, 1e-6) if num_terms is None else num_terms
     print(f"\nforms of {'the exponential' if num_terms is None else '5 terms'}, circular, batch {batch}, in ms")
     for shape in shapes:
         side, c_in, c_out, k = shape
@@ -151,7 +156,7 @@ def compare_forms() -> None:
         args = (side, side), m, c_in, c_out, (k, k), batch
         chosen = soc_frequency.choose_form(*args, num_terms=num_terms, norm_bound=NORM)
         costs = soc_frequency.form_costs(*args, num_terms=num_terms, norm_bound=NORM)
-        spatial = 6 * (14 if num_terms is None else 5) * batch * (side * k * m) ** 2 / 1e9
+        spatial = 6 * terms * batch * (side * k * m) ** 2 / 1e9
         forms = [form for form in costs if form != "spatial" or spatial <= FLAGS.max_spatial_gflop]
         found = medians({form: training_step(shape, batch, num_terms=num_terms, form=form) for form in forms})
         ratio = found[chosen] / min(found.values())

@@ -30,7 +30,7 @@ flags.DEFINE_string("topology", "v5e:2x2", "Name of the TPU topology to compile 
 def cases():
     """(name, function of arrays with a real scalar as value, shapes and dtypes of the arrays)."""
     real = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
-    for method in ("solve", "real_block"):
+    for method in ("elimination", "solve", "real_block"):
         transform = lambda w, method=method: jnp.sum(linalg.cayley(w, method=method).real ** 3)  # noqa: E731
         for m, n in ((32, 32), (64, 32), (32, 64)):
             yield f"cayley, {method}, {m} x {n} complex", transform, [jax.ShapeDtypeStruct((17, m, n), jnp.complex64)]

@@ -48,7 +48,7 @@ def _cos_pi(r: Fraction) -> Decimal:
     r = abs(r) % 2
     r = 2 - r if r > 1 else r
     if r > _HALF:
-        return -_cos_pi(1 - r)
+        return _cos_pi(1 - r).copy_negate()  # a minus sign would round as the caller's context says
     return _taylor(_HALF - r, cosine=False) if r > _QUARTER else _taylor(r, cosine=True)
 
 
@@ -167,49 +167,46 @@ def transform_error(size: Size) -> float:
     return total * (1 + 2.0**-40)
 
 
+# Below, no reshape merges the batch with an axis before it: sharded over devices, it would have to be gathered.
+
+
 def _product(table: np.ndarray, z: Array, precision: Any) -> Array:
-    """table @ z: a matrix, or one for each entry of the first axis of both."""
-    return jnp.matmul(jnp.asarray(table, z.dtype), z, precision=precision)
+    """table @ z along the first axis of z; for a stack of tables, each along the second axis of one entry of z."""
+    stacked = table.ndim - 2
+    dimensions = (((1 + stacked,), (stacked,)), (tuple(range(stacked)), tuple(range(stacked))))
+    return lax.dot_general(jnp.asarray(table, z.dtype), z, dimensions, precision=precision)
+
+
+def _down_columns(tables: tuple[np.ndarray, ...], z: Float[Array, "w h b c"], precision: Any) -> Array:
+    """The second product: (w, h, b, c) -> the same shape, rows (special columns; column, frequency and part)."""
+    w, h, b, c = z.shape
+    if len(tables) == 1:
+        return _product(tables[0], z.reshape(w // 2, 2 * h, b, c), precision).reshape(w, h, b, c)
+    s = len(_self_conjugate(w))
+    special = _product(tables[0], z[:s].reshape(s * h, b, c), precision)
+    others = z[s:].reshape((w - s) // 2, 2 * h, b, c).swapaxes(0, 1)
+    others = _product(tables[1], others, precision).swapaxes(0, 1)
+    return jnp.concatenate([special.reshape(s, h, b, c), others.reshape(w - s, h, b, c)])
 
 
 def spectrum(x: Float[Array, "b h w c"], precision: lax.Precision | None = None) -> Float[Array, "n b c"]:
     """The coefficients of real images, n = h w, rows as in the module's docstring: of the same norm."""
     b, h, w, c = x.shape
-    tables = _tables((h, w))
-    if len(tables) == 1:
-        return _product(tables[0], x.transpose(1, 2, 0, 3).reshape(h * w, b * c), precision).reshape(h * w, b, c)
-    z = _product(tables[0], x.transpose(2, 1, 0, 3).reshape(w, h * b * c), precision)
-    if len(tables) == 2:
-        z = _product(tables[1], z.reshape(w // 2, 2 * h, b * c), precision)
-    else:
-        parts = _split_columns(z.reshape(w, h, b * c))
-        parts = [_product(table, part, precision) for table, part in zip(tables[1:], parts, strict=True)]
-        z = jnp.concatenate([part.reshape(-1, b * c) for part in parts])
-    return z.reshape(h * w, b, c)
-
-
-def _split_columns(z: Float[Array, "w h n"]) -> tuple[Array, Array]:
-    """The special columns as one matrix, the others as a stack."""
-    w, h, n = z.shape
-    s = len(_self_conjugate(w))
-    return z[:s].reshape(s * h, n), z[s:].reshape((w - s) // 2, 2 * h, n)
+    first, *rest = _tables((h, w))
+    if not rest:
+        return _product(first, x.transpose(1, 2, 0, 3).reshape(h * w, b, c), precision)
+    z = _product(first, x.transpose(2, 1, 0, 3), precision)
+    return _down_columns(tuple(rest), z, precision).reshape(h * w, b, c)
 
 
 def image(z: Float[Array, "n b c"], size: Size, precision: lax.Precision | None = None) -> Float[Array, "b h w c"]:
     """The inverse, and adjoint, of `spectrum`."""
     (h, w), (_, b, c) = size, z.shape
-    tables = [table.swapaxes(-1, -2) for table in _tables((h, w))]
-    if len(tables) == 1:
-        z = _product(tables[0], z.reshape(h * w, b * c), precision)
-        return z.reshape(h, w, b, c).transpose(2, 0, 1, 3)
-    if len(tables) == 2:
-        z = _product(tables[1], z.reshape(w // 2, 2 * h, b * c), precision)
-    else:
-        parts = _split_columns(z.reshape(w, h, b * c))
-        parts = [_product(table, part, precision) for table, part in zip(tables[1:], parts, strict=True)]
-        z = jnp.concatenate([part.reshape(-1, b * c) for part in parts])
-    z = _product(tables[0], z.reshape(w, h * b * c), precision)
-    return z.reshape(w, h, b, c).transpose(2, 1, 0, 3)
+    first, *rest = (table.swapaxes(-1, -2) for table in _tables((h, w)))
+    if not rest:
+        return _product(first, z, precision).reshape(h, w, b, c).transpose(2, 0, 1, 3)
+    z = _down_columns(tuple(rest), z.reshape(w, h, b, c), precision)
+    return _product(first, z, precision).transpose(2, 1, 0, 3)
 
 
 def apply_blocks(
@@ -223,18 +220,18 @@ def apply_blocks(
     Args: fixed, paired: one real block for each fixed frequency, (real, imaginary) for each paired one.
     """
     (r, o, i), (_, b, _), q = fixed.shape, z.shape, len(paired)
-    dimensions = (((2,), (2,)), ((0,), (0,)))
     # Splits rather than slices: their transposes, in the backward pass, are concatenations without padding.
     real, both = lax.split(z, (r, 2 * q))
-    y = lax.dot_general(real, fixed, dimensions, precision=precision)
+    y = lax.dot_general(real, fixed, (((2,), (2,)), ((0,), (0,))), precision=precision)
     if not q:
         return y
-    # One real product of (2 b x i) with (i x 2 o): all four of the real and imaginary parts.
-    both, paired = both.reshape(q, 2 * b, i), paired.reshape(q, 2 * o, i)
-    parts = lax.dot_general(both, paired, dimensions, precision=precision).reshape(q, 2, b, 2 * o)
-    of_real, of_imaginary = lax.split(parts, (1, 1), axis=1)
+    # One real product of (2 b x i) with (i x 2 o): all four of the real and imaginary parts, (q, b, 2, 2 o).
+    both, paired = both.reshape(q, 2, b, i).swapaxes(1, 2).reshape(q, b * 2, i), paired.reshape(q, 2 * o, i)
+    parts = lax.dot_general(both, paired, (((2,), (2,)), ((0,), (0,))), precision=precision).reshape(q, b, 2, 2 * o)
+    of_real, of_imaginary = lax.split(parts, (1, 1), axis=2)
     (rr, ri), (ir, ii) = (lax.split(part, (o, o), axis=3) for part in (of_real, of_imaginary))
-    return jnp.concatenate([y, jnp.concatenate([rr - ii, ri + ir], 1).reshape(2 * q, b, o)])
+    both = jnp.concatenate([rr - ii, ri + ir], 2)
+    return jnp.concatenate([y, both.swapaxes(1, 2).reshape(2 * q, b, o)])
 
 
 def adjoint_blocks(fixed: Float[Array, "r o i"], paired: Float[Array, "q 2 o i"]) -> tuple[Array, Array]:

@@ -64,7 +64,8 @@ def freeze(model, variables) -> "FrozenNetwork":
     """
     variables = jax.tree.map(lambda a: _host_float64(a), variables)
     with float64_on_cpu():
-        network = model.apply(jax.tree.map(jnp.asarray, variables), method="build")
+        # In one program: operation by operation a deep network would compile for minutes.
+        network = jax.jit(lambda v: model.apply(v, method="build"))(jax.tree.map(jnp.asarray, variables))
         return FrozenNetwork(jax.tree.map(np.asarray, network))
 
 

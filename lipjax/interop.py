@@ -82,7 +82,7 @@ def _at(tree, path):
 
 
 # State of the original that has no counterpart here: of a curvature estimate, and of the constants checked apart.
-_IGNORED = ("correction", "logits_layer._u", "logits_layer._v", "shift", "scale")
+_IGNORED = ("correction", "logits_layer._v", "shift", "scale")
 
 
 def _same(name: str, *path) -> _Entry:
@@ -233,6 +233,8 @@ def _improved(state_dict: dict, options: dict) -> tuple[LipConvnet, list[_Entry]
         for layer, weight, bias in (("linear1", "w1", "b1"), ("linear2", "w2", "b2")):
             entries += [_same(f"logits_layer.{layer}.weight", "head", weight)]
             entries += [_same(f"logits_layer.{layer}.bias", "head", bias)]
+        same = ("logits_layer._u", COLLECTION, ("head", "vector"))
+        entries.append(_Entry(*same, lambda a: a, lambda shape: shape))
     else:
         entries += [_same("logits_layer.weight", "head", "matrix"), _same("logits_layer.bias", "head", "bias")]
     return model, entries

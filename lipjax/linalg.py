@@ -161,7 +161,7 @@ def _newton_schulz(v: _Parts) -> _Parts:
 
 
 @functools.partial(jax.jit, static_argnames="method")
-def cayley(w: Inexact[Array, "*batch m n"], *, method: str = "solve") -> Inexact[Array, "*batch m n"]:
+def cayley(w: Inexact[Array, "*batch m n"], *, method: str = "elimination") -> Inexact[Array, "*batch m n"]:
     """The Cayley transform: matrices with orthonormal columns (m >= n) or rows (m < n).
 
     With w = [U; V], U square, and A = U - U^H + V^H V: Q = [(I + A)^-1 (I - A); -2 V (I + A)^-1]. The Hermitian part of
@@ -169,20 +169,29 @@ def cayley(w: Inexact[Array, "*batch m n"], *, method: str = "solve") -> Inexact
 
     Args:
       w: float or complex of 32 or 64 bits per real number.
-      method: how (I + A)^-1 is applied: "solve" (LU in the field of w) or "real_block" (LU of the real [[re, -im],
-        [im, re]], twice the work, for backends without a complex factorisation). The same for a real w.
+      method: how (I + A)^-1 is found. "elimination": by blocks, without pivoting (it needs none: the Hermitian parts of
+        all Schur complements are at least I) and without LAPACK or complex numbers, mostly matrix products. "solve": LU
+        in the field of w. "real_block": LU of the real [[re, -im], [im, re]]. On the CPU the last two can hang for
+        ever: JAX 0.10 spreads a batch of factorisations over the very threads that wait for it, and as many of them at
+        once as there are cores, in a network of several layers, leave none to do the work.
     Returns: Q, same shape and dtype.
     Error: in spectral norm, u the unit roundoff: |Q^H Q - I| <= 20 u (1 + |A|), |Q - exact| <= 10 u (1 + |A|). Why:
-      |(I + A)^-1| <= 1, so 1 + |A| bounds the condition number of one backward stable solve. The constants are measured
-      (n <= 128), not proved.
+      |(I + A)^-1| <= 1, so 1 + |A| bounds the condition number of the system; elimination ends with a step of Newton's
+      iteration, which removes what it amplified. The constants are measured (n <= 128), not proved.
     Raises: ValueError for another method or fewer than two axes.
     Source: Trockman & Kolter 2021, arXiv:2104.07167.
     """
-    if method not in ("solve", "real_block") or w.ndim < 2:
-        raise ValueError(f"Expected (..., m, n) and method 'solve' or 'real_block', got {w.shape} and {method!r}.")
+    if method not in ("elimination", "solve", "real_block") or w.ndim < 2:
+        raise ValueError(
+            f"Expected (..., m, n) and method 'elimination', 'solve' or 'real_block', got {w.shape} and {method!r}."
+        )
     if w.shape[-2] < w.shape[-1]:
         return jnp.swapaxes(cayley(jnp.swapaxes(w, -1, -2), method=method), -1, -2)
     n = w.shape[-1]
+    if method == "elimination":
+        parts = (w.real, w.imag) if jnp.iscomplexobj(w) else (w, None)
+        real, imag = _cayley_parts(parts)
+        return real if imag is None else lax.complex(real, imag)
     upper, lower = w[..., :n, :], w[..., n:, :]
     conjugate = lambda x: jnp.conj(jnp.swapaxes(x, -1, -2))  # noqa: E731
     a = upper - conjugate(upper) + _matmul(conjugate(lower), lower)
@@ -191,6 +200,108 @@ def cayley(w: Inexact[Array, "*batch m n"], *, method: str = "solve") -> Inexact
     rows = jnp.concatenate([eye - a, -2 * lower], -2)
     solve = _solve_real_block if method == "real_block" and jnp.iscomplexobj(w) else jnp.linalg.solve
     return jnp.swapaxes(solve(jnp.swapaxes(eye + a, -1, -2), jnp.swapaxes(rows, -1, -2)), -1, -2)
+
+
+def cayley_split(
+    real: Float[Array, "*batch m n"], imag: Float[Array, "*batch m n"]
+) -> tuple[Float[Array, "*batch m n"], Float[Array, "*batch m n"]]:
+    """`cayley` by elimination, of a complex w given and returned as real and imaginary part."""
+    if real.shape[-2] < real.shape[-1]:
+        wide = cayley_split(jnp.swapaxes(real, -1, -2), jnp.swapaxes(imag, -1, -2))
+        return jnp.swapaxes(wide[0], -1, -2), jnp.swapaxes(wide[1], -1, -2)
+    return _cayley_parts((real, imag))
+
+
+def _cayley_parts(w: _Parts) -> _Parts:
+    """[2 (I + A)^-1 - I; -2 V (I + A)^-1] for a tall w = [U; V]."""
+    n = w[0].shape[-1]
+    upper, lower = (jax.tree.map(lambda part, rows=rows: part[..., rows, :], w) for rows in (slice(n), slice(n, None)))
+    a = _add(upper, _scaled(-1.0, _adjoint(upper)))
+    if lower[0].shape[-2]:
+        a = _add(a, _product(_adjoint(lower), lower))
+    inverse = _inverse(_add_identity(1.0, a))
+    top = _add_identity(-1.0, _scaled(2.0, inverse))
+    if not lower[0].shape[-2]:
+        return top
+    bottom = _scaled(-2.0, _product(lower, inverse))
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y], -2), top, bottom)
+
+
+_BLOCK = 32  # sides of the pivot blocks; their elimination reads and writes them once per row
+
+
+@jax.custom_vjp
+def _inverse(m: _Parts) -> _Parts:
+    """m^-1 for m whose Hermitian part is at least I."""
+    x = _eliminate(m)
+    # x (2 I - m x): what elimination has amplified is squared away.
+    return _product(x, _add_identity(2.0, _scaled(-1.0, _product(m, x))))
+
+
+def _inverse_forward(m: _Parts):
+    x = _inverse(m)
+    return x, x
+
+
+def _inverse_backward(x: _Parts, g: _Parts):
+    adjoint = _adjoint(x)
+    return (_scaled(-1.0, _product(_product(adjoint, g), adjoint)),)
+
+
+_inverse.defvjp(_inverse_forward, _inverse_backward)
+
+
+def _eliminate(m: _Parts) -> _Parts:
+    """m^-1 by Gauss-Jordan elimination in place, block by block, the pivots in their order."""
+    n = m[0].shape[-1]
+    if n <= _BLOCK:
+        return _eliminate_rows(m)
+    for start in range(0, n, _BLOCK):
+        block = slice(start, min(start + _BLOCK, n))
+        pivot = _eliminate_rows(jax.tree.map(lambda part, b=block: part[..., b, b], m))
+        column = jax.tree.map(lambda part, b=block: part[..., :, b].at[..., b, :].set(0), m)
+        row = _product(pivot, jax.tree.map(lambda part, b=block: part[..., b, :], m))
+        row = jax.tree.map(lambda part, inverse, b=block: part.at[..., :, b].set(inverse), row, pivot)
+        rest = jax.tree.map(lambda part, b=block: part.at[..., :, b].set(0).at[..., b, :].set(0), m)
+        rest = _add(rest, _scaled(-1.0, _product(column, row)))
+        m = jax.tree.map(lambda part, new, b=block: part.at[..., b, :].set(new), rest, row)
+    return m
+
+
+def _eliminate_rows(m: _Parts) -> _Parts:
+    """m^-1 by Gauss-Jordan elimination in place, one row at a time."""
+    n = m[0].shape[-1]
+    index = jnp.arange(n)
+
+    def step(k, m: _Parts) -> _Parts:
+        here = index == k
+        row = jax.tree.map(lambda part: lax.dynamic_slice_in_dim(part, k, 1, -2), m)
+        column = jax.tree.map(lambda part: lax.dynamic_slice_in_dim(part, k, 1, -1), m)
+        pivot = _reciprocal(jax.tree.map(lambda part: lax.dynamic_slice_in_dim(part, k, 1, -1), row))
+        one = jnp.ones((), m[0].dtype)
+        row = _times(pivot, (jnp.where(here, one, row[0]), None if row[1] is None else jnp.where(here, 0, row[1])))
+        column = jax.tree.map(lambda part: jnp.where(here[:, None], 0, part), column)
+        rest = jax.tree.map(lambda part: jnp.where(here, 0, part), m)
+        rest = jax.tree.map(jnp.subtract, rest, _times(column, row))
+        return jax.tree.map(lambda part, new: jnp.where(here[:, None], new, part), rest, row)
+
+    return lax.fori_loop(0, n, step, m)
+
+
+def _reciprocal(x: _Parts) -> _Parts:
+    real, imag = x
+    if imag is None:
+        return 1 / real, None
+    squared = real**2 + imag**2
+    return real / squared, -imag / squared
+
+
+def _times(x: _Parts, y: _Parts) -> _Parts:
+    """Entry by entry, with broadcasting."""
+    (xr, xi), (yr, yi) = x, y
+    if xi is None or yi is None:
+        return xr * yr, None
+    return xr * yr - xi * yi, xr * yi + xi * yr
 
 
 def _solve_real_block(a: Complex[Array, "*batch n n"], b: Complex[Array, "*batch n m"]) -> Complex[Array, "*batch n m"]:

@@ -1,5 +1,7 @@
 """The real discrete Fourier transform by matrices: against NumPy's FFT, and its error against 40-digit arithmetic."""
 
+import decimal
+
 import jax
 import jax.numpy as jnp
 import mpmath
@@ -165,3 +167,35 @@ def test_single_precision_stays_single():
     back = _dft.image(z, (16, 16))
     np.testing.assert_allclose(np.asarray(back), np.asarray(x), atol=16 * np.finfo(np.float32).eps)
     assert "c64" not in jax.jit(_dft.spectrum).lower(x).compile().as_text()
+
+
+def test_a_batch_that_is_spread_over_devices_is_not_gathered():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    size, spread = (10, 8), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    blocks = [random((4, 3, 2)), random((38, 2, 3, 2), 1)]
+
+    def loss(x, fixed, paired):
+        return jnp.sum(_dft.image(_dft.apply_blocks(_dft.spectrum(x), fixed, paired), size) ** 2)
+
+    x = random((8, *size, 2), 2)
+    step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+    expected = step(x, *blocks)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(x, spread)
+        text = step.lower(x, *blocks).compile().as_text()
+        found = step(x, *blocks)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-12, atol=1e-12)
+    # The sums of gradients cross devices, the images do not.
+    assert "all-reduce" in text and "all-gather" not in text and "all-to-all" not in text and "permute" not in text
+    assert found[1][0].sharding.is_equivalent_to(spread, 4)
+
+
+def test_twiddles_do_not_depend_on_the_callers_decimal_context():
+    expected = [table.copy() for table in _dft.twiddles(7)]
+    _dft.twiddles.cache_clear()
+    with decimal.localcontext(decimal.Context(prec=5, rounding=decimal.ROUND_UP)):
+        found = _dft.twiddles(7)
+    _dft.twiddles.cache_clear()
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)

@@ -35,7 +35,7 @@ def softplus_error(value):
 @functools.cache
 def _powers() -> np.ndarray:
     """exp(-k / 8), correctly rounded: `Decimal.exp` is, and so is the conversion of a Decimal to a float."""
-    with decimal.localcontext(prec=50):
+    with decimal.localcontext(decimal.Context(prec=50)):  # whatever the caller's limits and traps
         return np.array([float((-decimal.Decimal(k) / _STEPS).exp()) for k in range(_STEPS * _FAR)])
 
 

@@ -11,7 +11,7 @@ from lipjax import _dft, conv, linalg
 
 
 def response(
-    kernel: Float[Array, "kh kw i o"], alpha: Float[Array, ""], size: tuple[int, int], *, method: str = "solve"
+    kernel: Float[Array, "kh kw i o"], alpha: Float[Array, ""], size: tuple[int, int], *, method: str = "elimination"
 ) -> Complex[Array, "h f o i"]:
     """The frequency response cayley(alpha W / |W|_F), W = `conv.frequency_response(kernel, size)`, on the half grid.
 
@@ -30,7 +30,7 @@ def response(
 
 
 def packed_response(
-    kernel: Float[Array, "kh kw i o"], alpha: Float[Array, ""], size: tuple[int, int], *, method: str = "solve"
+    kernel: Float[Array, "kh kw i o"], alpha: Float[Array, ""], size: tuple[int, int], *, method: str = "elimination"
 ) -> tuple[Float[Array, "r o i"], Float[Array, "q 2 o i"]]:
     """`response` without redundancy, as `conv.packed_response`: one transform for each pair of frequencies +-f.
 
@@ -39,7 +39,9 @@ def packed_response(
     """
     blocks = conv.packed_response(kernel, size)
     fixed, paired = (_scale(alpha, _squared_norm(blocks, size)) * part for part in blocks)
-    fixed = linalg.cayley(fixed)
+    fixed = linalg.cayley(fixed, method=method)
+    if method == "elimination":
+        return fixed, jnp.stack(linalg.cayley_split(paired[:, 0], paired[:, 1]), 1)
     paired = linalg.cayley(lax.complex(paired[:, 0], paired[:, 1]), method=method)
     return fixed, jnp.stack([paired.real, paired.imag], 1)
 

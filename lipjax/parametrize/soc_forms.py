@@ -30,8 +30,8 @@ def operators_of(
       "spatial": p convolutions in turn (`ConvExponential`).
       "response": the matrix function per frequency, once, then one product per frequency (`CircularConv`).
       "series": the series acts on the images' spectrum, and no matrix function is formed (`CircularSeries`).
-    "auto" takes for a training step what `soc_frequency.choose_form` expects to be fastest and otherwise, as does
-    "series" (which holds nothing that can be certified), the response where padding is circular.
+    "auto" takes for a training step what `soc_frequency.choose_form` expects to be fastest. Otherwise, where padding is
+    circular, "auto", "series" (which holds nothing that can be certified) and an exact exponential take the response.
 
     Args:
       kernel: HWIO, skew, m = max(in_shape[-1], features).
@@ -71,7 +71,7 @@ def operators_of(
             num_terms=num_terms,
             norm_bound=norm_bound,
         )
-    elif form == "auto" or (form == "series" and not train):
+    elif form == "auto" or (not train and (form == "series" or num_terms is None)):
         form = "response"
     gain = None if norm_bound is None else 1.0 if num_terms is None else _series.gain_bound(num_terms, norm_bound)
     nonexpansive = (num_terms is None and form == "response") or (gain is not None and gain <= _GAIN)
