@@ -24,6 +24,7 @@ THEORY_TESTS = (
     "certify",
     "conv",
     "curvature",
+    "dft",
     "linalg",
     "losses",
     "mlp",
