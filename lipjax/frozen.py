@@ -29,7 +29,7 @@ FORMAT = "lipjax-frozen-network"
 def _read_only(array) -> np.ndarray:
     copy = np.array(array)
     copy.setflags(write=False)
-    return copy
+    return copy.view()  # owns nothing, so that it cannot be made writable again
 
 
 def host_device():
@@ -337,9 +337,10 @@ class FrozenNetwork:
             )
         try:
             frozen = cls(_rebuild(document, arrays))
-        except (KeyError, TypeError, ValueError) as error:
+            digest = frozen.sha256()
+        except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
             raise UserError(f"{directory}: layout and arrays do not fit each other ({error}).") from error
-        if frozen.sha256() != document.get("sha256"):
+        if digest != document.get("sha256"):
             raise UserError(f"{directory}: the arrays do not have the recorded hash; a file was changed or damaged.")
         return frozen
 

@@ -58,7 +58,8 @@ def wedge_distance(x: Float[Array, "*batch c"], direction: Float[Array, "2 half"
     """
     a, b = split_pairs(x, "Projection pooling")
     check_directions(x, (direction,))
-    length = jnp.sqrt(direction[0] * direction[0] + direction[1] * direction[1])
+    # The barrier keeps XLA from dividing by a root as a product with `rsqrt`, whose error nobody states.
+    length = optimization_barrier(jnp.sqrt(direction[0] * direction[0] + direction[1] * direction[1]))
     cos, sin = optimization_barrier(direction / length)  # lest XLA divides once per element
     height = jnp.abs(b)
     # Nearest is the edge, or the apex for what lies behind the edge's normal there.

@@ -302,3 +302,28 @@ def test_freeze_takes_any_model_that_builds():
     model = Tiny()
     frozen = lipjax.freeze(model, model.init(jax.random.key(0), method="build"))
     assert frozen.num_classes == 2 and frozen.in_shape == (3,)
+
+
+def test_the_arrays_cannot_be_made_writable_again(tmp_path):
+    """Bounds are computed once: an array that changed after that would be certified with them."""
+    matrix = np.eye(3)
+    network = make_network([("dense", operators.Dense(matrix))], operators.LinearHead(np.eye(3), np.zeros(3)))
+    frozen = FrozenNetwork(jax.tree.map(lambda a: np.asarray(a, np.float64), network))
+    for array in frozen.arrays().values():
+        with pytest.raises(ValueError, match="WRITEABLE"):
+            array.setflags(write=True)
+    matrix[0, 0] = 100.0  # control: the caller's own array is another one
+    assert frozen.network.ops[0].matrix[0, 0] == 1.0
+
+
+@pytest.mark.parametrize("shape", [[], [3, 4, 5, 6], "wide", {}])
+def test_a_damaged_layout_ends_as_one_error(tmp_path, shape):
+    network = make_network(
+        [("sort", operators.MaxMin((4,)))], operators.LinearHead(np.eye(4), np.zeros(4)), np.zeros(1), np.ones(1)
+    )
+    FrozenNetwork(jax.tree.map(lambda a: np.asarray(a, np.float64), network)).save(tmp_path)
+    document = json.loads((tmp_path / "network.json").read_text())
+    document["ops"][0]["in_shape"] = shape
+    (tmp_path / "network.json").write_text(json.dumps(document))
+    with pytest.raises(UserError):
+        FrozenNetwork.load(tmp_path)

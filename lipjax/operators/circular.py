@@ -17,8 +17,8 @@ def _check_blocks(fixed: Any, paired: Any, in_shape: tuple[int, ...]) -> None:
     if len(in_shape) != 3 or min(in_shape) < 1:
         raise ValueError(f"Expected in_shape (h, w, c), got {in_shape}.")
     h, w, c = in_shape
-    grid = _dft.grid((h, w))
-    r, q, shape = len(grid.fixed), len(grid.paired), np.shape(fixed)
+    r, shape = (2 - h % 2) * (2 - w % 2), np.shape(fixed)  # self-conjugate frequencies: 0, and n / 2 of even sides
+    q = (h * w - r) // 2
     if len(shape) != 3 or shape[0] != r or shape[2] != c or np.shape(paired) != (q, 2, *shape[1:]):
         raise ValueError(
             f"Expected blocks fixed ({r}, o, {c}) and paired ({q}, 2, o, {c}) for images {tuple(in_shape)}, "
