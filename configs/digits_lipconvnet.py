@@ -4,8 +4,8 @@ SOC in the frequency domain (arXiv:2108.04062): circular padding and the exact e
 orthogonal in training too. Other layers, activations and heads: --config.model.layer=cayley,
 --config.model.activation=householder2, --config.model.head=mlp with --config.loss.name=curvature, and so on.
 Run: python train.py --config=configs/digits_lipconvnet.py --workdir=DIR
-Expects: the 150 epochs have not been measured yet; after 10, accuracy 89.4 %, proved at l2 radius 0.1 86.9 %, 0.25 77.2 %
-and 0.5 59.9 % (seed 0, commit acab98b, form response, two cores of an Intel Xeon).
+Expects: the 150 epochs have not been measured yet; after 10, accuracy 89.4 %, proved at l2 radius 0.1 86.9 %, 0.25
+77.2 % and 0.5 59.9 % (seed 0, commit acab98b, form response, two cores of an Intel Xeon).
 """
 
 import ml_collections

@@ -132,8 +132,11 @@ BAD_FLAGS = {
         ["--config.optimizer.learning_rate=-1"],
         "config.optimizer.learning_rate: expected positive",
     ),
-    "unknown loss": (["--config.loss.name=hinge"], "config.loss.name: expected one of ['cross_entropy', 'emma'"),
-    "unknown model": (["--config.model.name=resnet"], "config.model.name: expected one of ['liresnet']"),
+    "unknown loss": (
+        ["--config.loss.name=hinge"],
+        "config.loss.name: expected one of ['certificate_regularization', 'cross_entropy', 'curvature', 'emma'",
+    ),
+    "unknown model": (["--config.model.name=resnet"], "config.model.name: expected one of ['lipconvnet', 'liresnet']"),
     "odd channels": (["--config.model.width=5"], "even width"),
     "not over the mesh": (["--config.mesh.data=8", "--config.batch_size=12"], "does not divide over 8 devices"),
     "missing data set": (["--config.data.name=cifar10", "--config.data.path="], "is not prepared"),
