@@ -213,14 +213,15 @@ def cayley_split(
 
 
 def _cayley_parts(w: _Parts) -> _Parts:
-    """[2 (I + A)^-1 - I; -2 V (I + A)^-1] for a tall w = [U; V]."""
+    """[I - 2 A (I + A)^-1; -2 V (I + A)^-1] for a tall w = [U; V]."""
     n = w[0].shape[-1]
     upper, lower = (jax.tree.map(lambda part, rows=rows: part[..., rows, :], w) for rows in (slice(n), slice(n, None)))
     a = _add(upper, _scaled(-1.0, _adjoint(upper)))
     if lower[0].shape[-2]:
         a = _add(a, _product(_adjoint(lower), lower))
     inverse = _inverse(_add_identity(1.0, a))
-    top = _add_identity(-1.0, _scaled(2.0, inverse))
+    # 2 (I + A)^-1 - I, without the rounding errors of an inverse close to I.
+    top = _add_identity(1.0, _scaled(-2.0, _product(a, inverse)))
     if not lower[0].shape[-2]:
         return top
     bottom = _scaled(-2.0, _product(lower, inverse))
@@ -234,8 +235,8 @@ _BLOCK = 32  # sides of the pivot blocks; their elimination reads and writes the
 def _inverse(m: _Parts) -> _Parts:
     """m^-1 for m whose Hermitian part is at least I."""
     x = _eliminate(m)
-    # x (2 I - m x): what elimination has amplified is squared away.
-    return _product(x, _add_identity(2.0, _scaled(-1.0, _product(m, x))))
+    # x + x (I - m x): what elimination has amplified is squared away, and the correction is too small to round much.
+    return _add(x, _product(x, _add_identity(1.0, _scaled(-1.0, _product(m, x)))))
 
 
 def _inverse_forward(m: _Parts):
@@ -254,6 +255,8 @@ _inverse.defvjp(_inverse_forward, _inverse_backward)
 def _eliminate(m: _Parts) -> _Parts:
     """m^-1 by Gauss-Jordan elimination in place, block by block, the pivots in their order."""
     n = m[0].shape[-1]
+    if n == 0:
+        return m
     if n <= _BLOCK:
         return _eliminate_rows(m)
     for start in range(0, n, _BLOCK):

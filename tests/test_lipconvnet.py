@@ -251,6 +251,8 @@ def test_a_head_is_trained_on_frozen_features(tmp_path):
     assert loop.Run(other, 0).fresh_state().params["head"]["w1"].shape == (6, 64)
     with pytest.raises(UserError, match="other layers than config.model"):
         loop.Run(training_config(**{**changes, "model.width": 6}), 0).fresh_state()
+    with pytest.raises(UserError, match="split them by another seed"):
+        loop.Run(config, 1).fresh_state()
     with pytest.raises(UserError, match="no training run"):
         loop.Run(training_config(**{**changes, "init_from": str(tmp_path / "nowhere")}), 0).fresh_state()
 

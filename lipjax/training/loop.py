@@ -131,7 +131,7 @@ class Run:
         """The state before the first step."""
         state = self._initialise()
         if self.config.init_from:
-            state = warm_start.state_from(self.config.init_from, state, self.model, self.mesh)
+            state = warm_start.state_from(self.config.init_from, state, self.model, self.mesh, self.data_identity)
         return state
 
     def batch_runner(self, first_step: int):

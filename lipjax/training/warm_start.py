@@ -15,11 +15,14 @@ from lipjax.training.checkpoint import Checkpointer
 from lipjax.training.config import load_config
 
 
-def state_from(directory: str | os.PathLike, state: step.TrainState, model: LipschitzModel, mesh) -> step.TrainState:
+def state_from(
+    directory: str | os.PathLike, state: step.TrainState, model: LipschitzModel, mesh, data_identity: dict
+) -> step.TrainState:
     """A fresh state with the layers of another run's best checkpoint, and its head too where it has the same shapes.
 
-    Args: directory: of the other run, on images of the same shape and classes. state, model: what training starts with.
-    Raises: UserError if there is no usable run, or its layers are not those of the model.
+    Args: directory: of the other run. state, model, data_identity: what training starts with, and on what.
+    Raises: UserError if there is no usable run, its layers are not those of the model, or its images or their split are
+      others: what it was trained on could be among the images that validate or test here.
     """
     directory = pathlib.Path(directory).expanduser()
     config, _ = load_config(directory)
@@ -29,7 +32,12 @@ def state_from(directory: str | os.PathLike, state: step.TrainState, model: Lips
     everywhere = sharding.replicated(mesh)
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), abstract)
     with Checkpointer(directory / "checkpoints", best_metric=step.METRIC, read_only=True) as checkpointer:
-        found, _ = checkpointer.restore_best(abstract)
+        found, meta = checkpointer.restore_best(abstract)
+    if meta.get("data") != data_identity:
+        raise UserError(
+            f"config.init_from = {directory} was trained on other images, or split them by another seed: what it has "
+            "seen could be tested on here. Take the same config.data and config.seeds as that run."
+        )
     params, lip = (
         _merged(ours, theirs, directory) for ours, theirs in ((state.params, found.params), (state.lip, found.lip))
     )
