@@ -114,6 +114,95 @@ def certificate_regularization(logits: Logits, labels: Labels, lipschitz: Lipsch
     return cross_entropy(logits, labels) - gamma * radius
 
 
+def boosted_cross_entropy(logits: Logits, labels: Labels) -> PerExample:
+    """Cross-entropy - log(1 - p), p the largest probability among the wrong classes.
+
+    Args: logits (b, k), labels (b,). Returns: (b,), nats.
+    Source: the code of Fazlyab et al. 2023, arXiv:2310.00116.
+    """
+    own = _own_class(labels, logits.shape[1])
+    rival = jnp.argmax(jnp.where(own, -jnp.inf, logits), axis=1)
+    others = jnp.where(_own_class(rival, logits.shape[1]) & ~own, -jnp.inf, logits)
+    return cross_entropy(logits, labels) + jax.nn.logsumexp(logits, axis=1) - jax.nn.logsumexp(others, axis=1)
+
+
+def _gated_radii(logits: Logits, labels: Labels, lipschitz: Lipschitz, radius, include_misclassified: bool):
+    """The gate of CRM, and what its penalties are made of; examples outside of the gate have radii 0.
+
+    Returns: gate (b,); the least radius (b,); the radii (b, k) against each rival of the predicted class, finite; which
+    of them count (b, k): not the class itself nor rivals that cannot reach it.
+    """
+    predicted = jnp.argmax(logits, axis=1)
+    own = _own_class(predicted, logits.shape[1])
+    gaps = jnp.take_along_axis(logits, predicted[:, None], axis=1) - logits
+    constants = jnp.where(own, 0.0, lipschitz[predicted])
+    # Constants count as 0 if their squares underflow: derivatives of quotients by them would overflow.
+    unreachable = constants <= jnp.finfo(constants.dtype).tiny ** 0.5
+    radii = jnp.where(unreachable, 0.0, gaps) / jnp.where(unreachable, 1.0, constants)
+    counts = ~(own | (unreachable & (gaps > 0)))
+    least = jnp.min(jnp.where(counts, radii, jnp.inf), axis=1)
+    gate = ~(least >= radius)  # a NaN passes, so that the loss shows it
+    if not include_misclassified:
+        gate &= predicted == labels
+    outside = ~gate[:, None]
+    return gate, jnp.where(gate, least, 0.0), jnp.where(outside, 0.0, radii), counts | outside
+
+
+def crm(
+    logits: Logits,
+    labels: Labels,
+    lipschitz: Lipschitz,
+    *,
+    temperature,
+    radius,
+    weight,
+    include_misclassified: bool = False,
+    boosted: bool = False,
+) -> PerExample:
+    """Certified Radius Maximization: cross-entropy - weight R_soft of every example whose certified radius is small.
+
+    With the predicted class p, r_j = (y_p - y_j) / lipschitz[p, j] and R = min_{j != p} r_j, the certified radius,
+
+        R_soft = -log(sum_{j != p} exp(-t r_j)) / t,   R_soft <= R <= R_soft + log(k - 1) / t,
+
+    where R < radius and p is the label; elsewhere there is no penalty. Differentiable in logits and lipschitz; the
+    predicted class and the gate are constants.
+
+    Args:
+      logits (b, k), labels (b,). lipschitz: (k, k), logits per pixel unit, its diagonal ignored; a rival with constant
+        0 and a smaller logit adds nothing.
+      temperature: t > 0, 1 / pixel unit. radius: the gate's, in pixel units. weight: lambda, in nats per pixel unit.
+      include_misclassified: whether wrongly classified examples are penalised too, by the radius of the wrong class.
+      boosted: whether `boosted_cross_entropy` takes the place of cross-entropy.
+    Returns: (b,), nats; the mean over the batch is the paper's loss.
+    Source: Fazlyab et al. 2023, arXiv:2310.00116.
+    """
+    gate, _, radii, counts = _gated_radii(logits, labels, lipschitz, radius, include_misclassified)
+    penalties = jax.nn.logsumexp(jnp.where(counts, -temperature * radii, -jnp.inf), axis=1) / temperature
+    plain = (boosted_cross_entropy if boosted else cross_entropy)(logits, labels)
+    return plain + weight * jnp.where(gate, penalties, 0.0)
+
+
+def crm_max(
+    logits: Logits,
+    labels: Labels,
+    lipschitz: Lipschitz,
+    *,
+    temperature,
+    radius,
+    weight,
+    include_misclassified: bool = False,
+    boosted: bool = False,
+) -> PerExample:
+    """CRM by the least radius alone: cross-entropy + weight exp(-t R) / t where `crm` subtracts weight R_soft.
+
+    Args, returns: as `crm`. Source: the code of Fazlyab et al. 2023, arXiv:2310.00116, whose default it is.
+    """
+    gate, least, _, _ = _gated_radii(logits, labels, lipschitz, radius, include_misclassified)
+    plain = (boosted_cross_entropy if boosted else cross_entropy)(logits, labels)
+    return plain + weight * jnp.where(gate, jnp.exp(-temperature * least) / temperature, 0.0)
+
+
 def curvature_penalty(logits: Logits, labels: Labels, curvatures: Float[Array, "b r"], beta) -> PerExample:
     """Cross-entropy + beta times the mean curvature of each example's logit differences: for MLP heads.
 

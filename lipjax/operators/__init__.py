@@ -10,6 +10,7 @@ ValueError for arrays of the wrong shape.
 
 from lipjax.operators._base import Leaf, gamma, norm_per_image
 from lipjax.operators.circular import CircularConv, CircularSeries
+from lipjax.operators.elementwise import LeakyReLU, ReLU, Sigmoid, Softplus, Tanh
 from lipjax.operators.exponential import ConvExponential
 from lipjax.operators.heads import LinearHead, MLPHead
 from lipjax.operators.linear import Bias, Conv, Dense, Normalize
@@ -28,11 +29,16 @@ OPERATORS = {
         Flatten,
         Householder,
         Householder2,
+        LeakyReLU,
         MaxMin,
         MaxPoolPairs,
         PadChannels,
         ProjectionPool,
+        ReLU,
+        Sigmoid,
+        Softplus,
         SpaceToDepth,
+        Tanh,
     )
 }
 """What a frozen network may be made of, by type name: what a saved one can be rebuilt from."""
@@ -53,6 +59,7 @@ __all__ = [
     "Householder",
     "Householder2",
     "Leaf",
+    "LeakyReLU",
     "LinearHead",
     "MLPHead",
     "MaxMin",
@@ -60,7 +67,11 @@ __all__ = [
     "Normalize",
     "PadChannels",
     "ProjectionPool",
+    "ReLU",
+    "Sigmoid",
+    "Softplus",
     "SpaceToDepth",
+    "Tanh",
     "gamma",
     "norm_per_image",
 ]

@@ -1,4 +1,4 @@
-"""Softplus and the logistic function in float64 with stated errors, as none is stated for a library's exp and log.
+"""Softplus, the logistic function and tanh in float64 with stated errors: none is stated for a library's exp and log.
 
 Made of additions, multiplications, divisions, comparisons and a table, so that docs/soundness.md can derive the errors.
 The functions take NumPy arrays (then `xp` is numpy) or JAX arrays.
@@ -25,6 +25,9 @@ _ATANH = tuple(1 / (2 * j + 1) for j in range(17))
 
 SIGMOID_ERROR = 8 * UNIT_ROUNDOFF
 """Bound of |sigmoid(x) - 1 / (1 + exp(-x))| in float64."""
+
+TANH_ERROR = 12 * UNIT_ROUNDOFF
+"""Bound of |tanh(x) - (1 - exp(-2 x)) / (1 + exp(-2 x))| in float64."""
 
 
 def softplus_error(value):
@@ -69,6 +72,13 @@ def sigmoid_of(x, xp: Any):
     return xp.where(x >= 0, 1.0, y) / (1 + y)
 
 
+def tanh_of(x, xp: Any):
+    """`tanh` for float64 arrays of the module xp: numpy or jax.numpy."""
+    y = _exp_of_minus(2 * abs(x), xp)
+    size = (1 - y) / (1 + y)
+    return xp.where(x >= 0, size, -size)
+
+
 @jax.custom_jvp
 def sigmoid(x):
     """1 / (1 + exp(-x)); in float64 within SIGMOID_ERROR. NaN for NaN."""
@@ -79,6 +89,18 @@ def sigmoid(x):
 def _sigmoid_jvp(primals, tangents):
     value = sigmoid(primals[0])
     return value, value * (1 - value) * tangents[0]
+
+
+@jax.custom_jvp
+def tanh(x):
+    """2 sigmoid(2 x) - 1; in float64 within TANH_ERROR. NaN for NaN."""
+    return tanh_of(x, jnp) if x.dtype == jnp.float64 else jnp.tanh(x)
+
+
+@tanh.defjvp
+def _tanh_jvp(primals, tangents):
+    value = tanh(primals[0])
+    return value, (1 - value) * (1 + value) * tangents[0]
 
 
 @jax.custom_jvp
