@@ -1,0 +1,350 @@
+"""LipLT with proved norms: the recursion of `_liplt`, rounded upwards, in NumPy float64."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from lipjax import _chains, spectral
+from lipjax._chains import HostMap
+from lipjax._liplt import Step
+from lipjax._verified import float_up, parallel_map
+from lipjax.errors import NotCertifiable
+from lipjax.operators import Conv, Flatten
+from lipjax.operators._base import COMPUTED, gamma
+from lipjax.operators.heads import _distance_bounds
+
+_PRODUCT = "product"
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainBound:
+    """Proved norm of one linear chain: from the input or after the activation `start`, to before activation `end`.
+
+    Attributes:
+      start, end: names of layers; start "input" for the first.
+      bound, method, details: as of an operator. For products of bounds, details["estimate"] is a power iteration's
+        lower estimate: bound / estimate - 1 is at most how loose the product is.
+    """
+
+    start: str
+    end: str
+    bound: float
+    method: str
+    details: dict
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConstant:
+    """Proved Lipschitz constant from the input to what an activation acts on, and the product of norms up to there."""
+
+    name: str
+    bound: float
+    product: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LipLTReport:
+    """How the constants came about.
+
+    Attributes:
+      layers: one row per activation, in order.
+      chains: every chain that ends before an activation.
+      per_class: (k,) proved constants of the outputs one by one.
+      total: proved constant of the whole output.
+      product: proved constant of the whole output by the product of norms alone.
+      pairwise_method: "rows", or "last layer" where there are more outputs than rows are carried back for.
+    """
+
+    layers: tuple[LayerConstant, ...]
+    chains: tuple[ChainBound, ...]
+    per_class: np.ndarray
+    total: float
+    product: float
+    pairwise_method: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """A piece of the path with proved numbers, as exact fractions.
+
+    For a linear operator: `map` (None if it is not composed) and `norm`. For an activation: `a`, `b`, `top` =
+    max(|alpha|, |beta|), the maps and norms of W, G and H, and of the linear part H + a G W.
+    """
+
+    step: Step
+    norm: Fraction = Fraction(1)
+    map: HostMap | None = None
+    a: Fraction = Fraction(0)
+    b: Fraction = Fraction(0)
+    top: Fraction = Fraction(0)
+    inner: Any = None
+    outer: Any = None
+    skip: Any = None
+
+
+def _operator_norm(name: str, op) -> Fraction:
+    try:
+        found = op.bound()
+    except AttributeError as error:
+        raise NotCertifiable(f"{name}: no proved Lipschitz bound is known for a {type(op).__name__}.") from error
+    except ValueError as error:
+        raise NotCertifiable(f"{name} ({type(op).__name__}): {error}") from error
+    return Fraction(found.value)
+
+
+def _group(name: str, ops: Sequence, shape) -> tuple[Fraction, HostMap | None]:
+    """The proved norm of operators in turn, and the map they make."""
+    norms = [_operator_norm(name, op) for op in ops]
+    maps = [_chains.host_map(op, float_up(norm)) for op, norm in zip(ops, norms, strict=True)]
+    whole = None if None in maps else _chains.sequence([m for m in maps if m is not None], shape)
+    return math.prod(norms, start=Fraction(1)), whole
+
+
+def _piece(step: Step) -> _Piece:
+    if step.block is None:
+        norm, whole = _group(step.name, (step.op,), step.shape)
+        return _Piece(step, norm, whole)
+    low, high = (Fraction(s) for s in step.block.slope)
+    a, b, top = (low + high) / 2, (high - low) / 2, max(abs(low), abs(high))
+    if step.is_plain:
+        return _Piece(step, abs(a), None, a, b, top)
+    block = step.block
+    inner = _group(step.name, block.inner, step.shape)
+    outer = _group(step.name, block.outer, step.inner_shape)
+    skip = None if block.skip is None else _group(step.name, block.skip, step.shape)
+    norm = abs(a) * inner[0] * outer[0] + (0 if skip is None else skip[0])
+    through = None
+    maps = [inner[1], outer[1]] + ([] if skip is None else [skip[1]])
+    if float(a) == a and None not in maps:
+        both = _chains.sequence([m for m in maps[:2] if m is not None], step.shape)
+        zero = HostMap(_zeros(both.out_shape), _zeros(both.in_shape), both.in_shape, both.out_shape, 0.0, 0.0, 0.0)
+        through = _chains.weighted_sum(maps[2] or zero if skip else zero, float(a), both)
+        composed = _composition([through])
+        if composed is not None:
+            norm = min(norm, Fraction(composed.value))
+        through = dataclasses.replace(through, norm=float_up(norm))
+    return _Piece(step, norm, through, a, b, top, inner, outer, skip)
+
+
+def _zeros(shape):
+    return lambda x: np.zeros((len(x), *shape))
+
+
+def _composition(maps: Sequence[HostMap]) -> spectral.NormBound | None:
+    """`composition_bound`, or None where it has no proof."""
+    try:
+        return _chains.composition_bound(maps)
+    except NotCertifiable:
+        return None
+
+
+class LipLTBound:
+    """All proved numbers of one path. Chains from start 0 (the input) or j (after activation j) to activation k."""
+
+    def __init__(self, path: Sequence[Step]):
+        self.pieces = parallel_map(_piece, path)
+        self.acts = [i for i, piece in enumerate(self.pieces) if piece.step.block is not None]
+        self._product()
+        self.chains = self._chain_bounds()
+        self._constants()
+
+    def _name(self, start: int) -> str:
+        return "input" if start == 0 else self.pieces[self.acts[start - 1]].step.name
+
+    def _between(self, start: int, end: int | None) -> list[_Piece]:
+        """The pieces between start and activation `end`, or the output for None."""
+        first = 0 if start == 0 else self.acts[start - 1] + 1
+        return self.pieces[first : len(self.pieces) if end is None else self.acts[end - 1]]
+
+    def _sides(self, start: int, end: int) -> tuple[list, list]:
+        """The maps at a chain's ends: G of the activation where it starts, W of the one where it ends."""
+        head = [] if start == 0 else [self.pieces[self.acts[start - 1]].outer]
+        tail = [self.pieces[self.acts[end - 1]].inner]
+        return [x for x in head if x is not None], [x for x in tail if x is not None]
+
+    def _gain(self, start: int, end: int | None) -> Fraction:
+        """The product of |a| of the plain activations on the way; those of blocks are in their maps."""
+        return math.prod((p.norm for p in self._between(start, end) if p.step.is_plain), start=Fraction(1))
+
+    def _product(self) -> None:
+        """p, the product of norms up to every activation, and to the output, rounded upwards."""
+        self.products, p = [], Fraction(1)
+        for piece in self.pieces:
+            if piece.step.block is None:
+                p = piece.norm * p
+            elif piece.step.is_plain:
+                self.products.append(p)
+                p = piece.top * p
+            else:
+                m = piece.inner[0] * p
+                self.products.append(m)
+                p = (0 if piece.skip is None else piece.skip[0]) * p + piece.top * piece.outer[0] * m
+            p = Fraction(float_up(p))
+        self.product = float_up(p)
+
+    def _chain_bounds(self) -> dict[tuple[int, int], ChainBound]:
+        pairs = [(j, k) for k in range(1, len(self.acts) + 1) for j in range(k)]
+        found = dict(zip(pairs, parallel_map(lambda pair: self._direct(*pair), pairs), strict=True))
+        # Shorter chains first: a long one may be a product of what is proved of its parts.
+        for j, k in sorted(pairs, key=lambda pair: pair[1] - pair[0]):
+            for split in range(j + 1, k):
+                if not self.pieces[self.acts[split - 1]].step.is_plain:
+                    continue
+                value = float_up(Fraction(found[j, split].bound) * Fraction(found[split, k].bound))
+                if value < found[j, k].bound:
+                    parts = f"{_PRODUCT} of the bounds to and from {self._name(split)}"
+                    details = {"split": self._name(split)}
+                    found[j, k] = ChainBound(self._name(j), self._name(k), value, parts, details)
+        for (j, k), chain in found.items():
+            maps = self._maps(j, k)
+            if chain.method.startswith(_PRODUCT) and maps:
+                details = {**chain.details, "estimate": _chains.lower_estimate(maps)}
+                found[j, k] = dataclasses.replace(chain, details=details)
+        return found
+
+    def _maps(self, j: int, k: int) -> list[HostMap] | None:
+        """The maps of a chain, without those that only reshape; None if one is not composed."""
+        head, tail = self._sides(j, k)
+        maps = [m for _, m in head]
+        maps += [p.map for p in self._between(j, k) if not p.step.is_plain]
+        maps += [m for _, m in tail]
+        return None if any(m is None for m in maps) else maps
+
+    def _direct(self, j: int, k: int) -> ChainBound:
+        """The least of the product of the chain's norms and what is proved of the composition."""
+        head, tail = self._sides(j, k)
+        between = [p for p in self._between(j, k) if not p.step.is_plain]
+        norms = [n for n, _ in (*head, *tail)] + [p.norm for p in between]
+        value = float_up(math.prod(norms, start=Fraction(1)))
+        best = ChainBound(self._name(j), self._name(k), value, f"{_PRODUCT} of the norms of its operators", {})
+        ops = [p.step.op for p in between if not isinstance(p.step.op, Flatten)]
+        if len(norms) - (len(between) - len(ops)) <= 1:
+            return dataclasses.replace(best, method="norm of the only operator")
+        composed = None
+        if not (head or tail) and all(isinstance(op, Conv) and op.padding == "CIRCULAR" for op in ops):
+            composed = _chains.circular_bound(ops)
+        maps = self._maps(j, k)
+        if composed is None and maps is not None:
+            composed = _composition(maps)
+        if composed is None or composed.value >= value:
+            return best
+        return ChainBound(best.start, best.end, composed.value, composed.method, composed.details)
+
+    def _constants(self) -> None:
+        """m_k of every activation, and the Lipschitz constants of the path up to after the last one, and to its end."""
+        chains = {pair: Fraction(chain.bound) for pair, chain in self.chains.items()}
+        self.constants: list[Fraction] = []
+        self.reach = Fraction(1)
+        p, k = Fraction(1), 0
+        for piece in self.pieces:
+            if piece.step.block is None:
+                p = piece.norm * p
+            else:
+                k += 1
+                transformed = self._gain(0, k) * chains[0, k]
+                for j in range(1, k):
+                    b = self.pieces[self.acts[j - 1]].b
+                    transformed += b * self._gain(j, k) * chains[j, k] * self.constants[j - 1]
+                inner = Fraction(1) if piece.inner is None else piece.inner[0]
+                m = min(transformed, inner * p)
+                if k > 1 and self.pieces[self.acts[k - 2]].step.is_plain:
+                    m = min(m, self.pieces[self.acts[k - 2]].top * self.constants[-1] * chains[k - 1, k])
+                m = Fraction(float_up(m))
+                self.constants.append(m)
+                if piece.step.is_plain:
+                    p = piece.top * m
+                else:
+                    skip = Fraction(0) if piece.skip is None else piece.skip[0]
+                    outer = piece.outer[0]
+                    p = min(skip * p + piece.top * outer * m, piece.norm * p + piece.b * outer * m)
+            p = Fraction(float_up(p))
+            if piece.step.block is not None:
+                self.reach = p
+        self.end = p
+
+    def carried_rows(self, all_starts: bool) -> list[tuple[np.ndarray, np.ndarray] | None]:
+        """Rows of the output at every start: (k, n) and a bound on the error of each row.
+
+        all_starts: False for the last start alone. None where an operator on the way is not composed.
+        """
+        size = math.prod(self.pieces[-1].step.out_shape)
+        x = np.eye(size).reshape(size, *self.pieces[-1].step.out_shape)
+        error = np.zeros(size)
+        found: list[tuple[np.ndarray, np.ndarray] | None] = [None] * (len(self.acts) + 1)
+        start = len(self.acts)
+
+        def keep(value, error):
+            found[start] = value.reshape(size, -1), error
+
+        for piece in reversed(self.pieces):
+            if piece.step.block is not None:
+                if piece.outer is None:
+                    keep(x, error)
+                elif piece.outer[1] is not None:
+                    keep(*_chains.carry([piece.outer[1].transposed], x, error))
+                if not all_starts:
+                    return found
+                start -= 1
+            if piece.step.is_plain:
+                continue
+            if piece.map is None:
+                return found
+            x, error = _chains.carry([piece.map.transposed], x, error)
+        keep(x, error)
+        return found
+
+    def _sum(self, measure: Sequence[Any]) -> Any:
+        """The recursion at the output: measure[s] bounds what start s contributes, entry by entry; rounded upwards."""
+        total = float_up(self._gain(0, None)) * measure[0]
+        for j in range(1, len(self.acts) + 1):
+            weight = self.pieces[self.acts[j - 1]].b * self._gain(j, None) * self.constants[j - 1]
+            total = total + float_up(weight) * measure[j]
+        return total * (1 + gamma(4 * len(measure) + 4))
+
+    def outputs(self, max_rows: int) -> tuple[np.ndarray, LipLTReport]:
+        """Pairwise constants (k, k), and the report."""
+        count = math.prod(self.pieces[-1].step.out_shape)
+        rows = self.carried_rows(count <= max_rows)
+        pairwise = per_class = np.full(1, np.inf)
+        total = np.inf
+        method = "last layer"
+        if all(entry is not None for entry in rows):
+            method = "rows"
+            known = [entry for entry in rows if entry is not None]
+            pairwise = self._sum([_pair_bounds(*entry) for entry in known])
+            per_class = self._sum([_chains.row_norms(u) + e for u, e in known])
+            norms = [np.array(spectral.matrix_norm_bound(u).value + _frobenius(e)) for u, e in known]
+            total = float(self._sum(norms))
+        last = rows[-1]
+        if last is not None:
+            # From the features after the last activation on, the map is linear: b plays no part.
+            reach = float_up(self.reach)
+            upwards = 1 + gamma(4)
+            pairwise = np.minimum(pairwise, reach * _pair_bounds(*last) * upwards)
+            per_class = np.minimum(per_class, reach * (_chains.row_norms(last[0]) + last[1]) * upwards)
+            norm = spectral.matrix_norm_bound(last[0]).value + _frobenius(last[1])
+            total = min(total, reach * norm * upwards)
+        # Without rows the whole constant serves: sqrt(2) of it for a difference of two outputs.
+        total = min(total, float(self.end))
+        per_class = np.minimum(np.broadcast_to(per_class, count), total)
+        pairwise = np.minimum(np.broadcast_to(pairwise, (count, count)), math.sqrt(2) * total * COMPUTED)
+        pairwise = np.minimum(pairwise, (per_class[:, None] + per_class) * COMPUTED)
+        pairwise = np.where(np.eye(count, dtype=bool), 0.0, np.maximum(pairwise, pairwise.T))
+        names = [self.pieces[i].step.name for i in self.acts]
+        layers = tuple(
+            LayerConstant(name, float_up(m), float_up(product))
+            for name, m, product in zip(names, self.constants, self.products, strict=True)
+        )
+        return pairwise, LipLTReport(layers, tuple(self.chains.values()), per_class, total, self.product, method)
+
+
+def _frobenius(errors: np.ndarray) -> float:
+    return math.sqrt(float(np.sum(errors**2))) * COMPUTED
+
+
+def _pair_bounds(rows: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    return (_distance_bounds(rows) + errors[:, None] + errors) * COMPUTED
