@@ -57,7 +57,8 @@ def feature_lipschitz_estimate(network: Network, vectors: Vectors, num_iters: in
     Args, returns: as `margin_lipschitz_estimate`, with a scalar.
     """
     sigmas, vectors = norm_estimates(network, vectors, num_iters)
-    return math.prod(sigmas.values()) / jnp.min(network.input_std), vectors
+    slopes = math.prod(max(map(abs, op.slope)) for op in network.ops if hasattr(op, "slope"))
+    return math.prod(sigmas.values()) * slopes / jnp.min(network.input_std), vectors
 
 
 def margin_lipschitz_estimate(

@@ -263,6 +263,17 @@ def layer_rows(rows, estimates: dict[str, float]) -> list[dict]:
     return table
 
 
+def liplt_rows(report) -> dict | None:
+    """The JSON-ready part of a certificate about LipLT: constants of layers, norms of chains and how they were proved.
+
+    report: `bounds.LipLTReport`; None for None.
+    """
+    if report is None:
+        return None
+    document = dataclasses.asdict(report)
+    return document | {"per_class": report.per_class.tolist()}
+
+
 def image_rows(certificate: Certificate, labels=None) -> list[dict]:
     """One JSON-ready row per image; what is infinite becomes the nearest finite float64 or null."""
     rows = []

@@ -161,7 +161,12 @@ class FrozenNetwork:
 
     @functools.cached_property
     def _margin_lipschitz(self) -> np.ndarray:
-        return bounds.margin_lipschitz_bound(self.network, self._bounds)
+        product = bounds.margin_lipschitz_bound(self.network, self._bounds)
+        return product if self._liplt is None else np.minimum(product, self._liplt[0])
+
+    @functools.cached_property
+    def _liplt(self) -> tuple[np.ndarray, bounds.LipLTReport] | None:
+        return bounds.margin_liplt_bound(self.network) if bounds.has_liplt(self.network) else None
 
     @functools.cached_property
     def _head_lipschitz(self) -> np.ndarray:
@@ -174,6 +179,8 @@ class FrozenNetwork:
     def margin_lipschitz(self) -> np.ndarray:
         """Proved (k, k) float64 bound of the Lipschitz constants of all logit differences, per pixel unit.
 
+        The product of norms; where all activations are elementwise, the least of that and what LipLT proves.
+
         Raises: NotCertifiable naming the layer that has no proved bound.
         """
         return self._margin_lipschitz
@@ -181,6 +188,10 @@ class FrozenNetwork:
     def lipschitz_report(self) -> list[bounds.LayerBound]:
         """Name, type, proved bound and method of every operator, in order."""
         return self._bounds
+
+    def liplt_report(self) -> bounds.LipLTReport | None:
+        """How LipLT's constants came about; None for networks that it does not take."""
+        return None if self._liplt is None else self._liplt[1]
 
     def norm_estimates(self, vectors: dict | None = None, num_iters: int = 200) -> dict[str, float]:
         """Power-iteration estimates of the operators' norms in float64, for judging how tight the bounds are.

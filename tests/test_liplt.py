@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import pathlib
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lipjax import _chains, _liplt, bounds, network
+from lipjax import FrozenNetwork, _chains, _liplt, bounds, certify, network
 from lipjax.bounds import ResidualBlock
 from lipjax.errors import NotCertifiable
 from lipjax.operators import (
@@ -556,3 +557,20 @@ def test_sweeps_cost_as_many_operator_calls_as_there_are_operators():
     vectors = _liplt.init_vectors(path, jax.random.key(0), jnp.float64)
     sweep = jax.make_jaxpr(lambda v: _liplt._chain_images(path, v))([vectors[str(s)] for s in range(3)])
     assert str(sweep).count("dot_general") == 3  # the last operator's rows are exact
+
+
+def test_frozen_networks_certify_by_the_least_of_both():
+    frozen = FrozenNetwork(on_host(relu_network()))
+    product = bounds.margin_lipschitz_bound(frozen.network)
+    liplt, _ = bounds.margin_liplt_bound(frozen.network)
+    assert np.array_equal(frozen.margin_lipschitz(), np.minimum(product, liplt))
+    assert (off_diagonal(frozen.margin_lipschitz()) < 0.9 * off_diagonal(product)).all()
+    images = np.random.default_rng(0).uniform(size=(20, 6))
+    found = frozen.certify(images)
+    by_product = certify.radius_of(found.margins, product[found.predictions, found.rivals])
+    assert (found.radii > 1.1 * by_product).all()
+    document = json.loads(json.dumps(certify.liplt_rows(frozen.liplt_report())))
+    assert [row["name"] for row in document["layers"]] == ["one/relu", "two/relu"]
+    assert len(document["chains"]) == 3 and len(document["per_class"]) == 4
+    pairs = network.make_network([("maxmin", MaxMin((6,)))], LinearHead(jnp.ones((2, 6)), jnp.zeros(2)))
+    assert FrozenNetwork(on_host(pairs)).liplt_report() is None and certify.liplt_rows(None) is None
