@@ -35,7 +35,7 @@ def parts(config):
     model = get_model(config.model, input_shape=shape, num_classes=num_classes)
     optimizer = optimizers.make_optimizer(config.optimizer, 100, 10)
     mesh = sharding.make_mesh(config.mesh.data, config.batch_size)
-    state = jax.jit(lambda: step.init_state(model, optimizer, jax.random.key(0)))()
+    state = jax.jit(lambda: step.init_state(model, optimizer, jax.random.key(0), config.lipschitz))()
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.integers(0, 256, (config.batch_size, *shape)).astype(np.uint8))
     labels = jnp.asarray(rng.integers(0, num_classes, config.batch_size), jnp.int32)
@@ -47,22 +47,25 @@ def parts(config):
         return model.apply({"params": params}, method="build")
 
     network = jax.jit(build)(state.params)
-    lipschitz, _ = bounds.margin_lipschitz_estimate(network, state.lip["vectors"], config.power_iterations)
+    schedule = optimizers.loss_schedule(config.loss, config.loss.weight_start_epoch, config.num_epochs)
+    liplt = config.lipschitz == "liplt"
+    estimate = bounds.margin_liplt_estimate if liplt else bounds.margin_lipschitz_estimate
+    lipschitz, _ = jax.jit(estimate, static_argnums=2)(network, state.lip["vectors"], config.power_iterations)
 
     def parametrise(params):
         return sum(jnp.sum(a) for a in jax.tree.leaves(build(params)))
 
     def apply(net):
-        return loss(net(pixels), labels, lipschitz, 0.1).mean()
+        return loss(net(pixels), labels, lipschitz, schedule).mean()
 
     def bound(net):
-        return bounds.margin_lipschitz_estimate(net, state.lip["vectors"], config.power_iterations)[0].sum()
+        return estimate(net, state.lip["vectors"], config.power_iterations)[0].sum()
 
     gradients = {
         name: jax.jit(jax.grad(f)) for name, f in (("parametrise", parametrise), ("apply", apply), ("bound", bound))
     }
     return {
-        "whole step": lambda: whole(state, images, labels, 0.1),
+        "whole step": lambda: whole(state, images, labels, schedule),
         "parametrise": lambda: gradients["parametrise"](state.params),
         "apply": lambda: gradients["apply"](network),
         "bound": lambda: gradients["bound"](network),

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipjax.models import LipConvnet
+from lipjax import bounds, conv
+from lipjax.models import ConvNet, LipConvnet
 from lipjax.nn import COLLECTION, LipschitzModel
 
 _ACTIVATIONS = {"maxmin": "maxmin", "hh1": "householder", "hh2": "householder2"}
@@ -34,12 +35,16 @@ def from_torch(family: str, state_dict: dict[str, Any], **options) -> tuple[Lips
 
     Args:
       family: "soc" (singlasahil14/SOC, arXiv:2108.04062) or "improved_l2" (singlasahil14/improved_l2_robustness,
-        arXiv:2211.08453): the class LipConvNet of each.
-      state_dict: name -> array (anything that numpy.asarray takes), with the original's names and layouts.
-      options: the original constructor's arguments by name.
+        arXiv:2211.08453): the class LipConvNet of each; or "crm" (o4lc/CRM-LipLT, arXiv:2310.00116): what its
+        createNetwork makes of layers without batch normalisation.
+      state_dict: name -> array (anything that numpy.asarray takes), with the original's names and layouts. The
+        original's state_dict() of "crm" networks has it under "original".
+      options: the original constructor's arguments by name ("crm": the entries of networkConfiguration, of which
+        layers, activation and inputShape are read).
     Returns: (model, variables): model.apply(variables, x), x NHWC, gives the original's logits in eval mode for the
-      same network input, and model.apply(variables, x, train=True) those in train mode. "soc" networks have no input
-      normalisation of their own: give the model input_mean and input_std (`model.clone`) to certify in pixel units. A
+      same network input, and model.apply(variables, x, train=True) those in train mode. "soc" and "crm" networks have
+      no input normalisation of their own: give the model input_mean and input_std (`model.clone`) to certify in pixel
+      units. Start vectors of norm estimates are drawn afresh. A
       Cayley network of "soc" whose kernels exceed their map computes with cropped kernels; the taps that it crops are
       zero here.
     Raises: ValueError for an unknown family or option, and for missing, extra or misshapen arrays (naming the array and
@@ -64,10 +69,13 @@ def from_torch(family: str, state_dict: dict[str, Any], **options) -> tuple[Lips
             raise ValueError(f"{entry.name}: expected shape {wanted}, got {array.shape}.")
         parent = _at(variables[entry.collection], entry.path[:-1])
         parent[entry.path[-1]] = jnp.asarray(entry.transform(array))
-    variables[COLLECTION].setdefault("vectors", {})
+    variables[COLLECTION]["vectors"] = {}
     left = [jax.tree_util.keystr(path) for path, leaf in _leaves_with_none(variables) if leaf is None]
     if left:
         raise ValueError(f"The state dict leaves these without a value: {left}.")
+    if abstract[COLLECTION]["vectors"]:
+        network: Any = model.apply(variables, method="build")
+        variables[COLLECTION]["vectors"] = bounds.init_vectors(network, jax.random.key(0))
     return model, variables
 
 
@@ -250,4 +258,68 @@ def _improved_conv(state_dict: dict, prefix: str, name: str, activation: str) ->
     ]
 
 
-_FAMILIES = {"improved_l2": _improved, "soc": _soc}
+def _crm(state_dict: dict, options: dict) -> tuple[ConvNet, list[_Entry]]:
+    """createNetwork of o4lc/CRM-LipLT: a Sequential with an activation after every layer but flatten and the last."""
+    del state_dict
+    unread = ("modelType", "perClassLipschitz", "pairwiseLipschitz", "numberOfPowerIterations", "weightInitialization")
+    unread += ("device", "architecture", "numberOfClasses")
+    read = {"layers": (), "activation": "relu", "inputShape": (3, 32, 32)}
+    given = _known_options("crm", options, {**read, **dict.fromkeys(unread)})
+    activation = _choose(given, "activation", {"relu": "relu", "tanh": "tanh"})
+    layers, image = [tuple(layer) for layer in given["layers"]], tuple(given["inputShape"])
+    if len(image) != 3:
+        raise ValueError(f"inputShape: expected (channels, height, width), got {image}.")
+    if not layers or layers[-1][0] != "linear":
+        raise ValueError(f"layers: expected a linear layer at the end, got {layers}.")
+    entries: list[_Entry] = []
+    convs, dense, shape, unflattened, index = [], [], image, None, 0
+    for i, layer in enumerate(layers):
+        kind, *sizes = layer
+        name = f"linear.{index}"
+        if kind == "flatten":
+            shape, unflattened, index = (int(np.prod(shape)),), shape, index + 1
+            continue
+        if kind == "conv2d" and 3 <= len(sizes) <= 5 and len(shape) == 3 and sizes[0] == shape[0]:
+            features, side, strides, padding = (*sizes[1:], *(1, 0)[len(sizes) - 3 :])
+            size = conv.output_size(shape[1:], (side, side), strides, ((padding, padding), (padding, padding)))
+            shape = (features, *size)
+            convs.append((features, side, strides, padding))
+            here = f"conv_{len(convs):02d}"
+            weight = _kernel(f"{name}.weight", here, "kernel")
+        elif kind == "linear" and len(sizes) == 2 and shape == (sizes[0],):
+            shape = (sizes[1],)
+            dense.append(sizes[1])
+            here = "head" if i == len(layers) - 1 else f"dense_{len(dense):02d}"
+            weight = _matrix(f"{name}.weight", unflattened, here, "matrix")
+            unflattened = None
+        else:
+            raise ValueError(
+                "layers: expected (conv2d, in, out, kernel, stride, padding), (flatten,) or (linear, in, out) that "
+                f"takes the shape {shape} of what comes before, got {layer}."
+            )
+        entries += [weight, _same(f"{name}.bias", here, "bias")]
+        index += 2
+    channels, height, width = image
+    model = ConvNet(
+        (height, width, channels),
+        dense[-1],
+        variant="custom",
+        convs=tuple(convs),
+        dense=tuple(dense[:-1]),
+        activation=activation,
+    )
+    return model, entries
+
+
+def _matrix(name: str, unflattened: tuple[int, ...] | None, *path) -> _Entry:
+    """A dense matrix; unflattened: the shape (c, h, w), or (n,), whose flattening it takes there, as (h, w, c) here."""
+
+    def transform(array):
+        if unflattened is None or len(unflattened) == 1:
+            return array
+        return np.transpose(array.reshape(-1, *unflattened), (0, 2, 3, 1)).reshape(array.shape)
+
+    return _Entry(name, "params", path, transform, lambda shape: shape)
+
+
+_FAMILIES = {"crm": _crm, "improved_l2": _improved, "soc": _soc}

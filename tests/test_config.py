@@ -12,7 +12,7 @@ from training_helpers import made_up_images, npz_file, quick_compiles, scratch, 
 
 from lipjax.errors import UserError
 from lipjax.models import LiResNet, get_model
-from lipjax.training import evaluate, loop
+from lipjax.training import evaluate, loop, optimizer
 from lipjax.training.config import default_config, load_config, validate
 from lipjax.training.data import load_dataset
 from lipjax.training.step import LOSSES
@@ -56,9 +56,13 @@ def test_every_field_is_read_by_training_or_certification(tmp_path):
             loop.train(recorder, tmp_path, 0)
             evaluate.certify_run(tmp_path, recorder, 0)
         LOSSES["trades"](recorder.loss)
-        LOSSES["certificate_regularization"](recorder.loss)(jnp.zeros((1, 2)), jnp.zeros(1, int), jnp.ones((2, 2)), 0.1)
+        example = (jnp.zeros((1, 2)), jnp.zeros(1, int), jnp.ones((2, 2)), optimizer.loss_schedule(config.loss, 0, 1))
+        LOSSES["certificate_regularization"](recorder.loss)(*example)
+        LOSSES["crm"](recorder.loss)(*example)
         assert recorder.loss.curvature_weight > 0  # read by the loss "curvature": tests/test_lipconvnet.py
         other = default_config()
+        other.optimizer.schedule = "exponential"
+        optimizer.learning_rate_schedule(Recorder(other.optimizer, read, "optimizer."), 10, 2)
         other.data.update({"name": "cifar10", "data_dir": str(tmp_path / "nothing")})
         with pytest.raises(UserError):
             load_dataset(Recorder(other.data, read, "data."), 0)
@@ -103,6 +107,7 @@ def test_the_configs_are_valid(path):
 BAD = {
     "batch_size": [0, -1, 2.5, True, "many"],
     "num_epochs": [0],
+    "lipschitz": ["sdp", ""],
     "power_iterations": [0],
     "power_iterations_eval": [0],
     "seeds": [(), (0, 0), (-1,), (0.5,), (2**31,), 3],
@@ -135,11 +140,21 @@ BAD = {
     "loss.trades_weight": [float("nan"), -1.0],
     "loss.gamma": [-0.1],
     "loss.curvature_weight": [-0.1, "large"],
+    "loss.temperature": [0.0, float("inf")],
+    "loss.radius": [0.0, -1.0],
+    "loss.weight": [-1.0],
+    "loss.weight_start_epoch": [-1, 2.5],
+    "loss.weight_growth": [0.0, 2.1],
+    "loss.radius_growth": [-1.0, 0.4],
+    "loss.include_misclassified": [1],
+    "loss.boosted": ["no"],
     "train_head_only": [1],
     "init_from": [None],
     "optimizer.name": ["lion"],
     "optimizer.learning_rate": [0.0, float("nan"), -1.0],
     "optimizer.weight_decay": [-0.1],
+    "optimizer.eps": [0.0, -1e-8],
+    "optimizer.decay_from": [-1.0],
     "optimizer.warmup_epochs": [-1.0],
     "optimizer.final_fraction": [-1.0],
     "optimizer.clip_norm": [-1.0, float("inf")],
@@ -169,6 +184,10 @@ def test_a_bad_value_is_refused_by_the_name_of_its_field():
             with pytest.raises(UserError, match=rf"^config\.{name}: expected "):
                 validate(config)
     validate(default_config())  # control
+    config = default_config()
+    config.optimizer.update({"schedule": "exponential", "final_fraction": 0.0})
+    with pytest.raises(UserError, match="config.optimizer.final_fraction: expected above 0 for"):
+        validate(config)
 
 
 def test_unknown_and_missing_fields_are_refused():

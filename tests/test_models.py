@@ -18,6 +18,7 @@ from lipjax.training.config import validate
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 DATA = {
     "digits": ((8, 8, 1), 10),
+    "mnist": ((28, 28, 1), 10),
     "cifar10": ((32, 32, 3), 10),
     "cifar100": ((32, 32, 3), 100),
     "tiny_imagenet": ((64, 64, 3), 200),

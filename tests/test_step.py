@@ -15,6 +15,7 @@ from lipjax.training import step as steps
 from lipjax.training.loop import Run
 
 EPS32 = 2.0**-23
+SCHEDULE = optimizer.LossSchedule(epsilon=0.1, weight=1.0, radius=2.0)
 
 
 def make_run(devices=1, **changes):
@@ -24,7 +25,7 @@ def make_run(devices=1, **changes):
 def losses(run, num_steps):
     state, train_batch, found = run.fresh_state(), run.batch_runner(0), []
     for step in range(num_steps):
-        state, metrics = train_batch(state, step, 0.1)
+        state, metrics = train_batch(state, step, SCHEDULE)
         found.append(float(metrics["loss"]))
     return np.array(found), state
 
@@ -54,7 +55,7 @@ def test_each_step_sees_the_batch_of_its_place_in_the_permutation(devices):
     run = make_run(devices)
     key, part = run.fresh_state().key, run.dataset.split("train")
 
-    def look(state, images, labels, epsilon):
+    def look(state, images, labels, schedule):
         pixels = steps.preprocess(jax.random.fold_in(state.key, 3), images, run.config.data, run.pixel_max)
         return state, (images, labels, pixels)
 
@@ -65,7 +66,7 @@ def test_each_step_sees_the_batch_of_its_place_in_the_permutation(devices):
         assert np.array_equal(np.sort(order), np.arange(48))
         for start in (0, 16, 32):
             args = jax.device_put((part.images, part.labels, order), sharding.replicated(run.mesh))
-            _, (images, labels, pixels) = jitted(run.fresh_state(), *args, start, 0.1)
+            _, (images, labels, pixels) = jitted(run.fresh_state(), *args, start, SCHEDULE)
             index = np.asarray(order)[start : start + 16]
             assert np.array_equal(images, part.images[index]) and np.array_equal(labels, part.labels[index])
             plain = steps.preprocess(jax.random.fold_in(key, 3), jnp.asarray(images), run.config.data, 255)
@@ -83,13 +84,14 @@ def test_the_step_on_eight_devices_gathers_no_batch():
     data = jax.device_put((part.images, part.labels, jnp.arange(run.num_images)), everywhere)
 
     def program(step):
-        return steps.jit_array_step(step, run.mesh, 16).lower(run.fresh_state(), *data, 0, 0.1).compile().as_text()
+        lowered = steps.jit_array_step(step, run.mesh, 16).lower(run.fresh_state(), *data, 0, SCHEDULE)
+        return lowered.compile().as_text()
 
     text = program(train_step)
     assert "all-gather" not in text and "all-to-all" not in text
     assert "all-reduce" in text  # the sum of the gradients: the batch is divided
 
-    def gathering(state, images, labels, epsilon):
+    def gathering(state, images, labels, schedule):
         pixels = images / jnp.float32(255)
         return state, jax.lax.with_sharding_constraint(pixels, everywhere).sum((1, 2, 3)) * labels
 
@@ -100,13 +102,13 @@ def test_the_step_on_eight_devices_gathers_no_batch():
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count():
     run = make_run(1)
     train_batch = run.batch_runner(0)
-    state, _ = train_batch(run.fresh_state(), 0, 0.1)
+    state, _ = train_batch(run.fresh_state(), 0, SCHEDULE)
     before = jax.tree.map(jnp.copy, state)
-    kept, metrics = train_batch(jax.tree.map(jnp.copy, state), 1, math.nan)
+    kept, metrics = train_batch(jax.tree.map(jnp.copy, state), 1, SCHEDULE._replace(epsilon=math.nan))
     flags = {name: bool(value) for name, value in metrics["finite"].items()}
     assert not flags["loss"] and flags["logits"] and flags["norm estimates"] and not flags["gradient of stem"]
     assert differing(before, kept) == [".step"]
-    moved, metrics = train_batch(state, 1, 0.1)  # control
+    moved, metrics = train_batch(state, 1, SCHEDULE)  # control
     assert all(metrics["finite"].values()) and len(differing(before, moved)) > 10
 
 
@@ -131,17 +133,24 @@ def test_vectors_are_warm_started_and_reach_the_norm_of_the_dense_matrix():
     assert sum(cold.values()) > 5 * sum(gaps.values())  # control: without the steps before, one iteration is far off
 
 
+CRM = set(steps.CRM)
+
+
 @pytest.mark.parametrize("name", sorted(steps.LOSSES))
 def test_every_loss_has_the_signature_of_the_step(name):
     config = tiny_config(**{"loss.name": name})
     logits, labels = jnp.array([[1.0, 0.5, 0.0], [0.0, 2.0, 1.0]]), jnp.array([0, 2])
     lipschitz = jnp.ones((3, 3)) - jnp.eye(3)
-    found = steps.LOSSES[name](config.loss)(logits, labels, lipschitz, 0.3)
+    schedule = optimizer.LossSchedule(epsilon=0.3, weight=1.0, radius=2.0)
+    found = steps.LOSSES[name](config.loss)(logits, labels, lipschitz, schedule)
     assert found.shape == (2,) and jnp.isfinite(found).all() and found[0] < found[1]
     heavier = config.copy_and_resolve_references()
     heavier.loss.trades_weight = 5.0
-    changed = steps.LOSSES[name](heavier.loss)(logits, labels, lipschitz, 0.3)
+    changed = steps.LOSSES[name](heavier.loss)(logits, labels, lipschitz, schedule)
     assert bool(jnp.any(changed != found)) == (name == "trades")
+    for field, readers in (("epsilon", {"emma", "margin", "gloro", "trades"}), ("weight", CRM), ("radius", CRM)):
+        later = steps.LOSSES[name](config.loss)(logits, labels, lipschitz, schedule._replace(**{field: 0.1}))
+        assert bool(jnp.any(later != found)) == (name in readers), field
 
 
 # ---- optimizer.py --------------------------------------------------------------------------------------------------
@@ -173,6 +182,57 @@ def test_the_training_radius_rises_linearly_by_epoch():
         assert optimizer.epsilon_at(config, epoch, 20) == pytest.approx(expected, rel=1e-14)
     at_once = tiny_config(**{"loss.epsilon_ramp": 0.0, "loss.epsilon": 0.25, "loss.epsilon_end": 2.0}).loss
     assert optimizer.epsilon_at(at_once, 0, 20) == 0.5
+
+
+def test_the_exponential_schedule_is_the_closed_form():
+    """Constant for decay_from epochs, then straight in the logarithm to final_fraction at the last step."""
+    for warmup_epochs, decay_from, num_epochs in ((0.0, 2.0, 5), (1.0, 2.0, 5), (1.0, 0.0, 3), (0.0, 0.0, 1)):
+        config = tiny_config(**{"optimizer.learning_rate": 0.3, "optimizer.schedule": "exponential"}).optimizer
+        with config.unlocked():
+            config.update({"warmup_epochs": warmup_epochs, "decay_from": decay_from, "final_fraction": 1e-3})
+        rate = optimizer.learning_rate_schedule(config, 10, num_epochs)
+        warmup, last = int(10 * warmup_epochs), 10 * num_epochs - 1
+        begin = max(10 * decay_from, warmup)
+        for i in range(last + 1):
+            expected = 0.3 * ((i + 1) / warmup if i < warmup else 1e-3 ** max(0.0, (i - begin) / (last - begin)))
+            # log(1e-3) = -7: the exponent's rounding is multiplied by it.
+            assert abs(float(rate(i)) - expected) <= 20 * EPS32 * expected, (i, warmup_epochs, decay_from)
+        assert float(rate(last)) == pytest.approx(3e-4, rel=20 * EPS32)
+    with config.unlocked():
+        config.decay_from = 5.0  # never: not below the number of epochs
+    constant = optimizer.learning_rate_schedule(config, 10, 5)
+    assert float(constant(0)) == float(constant(49)) == pytest.approx(0.3)
+
+
+def test_the_weight_of_crm_starts_late_and_both_grow_from_then_on():
+    changes = {"loss.weight": 30.0, "loss.radius": 2.2, "loss.weight_start_epoch": 10}
+    config = tiny_config(**changes).loss
+    found = [optimizer.loss_schedule(config, epoch, 20) for epoch in range(20)]
+    assert [schedule.weight for schedule in found] == 10 * [0.0] + 10 * [30.0]
+    assert {schedule.radius for schedule in found} == {2.2}
+    assert [schedule.epsilon for schedule in found] == [optimizer.epsilon_at(config, epoch, 20) for epoch in range(20)]
+    config = tiny_config(**changes, **{"loss.weight_growth": 1.1, "loss.radius_growth": 0.9}).loss
+    for epoch in (0, 9, 10, 11, 15):
+        schedule, grown = optimizer.loss_schedule(config, epoch, 20), max(epoch - 10, 0)
+        assert schedule.weight == pytest.approx(30 * 1.1**grown if epoch >= 10 else 0.0, rel=1e-14)
+        assert schedule.radius == pytest.approx(2.2 * 0.9**grown, rel=1e-14)
+
+
+def test_adam_is_torchs():
+    """m and v corrected for their start, eps beside the root, the decay in the gradient."""
+    config = tiny_config(**{"optimizer.name": "adam", "optimizer.learning_rate": 0.1, "optimizer.eps": 0.5}).optimizer
+    with config.unlocked():
+        config.update({"schedule": "step", "warmup_epochs": 0.0, "clip_norm": 0.0, "weight_decay": 0.25})
+    transform = optimizer.make_optimizer(config, 10, 1)
+    params = {"matrix": jnp.array([[2.0]])}
+    state, p, m, v = transform.init(params), 2.0, 0.0, 0.0
+    for i in range(1, 5):
+        updates, state = transform.update({"matrix": jnp.array([[float(i)]])}, state, params)
+        params = optax.apply_updates(params, updates)
+        g = i + 0.25 * p
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        p -= 0.1 * (m / (1 - 0.9**i)) / (math.sqrt(v / (1 - 0.999**i)) + 0.5)
+        np.testing.assert_allclose(params["matrix"], [[p]], rtol=1e-5)
 
 
 def test_gradients_are_clipped_by_their_global_norm():

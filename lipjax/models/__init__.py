@@ -1,11 +1,12 @@
 """Models by name: get_model(config.model, input_shape=..., num_classes=...)."""
 
 from lipjax.errors import UserError
+from lipjax.models.convnet import ConvNet
 from lipjax.models.lipconvnet import LipConvnet
 from lipjax.models.liresnet import LiResNet
 from lipjax.nn import LipschitzModel
 
-_MODELS = {"lipconvnet": LipConvnet, "liresnet": LiResNet}
+_MODELS = {"convnet": ConvNet, "lipconvnet": LipConvnet, "liresnet": LiResNet}
 
 
 def get_model(config, *, input_shape: tuple[int, int, int], num_classes: int, batch_size: int = 128) -> LipschitzModel:
@@ -27,4 +28,4 @@ def get_model(config, *, input_shape: tuple[int, int, int], num_classes: int, ba
     return model
 
 
-__all__ = ["LipConvnet", "LiResNet", "get_model"]
+__all__ = ["ConvNet", "LipConvnet", "LiResNet", "get_model"]

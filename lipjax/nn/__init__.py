@@ -1,6 +1,17 @@
 """Flax Linen modules that own parameters and build operators; no maths of their own."""
 
-from lipjax.nn.layers import COLLECTION, Conv, Dense, LinearHead, LinearResidual, flatten
+from lipjax.nn.layers import (
+    COLLECTION,
+    ELEMENTWISE,
+    Conv,
+    Dense,
+    LinearHead,
+    LinearResidual,
+    flatten,
+    torch_bias,
+    torch_conv,
+    torch_linear,
+)
 from lipjax.nn.model import LipschitzModel
 from lipjax.nn.orthogonal import (
     ACTIVATIONS,
@@ -18,6 +29,7 @@ from lipjax.nn.orthogonal import (
 __all__ = [
     "ACTIVATIONS",
     "COLLECTION",
+    "ELEMENTWISE",
     "POOLINGS",
     "SOC",
     "Cayley",
@@ -33,4 +45,7 @@ __all__ = [
     "ProjectionPool",
     "SOCHead",
     "flatten",
+    "torch_bias",
+    "torch_conv",
+    "torch_linear",
 ]

@@ -4,6 +4,7 @@
 have fewer terms. Heads return one operator without a name.
 """
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -24,6 +25,37 @@ orthogonal = nn.initializers.orthogonal
 def torch_linear(key, shape, dtype=float):
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for (out, in) matrices: torch's default of a linear layer."""
     return jax.random.uniform(key, shape, dtype, -1, 1) * shape[1] ** -0.5
+
+
+def torch_conv(key, shape, dtype=float):
+    """As `torch_linear`, for HWIO kernels: torch's default of a convolution."""
+    return jax.random.uniform(key, shape, dtype, -1, 1) * math.prod(shape[:3]) ** -0.5
+
+
+def symmetric_uniform(bound: float) -> Initializer:
+    """U(-bound, bound)."""
+    return lambda key, shape, dtype=float: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def zero_bias(fan_in: int) -> Initializer:
+    """Biases that start at 0."""
+    del fan_in
+    return nn.initializers.zeros
+
+
+def torch_bias(fan_in: int) -> Initializer:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's default of the bias of any layer."""
+    return symmetric_uniform(fan_in**-0.5)
+
+
+ELEMENTWISE: dict[str, Callable] = {
+    "relu": operators.ReLU,
+    "leaky_relu": operators.LeakyReLU,
+    "tanh": operators.Tanh,
+    "sigmoid": operators.Sigmoid,
+    "softplus": operators.Softplus,
+}
+"""Activations that act on each entry, by name: in_shape -> operator. LipLT takes them; `ACTIVATIONS` mix channels."""
 
 
 def flatten(in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
@@ -54,7 +86,10 @@ def with_bias(
 
 
 class Conv(nn.Module):
-    """An unconstrained convolution, bias and activation; its norm is estimated and bounded as that of any operator."""
+    """An unconstrained convolution, bias and activation; its norm is estimated and bounded as that of any operator.
+
+    bias_init: fan_in -> initializer; fan_in is the number of entries of the input that an output depends on.
+    """
 
     features: int
     kernel_size: int
@@ -63,13 +98,14 @@ class Conv(nn.Module):
     use_bias: bool = True
     activation: Callable | None = operators.MaxMin
     kernel_init: Initializer = orthogonal()
+    bias_init: Callable[[int], Initializer] = zero_bias
 
     @nn.compact
     def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
         shape = (self.kernel_size, self.kernel_size, in_shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         op = operators.Conv(kernel, tuple(in_shape), self.strides, self.padding)
-        return with_bias(self, [op], self.use_bias, self.activation)
+        return with_bias(self, [op], self.use_bias, self.activation, self.bias_init(math.prod(shape[:3])))
 
 
 class LinearResidual(nn.Module):
@@ -90,27 +126,30 @@ class LinearResidual(nn.Module):
 
 
 class Dense(nn.Module):
-    """An unconstrained dense layer, bias and activation."""
+    """An unconstrained dense layer, bias and activation. bias_init: as `Conv`'s."""
 
     features: int
     use_bias: bool = True
     activation: Callable | None = operators.MaxMin
     kernel_init: Initializer = orthogonal()
+    bias_init: Callable[[int], Initializer] = zero_bias
 
     @nn.compact
     def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
         matrix = self.param("matrix", self.kernel_init, (self.features, in_shape[-1]))
-        return with_bias(self, [operators.Dense(matrix)], self.use_bias, self.activation)
+        bias_init = self.bias_init(in_shape[-1])
+        return with_bias(self, [operators.Dense(matrix)], self.use_bias, self.activation, bias_init)
 
 
 class LinearHead(nn.Module):
-    """Logits by rows of length 1 (normalize=True, LLN) or free rows (False), plus a bias."""
+    """Logits by rows of length 1 (normalize=True, LLN) or free rows (False), plus a bias. bias_init: as `Conv`'s."""
 
     num_classes: int
     normalize: bool = True
+    bias_init: Callable[[int], Initializer] = zero_bias
 
     @nn.compact
     def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> operators.LinearHead:
         matrix = self.param("matrix", torch_linear, (self.num_classes, in_shape[-1]))
-        bias = self.param("bias", nn.initializers.zeros, (self.num_classes,))
+        bias = self.param("bias", self.bias_init(in_shape[-1]), (self.num_classes,))
         return operators.LinearHead(lln.normalize_rows(matrix) if self.normalize else matrix, bias)

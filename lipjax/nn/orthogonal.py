@@ -8,16 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipjax import activations, conv, operators, pooling
-from lipjax.nn.layers import COLLECTION, Initializer, NamedOperators, torch_linear, with_bias
+from lipjax.nn.layers import COLLECTION, NamedOperators, symmetric_uniform, torch_linear, with_bias
 from lipjax.parametrize import cayley, soc, soc_forms
 
 # Power iterations of the reshaped norms before the first step: as many as the papers' code makes now and then.
 _START_ITERS = 50
-
-
-def symmetric_uniform(bound: float) -> Initializer:
-    """U(-bound, bound)."""
-    return lambda key, shape, dtype=float: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def _skew_kernel(module: nn.Module, name: str, shape: tuple[int, ...], scale: float | None, iters: int, train: bool):

@@ -13,7 +13,7 @@ from lipjax.errors import UserError
 from lipjax.training import optimizer
 from lipjax.training.data import NAMES
 from lipjax.training.report import radius_key
-from lipjax.training.step import CURVATURE, LOSSES
+from lipjax.training.step import CURVATURE, LIPSCHITZ, LOSSES
 
 PRECISIONS = ("default", "high", "highest")
 
@@ -30,6 +30,7 @@ def default_config() -> Any:
     config.matmul_precision = "default"  # of the forward and backward pass; norms are estimated at the highest
     config.train_head_only = False  # keep all but the head as config.init_from left it
     config.init_from = ""  # directory of a finished run of the same layers, whose best checkpoint training starts from
+    config.lipschitz = "product"  # what estimates L in training and validation: the product of norms, or "liplt"
     config.power_iterations = 10  # per training step, warm-started
     config.power_iterations_eval = 100  # before a validation
 
@@ -66,15 +67,26 @@ def default_config() -> Any:
     config.loss.trades_weight = 1.0  # lambda, read by the loss "trades"
     config.loss.gamma = 0.0  # weight of the certified radius, read by the loss "certificate_regularization"
     config.loss.curvature_weight = 0.01  # beta, read by the loss "curvature", for models with an MLP head
+    # Read by the losses "crm" and "crm_max".
+    config.loss.temperature = 5.0  # t of the soft minimum of the radii, in 1 / pixel unit
+    config.loss.radius = 0.2  # r_0: only images certified below this radius are penalised
+    config.loss.weight = 15.0  # lambda of the penalty
+    config.loss.weight_start_epoch = 10  # lambda is 0 in that many epochs
+    config.loss.weight_growth = 1.0  # factor of lambda per epoch, from then on
+    config.loss.radius_growth = 1.0  # likewise of r_0
+    config.loss.include_misclassified = False  # penalise wrongly classified images too, which makes them robustly wrong
+    config.loss.boosted = False  # cross-entropy that also pushes down the largest wrong probability
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 1e-3
+    config.optimizer.eps = 1e-8  # in the denominator of adam, adamw and nadamw
     config.optimizer.schedule = "cosine"
+    config.optimizer.decay_from = 0.0  # epochs; read by the schedule "exponential", which is constant until then
     config.optimizer.weight_decay = 0.0
     config.optimizer.decay = "all"  # what weight decay shrinks: all but activations' angles, or only the "weights"
     config.optimizer.warmup_epochs = 1.0
-    config.optimizer.final_fraction = 1e-5  # of the learning rate, at the end of the cosine
+    config.optimizer.final_fraction = 1e-5  # of the learning rate, at the end of the schedule
     config.optimizer.clip_norm = 3.0  # global norm of the gradients; 0: no clipping
 
     config.checkpoint = ml_collections.ConfigDict()
@@ -112,6 +124,7 @@ def validate(config) -> None:
         seeds,
     )
     _check(config.matmul_precision in PRECISIONS, "matmul_precision", f"one of {PRECISIONS}", config.matmul_precision)
+    _check(config.lipschitz in LIPSCHITZ, "lipschitz", f"one of {LIPSCHITZ}", config.lipschitz)
     for field in ("validation_fraction", "test_fraction"):
         _check(0 <= config.data[field] < 1, f"data.{field}", "a fraction in [0, 1)", config.data[field])
     _check(config.data.image_size >= 0, "data.image_size", "0 or a number of pixels", config.data.image_size)
@@ -130,9 +143,13 @@ def validate(config) -> None:
     _check(positive, "model.input_std", "positive float32 numbers, one or one per channel", std)
     names = sorted([*LOSSES, CURVATURE])
     _check(config.loss.name in names, "loss.name", f"one of {names}", config.loss.name)
-    for field in ("epsilon", "epsilon_end"):
+    for field in ("epsilon", "epsilon_end", "temperature", "radius"):
         _check(0 < config.loss[field] < math.inf, f"loss.{field}", "a positive number", config.loss[field])
-    for field in ("epsilon_start", "trades_weight", "gamma", "curvature_weight"):
+    for field in ("weight_growth", "radius_growth"):
+        factor = config.loss[field]
+        moderate = factor > 0 and config.num_epochs * abs(math.log10(factor)) < 30
+        _check(moderate, f"loss.{field}", "a positive factor per epoch that stays within 1e30 over all of them", factor)
+    for field in ("epsilon_start", "trades_weight", "gamma", "curvature_weight", "weight", "weight_start_epoch"):
         _check(config.loss[field] >= 0, f"loss.{field}", "at least 0", config.loss[field])
     _check(0 <= config.loss.epsilon_ramp <= 1, "loss.epsilon_ramp", "a fraction in [0, 1]", config.loss.epsilon_ramp)
     names = sorted(optimizer.OPTIMIZERS)
@@ -140,8 +157,11 @@ def validate(config) -> None:
     _check(0 < config.optimizer.learning_rate, "optimizer.learning_rate", "positive", config.optimizer.learning_rate)
     for field, known in (("schedule", optimizer.SCHEDULES), ("decay", optimizer.DECAYED)):
         _check(config.optimizer[field] in known, f"optimizer.{field}", f"one of {known}", config.optimizer[field])
-    for field in ("weight_decay", "warmup_epochs", "final_fraction", "clip_norm"):
+    _check(0 < config.optimizer.eps, "optimizer.eps", "positive", config.optimizer.eps)
+    for field in ("weight_decay", "warmup_epochs", "decay_from", "final_fraction", "clip_norm"):
         _check(0 <= config.optimizer[field] < math.inf, f"optimizer.{field}", "at least 0", config.optimizer[field])
+    ends = config.optimizer.final_fraction > 0 or config.optimizer.schedule != "exponential"
+    _check(ends, "optimizer.final_fraction", 'above 0 for the schedule "exponential"', config.optimizer.final_fraction)
     for field in ("every_epochs", "keep"):
         _check(config.checkpoint[field] >= 1, f"checkpoint.{field}", "at least 1", config.checkpoint[field])
     _check(config.checkpoint.every_steps >= 0, "checkpoint.every_steps", "at least 0", config.checkpoint.every_steps)

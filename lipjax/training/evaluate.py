@@ -82,7 +82,8 @@ def certify_run(workdir: str | os.PathLike, config, seed: int, run: Run | None =
     _check_not_broken(network, certificate, images, pixel_max, attack, workdir)
     report = reports.make_report(certificate, labels, options.radii, attack, labels[:attacked])
     report |= {"seed": seed, "step": step, "frozen_sha256": network.sha256()}
-    vectors = state.lip["vectors"]
+    # Those of LipLT are of whole chains of layers.
+    vectors = state.lip["vectors"] if config.lipschitz == "product" else None
     document = _document(network, certificate, labels, run, config, seed, step, vectors)
     certify.write_json(workdir / "certificate.json", document)
     certify.write_json(workdir / "report.json", report)
@@ -142,6 +143,7 @@ def _document(network, certificate, labels, run: Run, config, seed: int, step: i
         },
         "platform": f"{platform.system()} {platform.machine()}",
         "layers": certify.layer_rows(network.lipschitz_report(), network.norm_estimates(vectors)),
+        "liplt": certify.liplt_rows(network.liplt_report()),
         "margin_lipschitz": constants.tolist(),
         "images": certify.image_rows(certificate, labels),
     }

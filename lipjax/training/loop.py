@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from lipjax.certify import write_json
-from lipjax.errors import UserError
+from lipjax.errors import NotCertifiable, UserError
 from lipjax.models import get_model
 from lipjax.nn import COLLECTION
 from lipjax.training import optimizer as optimizers
@@ -94,10 +94,14 @@ class Run:
         self.pixel_max = self.dataset.pixel_max
 
         def initialise():
-            return steps.init_state(self.model, self.optimizer, jax.random.key(seed))
+            return steps.init_state(self.model, self.optimizer, jax.random.key(seed), config.lipschitz)
 
         try:
             abstract = jax.eval_shape(initialise)
+        except NotCertifiable as error:
+            raise UserError(
+                f'config.lipschitz "liplt" does not fit config.model: {error} Set config.lipschitz to "product".'
+            ) from error
         except (
             TypeError,
             ValueError,
@@ -135,7 +139,7 @@ class Run:
         return state
 
     def batch_runner(self, first_step: int):
-        """A function (state, step, epsilon) -> (state, metrics) that trains on the batch of that step."""
+        """A function (state, step, schedule) -> (state, metrics) that trains on the batch of that step."""
         train_step = steps.make_train_step(self.model, self.optimizer, self.config, self.mesh, self.pixel_max)
         if isinstance(self.dataset, StreamDataset):
             return self._stream_runner(train_step, self.dataset, first_step)
@@ -146,11 +150,11 @@ class Run:
         order_of = jax.jit(steps.epoch_order, static_argnums=2, out_shardings=everywhere)
         current = {"epoch": -1, "order": None}
 
-        def run(state, step, epsilon):
+        def run(state, step, schedule):
             epoch, position = divmod(step, self.steps_per_epoch)
             if current["epoch"] != epoch:
                 current.update(epoch=epoch, order=order_of(state.key, epoch, self.num_images))
-            return jitted(state, images, labels, current["order"], position * self.config.batch_size, epsilon)
+            return jitted(state, images, labels, current["order"], position * self.config.batch_size, schedule)
 
         return run
 
@@ -161,11 +165,11 @@ class Run:
             self.config.batch_size, self.seed, first_step, jax.process_index(), jax.process_count()
         )
 
-        def run(state, step, epsilon):
+        def run(state, step, schedule):
             del step  # the iterator started at first_step
             images, labels = next(batches)
             images = jax.make_array_from_process_local_data(split, images)
-            return jitted(state, images, jax.make_array_from_process_local_data(split, labels), epsilon)
+            return jitted(state, images, jax.make_array_from_process_local_data(split, labels), schedule)
 
         return run
 
@@ -309,8 +313,8 @@ def _train_epochs(run: Run, state, checkpointer: Checkpointer, writer: MetricWri
     with writer.progress(run.total_steps, first) as progress:
         for step in range(first, run.total_steps):
             epoch, done = step // run.steps_per_epoch, step + 1
-            epsilon = optimizers.epsilon_at(config.loss, epoch, config.num_epochs)
-            state, metrics = train_batch(state, step, epsilon)
+            schedule = optimizers.loss_schedule(config.loss, epoch, config.num_epochs)
+            state, metrics = train_batch(state, step, schedule)
             # One step behind, so that the device always has work while the host looks at numbers.
             if pending is not None:
                 collect(pending)
@@ -323,7 +327,9 @@ def _train_epochs(run: Run, state, checkpointer: Checkpointer, writer: MetricWri
             if not ends_epoch:
                 save(done, None)
                 continue
-            shown = averages() | {"epsilon": epsilon, "learning_rate": np.asarray(rate(step)).item()}
+            shown = averages() | {"epsilon": schedule.epsilon, "learning_rate": np.asarray(rate(step)).item()}
+            if config.loss.name in steps.CRM:
+                shown |= {"crm_weight": schedule.weight, "crm_radius": schedule.radius}
             writer.write(done, shown, "train")
             totals.clear()
             if (epoch + 1) % config.checkpoint.every_epochs == 0 or done == run.total_steps:

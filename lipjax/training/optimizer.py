@@ -1,16 +1,28 @@
-"""Optimisers and schedules, from optax."""
+"""Optimisers from optax, and what follows a schedule: the learning rate by step, the losses' numbers by epoch."""
+
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
+
+def _decay_in_gradient(update: optax.GradientTransformation, config, mask) -> optax.GradientTransformation:
+    """As torch's optimisers have it: the decay is part of the gradient."""
+    return optax.chain(optax.add_decayed_weights(config.weight_decay, mask), update)
+
+
+# Of (learning-rate schedule, optimizer group of the config, mask of what decays).
 OPTIMIZERS = {
-    "adamw": lambda rate, decay, mask: optax.adamw(rate, weight_decay=decay, mask=mask),
-    "nadamw": lambda rate, decay, mask: optax.nadamw(rate, weight_decay=decay, mask=mask),
-    # As torch's SGD: the decay is part of the gradient, and momentum 0.9 is not Nesterov's.
-    "sgd": lambda rate, decay, mask: optax.chain(optax.add_decayed_weights(decay, mask), optax.sgd(rate, momentum=0.9)),
+    "adam": lambda rate, config, mask: _decay_in_gradient(optax.adam(rate, eps=config.eps), config, mask),
+    "adamw": lambda rate, config, mask: optax.adamw(rate, eps=config.eps, weight_decay=config.weight_decay, mask=mask),
+    "nadamw": lambda rate, config, mask: optax.nadamw(
+        rate, eps=config.eps, weight_decay=config.weight_decay, mask=mask
+    ),
+    # Momentum 0.9, not Nesterov's.
+    "sgd": lambda rate, config, mask: _decay_in_gradient(optax.sgd(rate, momentum=0.9), config, mask),
 }
 
-SCHEDULES = ("cosine", "step", "triangle")
+SCHEDULES = ("cosine", "exponential", "step", "triangle")
 DECAYED = ("all", "weights")
 
 
@@ -33,11 +45,12 @@ def decay_mask(which: str):
 def learning_rate_schedule(config, steps_per_epoch: int, num_epochs: int) -> optax.Schedule:
     """Per step: linear warm-up, then what `schedule` names, down to final_fraction of the peak one step after the last.
 
-    "cosine"; "step": a tenth of the rate from 1/2 of the epochs on and a hundredth from 3/4 (final_fraction is not
-    used); "triangle": up to the peak at 2/5 of the epochs, 1/20 of it at 4/5, then to final_fraction (no other
-    warm-up).
+    "cosine"; "exponential": the peak for decay_from epochs, then final_fraction^t, t from 0 to 1 at the last step
+    (without decay if decay_from is not below num_epochs); "step": a tenth of the rate from 1/2 of the epochs on and a
+    hundredth from 3/4 (final_fraction is not used); "triangle": up to the peak at 2/5 of the epochs, 1/20 of it at 4/5,
+    then to final_fraction (no other warm-up).
 
-    Args: config: the optimizer group: schedule, learning_rate, warmup_epochs, final_fraction.
+    Args: config: the optimizer group: schedule, learning_rate, warmup_epochs, final_fraction, decay_from.
     """
     total, peak = steps_per_epoch * num_epochs, config.learning_rate
     if config.schedule == "triangle":
@@ -53,6 +66,10 @@ def learning_rate_schedule(config, steps_per_epoch: int, num_epochs: int) -> opt
         # Counted from the end of the warm-up, because joined schedules count from their own start.
         drops = {max(1, round(fraction * total) - warmup): 0.1 for fraction in (0.5, 0.75)}
         decay = optax.piecewise_constant_schedule(peak, drops)
+    elif config.schedule == "exponential":
+        begin = max(0, round(config.decay_from * steps_per_epoch) - warmup)
+        transition = max(1, total - 1 - warmup - begin)
+        decay = optax.exponential_decay(peak, transition, config.final_fraction, transition_begin=begin)
     else:
         decay = optax.cosine_decay_schedule(peak, max(1, total - warmup), alpha=config.final_fraction)
     if warmup == 0:
@@ -70,7 +87,7 @@ def make_optimizer(
     Args: config: the optimizer group. head_only: leaves all parameters but those of "head" as they are.
     """
     rate = learning_rate_schedule(config, steps_per_epoch, num_epochs)
-    update = OPTIMIZERS[config.name](rate, config.weight_decay, decay_mask(config.decay))
+    update = OPTIMIZERS[config.name](rate, config, decay_mask(config.decay))
     if config.clip_norm:
         update = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
     if head_only:
@@ -92,3 +109,32 @@ def epsilon_at(config, epoch: int, num_epochs: int) -> float:
     ramp = config.epsilon_ramp * num_epochs
     reached = 1.0 if ramp == 0 else min(epoch / ramp, 1.0)
     return config.epsilon * (config.epsilon_start + (config.epsilon_end - config.epsilon_start) * reached)
+
+
+class LossSchedule(NamedTuple):
+    """What losses take from the epoch.
+
+    Attributes:
+      epsilon: the training radius, pixel units.
+      weight, radius: lambda and r_0 of the CRM losses, in nats per pixel unit and in pixel units.
+    """
+
+    epsilon: Any
+    weight: Any
+    radius: Any
+
+
+def loss_schedule(config, epoch: int, num_epochs: int) -> LossSchedule:
+    """The numbers of an epoch (counted from 0), as Python floats.
+
+    epsilon by `epsilon_at`. From weight_start_epoch on, epoch s, weight and radius grow by their factors: weight
+    weight_growth^(epoch - s), 0 before; radius radius_growth^(epoch - s), radius before.
+
+    Args: config: the loss group.
+    Source: the code of Fazlyab et al. 2023, arXiv:2310.00116 (10 epochs without weight).
+    """
+    grown = max(epoch - config.weight_start_epoch, 0)
+    weight = config.weight * config.weight_growth**grown
+    radius = config.radius * config.radius_growth**grown
+    started = epoch >= config.weight_start_epoch
+    return LossSchedule(epsilon_at(config, epoch, num_epochs), float(weight) if started else 0.0, float(radius))

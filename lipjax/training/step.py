@@ -14,20 +14,39 @@ from lipjax.nn import COLLECTION, LipschitzModel
 from lipjax.operators import MLPHead
 from lipjax.training import augment, sharding
 
-# Of (logits, labels, lipschitz, epsilon). The loss "curvature" needs more: see `_per_example_loss`.
+
+def _at_epsilon(loss):
+    return lambda logits, labels, lipschitz, schedule: loss(logits, labels, lipschitz, schedule.epsilon)
+
+
+def _crm(loss, config):
+    fixed = {name: config[name] for name in ("temperature", "include_misclassified", "boosted")}
+
+    def scheduled(logits, labels, lipschitz, schedule):
+        return loss(logits, labels, lipschitz, weight=schedule.weight, radius=schedule.radius, **fixed)
+
+    return scheduled
+
+
+# The loss group of the config -> a function of (logits, labels, lipschitz, `optimizer.LossSchedule`). The loss
+# "curvature" needs more: see `_per_example_loss`.
 LOSSES = {
-    "emma": lambda config: losses.emma,
-    "margin": lambda config: losses.margin,
-    "gloro": lambda config: losses.gloro,
-    "trades": lambda config: functools.partial(losses.trades, weight=config.trades_weight),
+    "emma": lambda config: _at_epsilon(losses.emma),
+    "margin": lambda config: _at_epsilon(losses.margin),
+    "gloro": lambda config: _at_epsilon(losses.gloro),
+    "trades": lambda config: _at_epsilon(functools.partial(losses.trades, weight=config.trades_weight)),
     "certificate_regularization": lambda config: (
-        lambda logits, labels, lipschitz, epsilon: losses.certificate_regularization(
+        lambda logits, labels, lipschitz, schedule: losses.certificate_regularization(
             logits, labels, lipschitz, config.gamma
         )
     ),
-    "cross_entropy": lambda config: lambda logits, labels, lipschitz, epsilon: losses.cross_entropy(logits, labels),
+    "crm": lambda config: _crm(losses.crm, config),
+    "crm_max": lambda config: _crm(losses.crm_max, config),
+    "cross_entropy": lambda config: lambda logits, labels, lipschitz, schedule: losses.cross_entropy(logits, labels),
 }
 CURVATURE = "curvature"
+CRM = ("crm", "crm_max")
+LIPSCHITZ = ("product", "liplt")
 METRIC = "certified_accuracy_estimate"
 # Up to this many classes the curvatures of all pairs are cheaper than those of every image's own rivals, of which the
 # papers' code takes 9. Power iterations from a warm vector.
@@ -51,14 +70,23 @@ class TrainState:
     key: Any
 
 
-def init_state(model: LipschitzModel, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """A fresh state. key: typed PRNG key."""
+def init_state(
+    model: LipschitzModel, optimizer: optax.GradientTransformation, key: jax.Array, lipschitz: str = "product"
+) -> TrainState:
+    """A fresh state. key: typed PRNG key. lipschitz: one of LIPSCHITZ, for whose estimate it has the start vectors.
+
+    Raises: NotCertifiable if lipschitz is "liplt" and the network is none that it is for.
+    """
     init_key, data_key = jax.random.split(key)
     variables: Any = model.init(init_key, jnp.zeros((1, *model.input_shape)))
     # Single precision, whatever the process does by default: pixels are, and the two would not mix.
     params, lip = jax.tree.map(
         lambda a: a.astype(jnp.float32), (variables["params"], {"vectors": {}, **variables.get(COLLECTION, {})})
     )
+    if lipschitz == "liplt":
+        network: Any = model.apply({"params": params, COLLECTION: lip}, method="build")
+        vectors = bounds.init_liplt_vectors(network, jax.random.fold_in(init_key, 1))
+        lip["vectors"] = jax.tree.map(lambda v: v.astype(jnp.float32), vectors)
     return TrainState(jnp.zeros((), jnp.int32), params, lip, optimizer.init(params), data_key)
 
 
@@ -82,12 +110,16 @@ def _finite(tree) -> jax.Array:
     return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
-def estimate_constants(network, lip, num_iters: int):
+def estimate_constants(network, lip, num_iters: int, lipschitz: str):
     """Estimates, perhaps low, that radii and losses are made of, and the state with its vectors advanced.
 
-    Returns: ({"features": the Lipschitz constant of pixels -> features, "lipschitz": (k, k), of the logit differences,
-      "curvature": (k, k), of an MLP head}, lip).
+    Args: lipschitz: one of LIPSCHITZ, what the estimate is made by; lip["vectors"] are that one's.
+    Returns: ({"lipschitz": (k, k), of the logit differences; unless by "liplt" also "features": the Lipschitz constant
+      of pixels -> features, and "curvature": (k, k), of an MLP head}, lip).
     """
+    if lipschitz == "liplt":
+        constants, vectors = bounds.margin_liplt_estimate(network, lip["vectors"], num_iters)
+        return {"lipschitz": constants}, {**lip, "vectors": vectors}
     product, vectors = bounds.feature_lipschitz_estimate(network, lip["vectors"], num_iters)
     constants = {"features": product, "lipschitz": product * network.head.pairwise_lipschitz()}
     lip = {**lip, "vectors": vectors}
@@ -123,21 +155,22 @@ def _curvatures(head: MLPHead, vector, logits, labels):
     return jnp.maximum(*sides)
 
 
-def _per_example_loss(config, network, lip, logits, labels, constants, epsilon):
+def _per_example_loss(config, network, lip, logits, labels, constants, schedule):
     if config.name == CURVATURE:
         curvatures = _curvatures(network.head, lip["head"]["vector"], logits, labels)
         return losses.curvature_penalty(logits, labels, curvatures, config.curvature_weight)
-    return LOSSES[config.name](config)(logits, labels, constants["lipschitz"], epsilon)
+    return LOSSES[config.name](config)(logits, labels, constants["lipschitz"], schedule)
 
 
 def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int):
-    """The training step (state, images, labels, epsilon) -> (state, metrics).
+    """The training step (state, images, labels, schedule) -> (state, metrics).
 
-    images: uint8 (global batch, h, w, c); labels: int32; epsilon: the training radius, pixel units. A step that meets a
-    value that is not finite leaves parameters, state and optimizer as they are; metrics["finite"] says where it was.
+    images: uint8 (global batch, h, w, c); labels: int32; schedule: `optimizer.LossSchedule` of the epoch. A step that
+    meets a value that is not finite leaves parameters, state and optimizer as they are; metrics["finite"] says where it
+    was.
     """
 
-    def step(state: TrainState, images, labels, epsilon):
+    def step(state: TrainState, images, labels, schedule):
         key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
         pixels = preprocess(key, images, config.data, pixel_max)
         pixels = jax.lax.with_sharding_constraint(pixels, sharding.batch_sharded(mesh))
@@ -148,12 +181,12 @@ def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int):
             train = not config.train_head_only
             network, advanced = model.apply(variables, train, method="build", mutable=[COLLECTION])
             lip = {"vectors": {}, **advanced.get(COLLECTION, {})}
-            constants, lip = estimate_constants(network, lip, config.power_iterations)
+            constants, lip = estimate_constants(network, lip, config.power_iterations, config.lipschitz)
             features = network.features(pixels)
             if config.train_head_only:
                 features = jax.lax.stop_gradient(features)
             logits = network.head(features)
-            loss = jnp.mean(_per_example_loss(config.loss, network, lip, logits, labels, constants, epsilon))
+            loss = jnp.mean(_per_example_loss(config.loss, network, lip, logits, labels, constants, schedule))
             radii = radius_estimate(network, constants, features, logits)
             return loss, (logits, radii, constants, lip)
 
@@ -181,22 +214,22 @@ def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int):
 
 
 def jit_array_step(step, mesh: Mesh, batch_size: int):
-    """Jits a step for a data set that lives on the devices: (state, images, labels, order, start, epsilon).
+    """Jits a step for a data set that lives on the devices: (state, images, labels, order, start, schedule).
 
     images, labels: the whole training set, replicated; order: of this epoch; start: position of the batch in it. The
     gather of a batch-sharded index from a replicated array needs no communication.
     """
 
-    def array_step(state, images, labels, order, start, epsilon):
+    def array_step(state, images, labels, order, start, schedule):
         index = jax.lax.dynamic_slice_in_dim(order, start, batch_size)
         index = jax.lax.with_sharding_constraint(index, sharding.batch_sharded(mesh))
-        return step(state, images[index], labels[index], epsilon)
+        return step(state, images[index], labels[index], schedule)
 
     return jax.jit(array_step, donate_argnums=0, out_shardings=sharding.replicated(mesh))
 
 
 def jit_stream_step(step, mesh: Mesh):
-    """Jits a step for batches from the host: (state, images, labels, epsilon), images sharded over the mesh."""
+    """Jits a step for batches from the host: (state, images, labels, schedule), images sharded over the mesh."""
     return jax.jit(step, donate_argnums=0, out_shardings=sharding.replicated(mesh))
 
 
@@ -211,7 +244,7 @@ def make_eval_step(model, config, mesh: Mesh, pixel_max: int):
     @functools.partial(jax.jit, out_shardings=everywhere)
     def prepare(params, lip):
         network = model.apply({"params": params, COLLECTION: lip}, method="build")
-        constants, _ = estimate_constants(network, lip, config.power_iterations_eval)
+        constants, _ = estimate_constants(network, lip, config.power_iterations_eval, config.lipschitz)
         return network, constants
 
     @functools.partial(jax.jit, out_shardings=everywhere)

@@ -28,7 +28,7 @@ def state_from(
     config, _ = load_config(directory)
     other = get_model(config.model, input_shape=model.input_shape, num_classes=model.num_classes)
     optimizer = optimizers.make_optimizer(config.optimizer, 1, config.num_epochs, config.train_head_only)
-    abstract = jax.eval_shape(lambda: step.init_state(other, optimizer, jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: step.init_state(other, optimizer, jax.random.key(0), config.lipschitz))
     everywhere = sharding.replicated(mesh)
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), abstract)
     with Checkpointer(directory / "checkpoints", best_metric=step.METRIC, read_only=True) as checkpointer:

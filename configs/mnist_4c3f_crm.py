@@ -1,0 +1,43 @@
+"""4C3F (1,974,762 parameters, ReLU) trained by CRM with LipLT, MNIST (arXiv:2310.00116).
+
+Run: python train.py --config=configs/mnist_4c3f_crm.py --workdir=DIR
+Reported for the paper, as a secondary summary quotes it: 96.27 % clean, 63.37 % certified at l2 radius 1.58, by power
+iteration. Its code holds out 10 % of the training images; here it is 2 %.
+We measured: not yet run.
+"""
+
+import ml_collections
+
+from lipjax.training.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.batch_size = 512
+    config.num_epochs = 400
+    config.lipschitz = "liplt"
+    config.power_iterations = 10
+
+    config.data.name = "mnist"
+    config.data.validation_fraction = 0.02
+
+    config.model = ml_collections.ConfigDict({"name": "convnet", "variant": "4c3f", "activation": "relu"})
+
+    config.loss.name = "crm"
+    config.loss.epsilon = 1.58
+    config.loss.temperature = 5.0
+    config.loss.radius = 2.2
+    config.loss.weight = 30.0
+    config.loss.weight_start_epoch = 10
+
+    config.optimizer.name = "adam"
+    config.optimizer.eps = 1e-7
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "exponential"
+    config.optimizer.decay_from = 25.0
+    config.optimizer.final_fraction = 1e-3
+    config.optimizer.warmup_epochs = 0.0
+    config.optimizer.clip_norm = 0.0
+    config.checkpoint.every_epochs = 2
+    config.certify.radii = (0.3, 1.0, 1.58)
+    return config.lock()
