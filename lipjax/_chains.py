@@ -43,7 +43,7 @@ class HostMap:
       apply, adjoint: batches (b, *in_shape) -> (b, *out_shape), and back.
       in_shape, out_shape: without the batch axis.
       norm: proved upper bound of the spectral norm.
-      local: the computed image of any stored x is off by at most local |x| + _FLOOR, in both directions.
+      local, floor: the computed image of any stored x is off by at most local |x| + floor, in both directions.
       cost: multiplications per vector.
       window: (stride, low, size) where row p of the output depends on the rows stride p - low + (0, ..., size - 1) of
         the input alone; None where rows mix. is_adjoint: whether that is said of the adjoint instead.
@@ -58,6 +58,7 @@ class HostMap:
     cost: float
     window: tuple[int, int, int] | None = None
     is_adjoint: bool = False
+    floor: float = _FLOOR
 
     @property
     def transposed(self) -> "HostMap":
@@ -71,6 +72,7 @@ class HostMap:
             self.cost,
             self.window,
             not self.is_adjoint,
+            self.floor,
         )
 
 
@@ -184,16 +186,10 @@ def sequence(maps: Sequence[HostMap], shape: tuple[int, ...]) -> HostMap:
     """Several maps in turn as one; none is the identity on `shape`."""
     if len(maps) == 1:
         return maps[0]
-    norm, local, cost = 1.0, 0.0, 0.0
-    for m in maps:
-        # Both orders of the product are covered, since m.local may meet the longer of the two intermediate vectors.
-        local = (m.norm * local + m.local * (norm + local)) * COMPUTED
-        norm, cost = m.norm * norm * COMPUTED, cost + m.cost
-    backward = 0.0
-    reached = 1.0
-    for m in reversed(maps):
-        backward = (m.norm * backward + m.local * (reached + backward)) * COMPUTED
-        reached = m.norm * reached * COMPUTED
+    norm, *errors = _in_turn(maps)
+    _, *backward = _in_turn(maps[::-1])
+    local, floor = map(max, zip(errors, backward, strict=True))
+    cost = sum((m.cost for m in maps), start=0.0)
 
     def apply(x):
         for m in maps:
@@ -206,7 +202,17 @@ def sequence(maps: Sequence[HostMap], shape: tuple[int, ...]) -> HostMap:
         return y
 
     ends = (maps[0].in_shape, maps[-1].out_shape) if maps else (shape, shape)
-    return HostMap(apply, adjoint, *ends, norm, max(local, backward), cost)
+    return HostMap(apply, adjoint, *ends, norm, local, cost, floor=floor)
+
+
+def _in_turn(maps: Sequence[HostMap]) -> tuple[float, float, float]:
+    """Norm, local and floor of maps applied in turn. What underflows here is less than the floors added."""
+    norm, local, floor = 1.0, 0.0, 0.0
+    for m in maps:
+        local = (m.norm * local + m.local * (norm + local)) * COMPUTED + _FLOOR
+        floor = ((m.norm + m.local) * floor + m.floor) * COMPUTED
+        norm = m.norm * norm * COMPUTED + _FLOOR
+    return norm, local, floor
 
 
 def weighted_sum(first: HostMap, weight: float, second: HostMap) -> HostMap:
@@ -221,8 +227,9 @@ def weighted_sum(first: HostMap, weight: float, second: HostMap) -> HostMap:
         first.in_shape,
         first.out_shape,
         norm,
-        (local + gamma(3) * total) * COMPUTED,
+        (local + gamma(3) * total) * COMPUTED + _FLOOR,
         first.cost + second.cost,
+        floor=(first.floor + size * second.floor) * COMPUTED + _FLOOR,
     )
 
 
@@ -235,12 +242,21 @@ def row_norms(x: np.ndarray) -> np.ndarray:
 def carry(maps: Sequence[HostMap], x: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Images of vectors under maps in turn, and bounds on the distance of each to the exact image.
 
-    error: (b,), the same for x itself.
+    error: (b,), the same for x itself. An image beyond the float64 range has an infinite error.
     """
-    for m in maps:
-        error = (m.norm * error + m.local * row_norms(x) + _FLOOR) * COMPUTED
-        x = m.apply(x)
-    return x, error
+    with np.errstate(over="ignore", invalid="ignore"):
+        for m in maps:
+            error = (m.norm * error + m.local * row_norms(x) + m.floor) * COMPUTED
+            x = m.apply(x)
+        return x, np.where(np.isfinite(error) & np.isfinite(row_norms(x)), error, np.inf)
+
+
+def frobenius(errors: np.ndarray) -> float:
+    """Upper bound of the root of the sum of squares of non-negative numbers, none subnormal; infinite if one is."""
+    largest = float(errors.max(initial=0.0))
+    if largest == 0 or not math.isfinite(largest):
+        return largest
+    return math.sqrt(float(np.sum((errors / largest) ** 2))) * largest * COMPUTED
 
 
 def _unit_vectors(shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
@@ -259,7 +275,7 @@ def composition_bound(maps: Sequence[HostMap]) -> spectral.NormBound | None:
 
     The composition is formed on the smaller of its two sides, as a matrix, or as a banded Gram matrix where the matrix
     would be too large and the maps are local.
-    Raises: NotCertifiable if no Cholesky factorisation completes.
+    Raises: NotCertifiable if no Cholesky factorisation completes, or numbers leave the float64 range.
     """
     if math.prod(maps[0].in_shape) < math.prod(maps[-1].out_shape):
         maps = [m.transposed for m in reversed(maps)]
@@ -294,10 +310,16 @@ def _dense_bound(maps: Sequence[HostMap], side: int, other: int) -> spectral.Nor
 
     parallel_map(fill, _chunks(maps, side))
     found = spectral.matrix_norm_bound(matrix)
-    error = math.sqrt(float(np.sum(errors**2))) * COMPUTED
+    error = _finite(frobenius(errors))
     value = float_up(Fraction(found.value) + Fraction(error))
     details = {"side": side, "composition_error": error}
     return spectral.NormBound(value, "Cholesky of the Gram matrix of the dense composition", details)
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise NotCertifiable("the composition leaves the float64 range; rescale the operators")
+    return value
 
 
 def _rows_read(m: HostMap, first: int, last: int) -> tuple[int, int] | None:
@@ -350,12 +372,13 @@ def _banded_bound(maps: Sequence[HostMap], band: int) -> spectral.NormBound:
             blocks[column + i, column] = np.ascontiguousarray(stack[:, i].T)
 
     parallel_map(fill, range(count))
-    largest = max(float(np.abs(blocks[r, r].diagonal()).max()) for r in range(count))
+    largest = _finite(float(np.max([np.abs(block).max() for block in blocks.values()])))
     # Only the lower triangle is used, so that an error may count twice.
-    error = Fraction(math.sqrt(2 * float(np.sum(errors**2))) * COMPUTED)
+    error = Fraction(_finite(math.sqrt(2) * frobenius(errors) * COMPUTED))
     if largest == 0:
         return spectral.NormBound(float_up(Fraction(_verified.sqrt_up(error))), "zero but for rounding", {})
     exponent = math.frexp(largest)[1]
+    exponent += exponent % 2  # even, for the root
     for key in blocks:
         blocks[key] = np.ldexp(blocks[key], -exponent)
 
@@ -366,10 +389,7 @@ def _banded_bound(maps: Sequence[HostMap], band: int) -> spectral.NormBound:
         return np.ldexp(out.reshape(-1), -exponent)
 
     size = count * side
-    operator: Any = scipy.sparse.linalg.LinearOperator((size, size), matvec=product, dtype=np.float64)  # pyright: ignore
-    start = np.random.default_rng(0).normal(size=size)
-    find: Any = scipy.sparse.linalg.eigsh
-    top = float(find(operator, k=1, v0=start, tol=1e-6, return_eigenvectors=False)[0])
+    top = _guess(product, size)
     excess = _EXCESS
     while (slack := _verify_banded(blocks, count, band, top * (1 + excess))) is None:
         excess *= 8
@@ -377,9 +397,22 @@ def _banded_bound(maps: Sequence[HostMap], band: int) -> spectral.NormBound:
             raise NotCertifiable("no Cholesky factorisation completed: the matrix is not numerically symmetric")
     shift = top * (1 + excess)
     squared = Fraction(shift) + slack + error / Fraction(2) ** exponent
-    value = float_up(Fraction(_verified.sqrt_up(squared * Fraction(2) ** exponent)))
+    value = float_up(Fraction(_verified.sqrt_up(squared)) * Fraction(2) ** (exponent // 2))
     details = {"side": size, "half_band": band * side, "shift": shift, "slack": float_up(slack), "exponent": exponent}
     return spectral.NormBound(value, "Cholesky of the banded Gram matrix of the composition", details)
+
+
+def _guess(product: Callable[[np.ndarray], np.ndarray], size: int) -> float:
+    """Estimates the largest eigenvalue; may be wrong. Raises: NotCertifiable if the iteration does not converge."""
+    if size == 1:  # which eigsh refuses
+        return float(product(np.ones(1))[0])
+    operator: Any = scipy.sparse.linalg.LinearOperator((size, size), matvec=product, dtype=np.float64)  # pyright: ignore
+    start = np.random.default_rng(0).normal(size=size)
+    find: Any = scipy.sparse.linalg.eigsh
+    try:
+        return float(find(operator, k=1, v0=start, tol=1e-6, return_eigenvectors=False)[0])
+    except scipy.sparse.linalg.ArpackError as error:
+        raise NotCertifiable(f"no guess of the norm of a banded Gram matrix: {error}") from error
 
 
 def _verify_banded(blocks, count: int, band: int, shift: float) -> Fraction | None:
@@ -425,29 +458,40 @@ def _verify_banded(blocks, count: int, band: int, shift: float) -> Fraction | No
 def circular_bound(ops: Sequence[Conv]) -> spectral.NormBound | None:
     """Proved upper bound of the norm of circular convolutions in turn, from the kernel of their composition.
 
-    None where an entry is too large or small. The composed kernel is y[p] = sum_t (K2 K1)[t] x[s1 s2 p + t], up to a
-    shift of the image, which changes no norm.
+    None where an entry is too large or small, or a product too large. The composed kernel is
+    y[p] = sum_t (K2 K1)[t] x[s1 s2 p + t], up to a shift of the image, which changes no norm.
     """
     kernel = np.ascontiguousarray(ops[0].kernel, np.float64)
     majorant, terms, strides = np.abs(kernel), 0, conv.stride_pair(ops[0].strides)
+    floor = 0.0
     for op in ops:
         sizes = np.abs(np.asarray(op.kernel)[np.asarray(op.kernel) != 0])
         if sizes.size and not (sizes.max() <= _LARGEST and sizes.min() >= _LEAST):
             return None
     for op in ops[1:]:
         taps = np.ascontiguousarray(op.kernel, np.float64)
-        kernel, majorant = (
-            _composed(first, second, strides) for first, second in ((kernel, taps), (majorant, np.abs(taps)))
-        )
+        with np.errstate(over="ignore", invalid="ignore"):
+            kernel, majorant = (
+                _composed(first, second, strides) for first, second in ((kernel, taps), (majorant, np.abs(taps)))
+            )
         terms += math.prod(taps.shape[:3]) + 2
+        floor = (floor * _sum_of_tap_norms(taps) + _FLOOR) * COMPUTED
         own = conv.stride_pair(op.strides)
         strides = strides[0] * own[0], strides[1] * own[1]
+    error = (gamma(terms) * (_sum_of_tap_norms(majorant) + floor) + floor) * COMPUTED
+    if not math.isfinite(error):
+        return None
     found = spectral.conv_norm_bound(kernel, ops[0].in_shape, strides, "CIRCULAR")
-    # A circular convolution is at most the sum of the norms of its taps.
-    per_tap = np.sqrt(np.sum(majorant**2, axis=(2, 3)))
-    error = gamma(terms) * float(per_tap.sum()) * COMPUTED + _FLOOR
     value = float_up(Fraction(found.value) + Fraction(error))
     return spectral.NormBound(value, f"composed circular kernel; {found.method}", found.details | {"error": error})
+
+
+def _sum_of_tap_norms(kernel: np.ndarray) -> float:
+    """At least the norm of a circular convolution, but for rounding: the sum of the Frobenius norms of its taps."""
+    largest = float(np.abs(kernel).max())
+    if largest == 0 or not math.isfinite(largest):
+        return largest
+    return float(np.sqrt(np.sum((kernel / largest) ** 2, axis=(2, 3))).sum()) * largest
 
 
 def _composed(first: np.ndarray, second: np.ndarray, strides: tuple[int, int]) -> np.ndarray:
@@ -464,15 +508,24 @@ def lower_estimate(maps: Sequence[HostMap], num_iters: int = 60) -> float:
     """The norm by power iteration: not above it but for rounding. For judging bounds."""
     v = np.random.default_rng(0).normal(size=(1, *maps[0].in_shape))
     value = 0.0
-    for _ in range(num_iters):
-        length = float(np.linalg.norm(v))
-        if length == 0:
-            return 0.0
-        image = v / length
-        for m in maps:
-            image = m.apply(image)
-        value = float(np.linalg.norm(image))
-        v = image
-        for m in reversed(maps):
-            v = m.adjoint(v)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for _ in range(num_iters):
+            length = _length(v)
+            if length == 0 or not math.isfinite(length):
+                return value
+            image = v / length
+            for m in maps:
+                image = m.apply(image)
+            reached = _length(image)
+            if not math.isfinite(reached):
+                return value
+            v, value = image, reached
+            for m in reversed(maps):
+                v = m.adjoint(v)
     return value
+
+
+def _length(x: np.ndarray) -> float:
+    """The norm, rounded; scaled first, so that squares neither overflow nor underflow."""
+    largest = float(np.abs(x).max())
+    return largest * float(np.linalg.norm(x / largest)) if 0 < largest < math.inf else largest

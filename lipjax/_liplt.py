@@ -5,7 +5,7 @@ b = (beta - alpha) / 2. What the network computes is then a sum of linear *chain
 an activation, to before a later one, or to the output (docs/soundness.md, section 12).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -103,6 +103,17 @@ def _check_not_empty(block: ResidualBlock, name: str) -> None:
         raise ValueError(f"{name}: expected a block with at least one linear operator; an activation is its own layer.")
 
 
+def _check_parts(name: str, op) -> None:
+    """Raises: ValueError naming the layer if arrays do not have their shapes, or these do not fit the images."""
+    for part in (*op.inner, *op.outer, *(op.skip or ())) if isinstance(op, ResidualBlock) else (op,):
+        if isinstance(part, Bias) or is_linear(part):
+            try:
+                getattr(part, "check", tuple)()
+                _ = part.in_shape, part.out_shape
+            except ValueError as error:
+                raise ValueError(f"{name} ({type(part).__name__}): {error}") from error
+
+
 def make_path(named_ops: Sequence[tuple[str, Any]], slope: Any = (0.0, 1.0)) -> tuple[Step, ...]:
     """The pieces that LipLT works on.
 
@@ -114,6 +125,9 @@ def make_path(named_ops: Sequence[tuple[str, Any]], slope: Any = (0.0, 1.0)) -> 
     Raises: ValueError for alpha > beta, too many or few slopes, and shapes that do not chain; NotCertifiable for an
       activation that is not elementwise. Both name the layer.
     """
+    named_ops = list(named_ops)
+    for name, op in named_ops:
+        _check_parts(name, op)
     named_ops = [(name, op) for name, op in named_ops if not isinstance(op, Bias)]
     if not named_ops:
         raise ValueError("Expected at least one operator, got none.")
@@ -159,7 +173,7 @@ class _Activation(NamedTuple):
 def _with_activations(named_ops, slope) -> list:
     """Puts an activation between every two maps; reorderings stay with the map before, or with the first one."""
     maps = [i for i, (_, op) in enumerate(named_ops) if not isinstance(op, REORDERINGS)]
-    slopes = list(slope)
+    slopes = list(slope) if isinstance(slope, Iterable) else [slope]
     if not any(isinstance(s, (tuple, list)) for s in slopes):
         slopes = [slope] * len(maps[1:])
     if len(slopes) != len(maps[1:]):
@@ -278,6 +292,8 @@ def chain_norms(path: Sequence[Step], vectors: Vectors, num_iters: int) -> tuple
     """
     if num_iters < 0:
         raise ValueError(f"Expected num_iters >= 0, got {num_iters}.")
+    if not vectors:  # no activation
+        return [], {}
     kept = [jax.lax.stop_gradient(vectors[str(s)]) for s in range(len(vectors))]
     kept = [_normalised(v, v) for v in kept]
     fixed = jax.tree.map(lambda a: jax.lax.stop_gradient(a) if isinstance(a, jax.Array) else a, tuple(path))

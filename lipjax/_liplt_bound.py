@@ -2,11 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from lipjax import _chains, spectral
 from lipjax._chains import HostMap
@@ -18,6 +21,9 @@ from lipjax.operators._base import COMPUTED, gamma
 from lipjax.operators.heads import _distance_bounds
 
 _PRODUCT = "product"
+
+# Rows (k, n) of the output, carried back to somewhere, and a bound (k,) on the error of each.
+Rows = tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +93,11 @@ class _Piece:
 
 
 def _operator_norm(name: str, op) -> Fraction:
+    for leaf in jax.tree.leaves(op):
+        dtype = np.asarray(leaf).dtype
+        # Other types would be rounded on the way to float64, and complex ones lose their imaginary parts.
+        if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 8:
+            raise NotCertifiable(f"{name} ({type(op).__name__}): expected floats of at most 64 bits, got {dtype}.")
     try:
         found = op.bound()
     except AttributeError as error:
@@ -123,7 +134,7 @@ def _piece(step: Step) -> _Piece:
         both = _chains.sequence([m for m in maps[:2] if m is not None], step.shape)
         zero = HostMap(_zeros(both.out_shape), _zeros(both.in_shape), both.in_shape, both.out_shape, 0.0, 0.0, 0.0)
         through = _chains.weighted_sum(maps[2] or zero if skip else zero, float(a), both)
-        composed = _composition([through])
+        composed = _proved(_chains.composition_bound, [through])
         if composed is not None:
             norm = min(norm, Fraction(composed.value))
         through = dataclasses.replace(through, norm=float_up(norm))
@@ -134,10 +145,10 @@ def _zeros(shape):
     return lambda x: np.zeros((len(x), *shape))
 
 
-def _composition(maps: Sequence[HostMap]) -> spectral.NormBound | None:
-    """`composition_bound`, or None where it has no proof."""
+def _proved(prove: Callable[[Any], spectral.NormBound | None], chain: Any) -> spectral.NormBound | None:
+    """What `prove` finds, or None where it has no proof."""
     try:
-        return _chains.composition_bound(maps)
+        return prove(chain)
     except NotCertifiable:
         return None
 
@@ -146,10 +157,12 @@ class LipLTBound:
     """All proved numbers of one path. Chains from start 0 (the input) or j (after activation j) to activation k."""
 
     def __init__(self, path: Sequence[Step]):
-        self.pieces = parallel_map(_piece, path)
-        self.acts = [i for i, piece in enumerate(self.pieces) if piece.step.block is not None]
-        self._product()
-        self.chains = self._chain_bounds()
+        # Set here, before any thread: limits that threads set and restore at the same time would not nest.
+        with threadpool_limits(limits=1, user_api="blas"):
+            self.pieces = parallel_map(_piece, path)
+            self.acts = [i for i, piece in enumerate(self.pieces) if piece.step.block is not None]
+            self._product()
+            self.chains = self._chain_bounds()
         self._constants()
 
     def _name(self, start: int) -> str:
@@ -226,10 +239,10 @@ class LipLTBound:
             return dataclasses.replace(best, method="norm of the only operator")
         composed = None
         if not (head or tail) and all(isinstance(op, Conv) and op.padding == "CIRCULAR" for op in ops):
-            composed = _chains.circular_bound(ops)
+            composed = _proved(_chains.circular_bound, ops)
         maps = self._maps(j, k)
         if composed is None and maps is not None:
-            composed = _composition(maps)
+            composed = _proved(_chains.composition_bound, maps)
         if composed is None or composed.value >= value:
             return best
         return ChainBound(best.start, best.end, composed.value, composed.method, composed.details)
@@ -266,49 +279,54 @@ class LipLTBound:
                 self.reach = p
         self.end = p
 
-    def carried_rows(self, all_starts: bool) -> list[tuple[np.ndarray, np.ndarray] | None]:
-        """Rows of the output at every start: (k, n) and a bound on the error of each row.
+    def carried_rows(self, all_starts: bool) -> tuple[list[Rows | None], Rows | None]:
+        """Rows of the output at every start, and at the output of the last activation's piece (the input without one).
 
-        all_starts: False for the last start alone. None where an operator on the way is not composed.
+        all_starts: False for the latter alone. None where an operator on the way is not composed, or where numbers
+        leave the range of `_distance_bounds`.
         """
         size = math.prod(self.pieces[-1].step.out_shape)
         x = np.eye(size).reshape(size, *self.pieces[-1].step.out_shape)
         error = np.zeros(size)
-        found: list[tuple[np.ndarray, np.ndarray] | None] = [None] * (len(self.acts) + 1)
         start = len(self.acts)
+        found: list[Rows | None] = [None] * (start + 1)
+        last = None
 
-        def keep(value, error):
-            found[start] = value.reshape(size, -1), error
+        def kept(value, error) -> Rows | None:
+            fits = np.abs(value).max() < 2.0**1000 and error.max() < 2.0**1000
+            return (value.reshape(size, -1), error) if fits else None
 
         for piece in reversed(self.pieces):
             if piece.step.block is not None:
+                if start == len(self.acts):
+                    last = kept(x, error)
+                    if not all_starts:
+                        return found, last
                 if piece.outer is None:
-                    keep(x, error)
+                    found[start] = kept(x, error)
                 elif piece.outer[1] is not None:
-                    keep(*_chains.carry([piece.outer[1].transposed], x, error))
-                if not all_starts:
-                    return found
+                    found[start] = kept(*_chains.carry([piece.outer[1].transposed], x, error))
                 start -= 1
             if piece.step.is_plain:
                 continue
             if piece.map is None:
-                return found
+                return found, last
             x, error = _chains.carry([piece.map.transposed], x, error)
-        keep(x, error)
-        return found
+        found[0] = kept(x, error)
+        return found, last if self.acts else found[0]
 
     def _sum(self, measure: Sequence[Any]) -> Any:
         """The recursion at the output: measure[s] bounds what start s contributes, entry by entry; rounded upwards."""
-        total = float_up(self._gain(0, None)) * measure[0]
+        total = _times(self._gain(0, None), measure[0])
         for j in range(1, len(self.acts) + 1):
             weight = self.pieces[self.acts[j - 1]].b * self._gain(j, None) * self.constants[j - 1]
-            total = total + float_up(weight) * measure[j]
+            total = total + _times(weight, measure[j])
         return total * (1 + gamma(4 * len(measure) + 4))
 
     def outputs(self, max_rows: int) -> tuple[np.ndarray, LipLTReport]:
         """Pairwise constants (k, k), and the report."""
         count = math.prod(self.pieces[-1].step.out_shape)
-        rows = self.carried_rows(count <= max_rows)
+        rows, last = self.carried_rows(count <= max_rows)
         pairwise = per_class = np.full(1, np.inf)
         total = np.inf
         method = "last layer"
@@ -317,21 +335,21 @@ class LipLTBound:
             known = [entry for entry in rows if entry is not None]
             pairwise = self._sum([_pair_bounds(*entry) for entry in known])
             per_class = self._sum([_chains.row_norms(u) + e for u, e in known])
-            norms = [np.array(spectral.matrix_norm_bound(u).value + _frobenius(e)) for u, e in known]
+            norms = [np.array(spectral.matrix_norm_bound(u).value + _chains.frobenius(e)) for u, e in known]
             total = float(self._sum(norms))
-        last = rows[-1]
         if last is not None:
             # From the features after the last activation on, the map is linear: b plays no part.
-            reach = float_up(self.reach)
             upwards = 1 + gamma(4)
-            pairwise = np.minimum(pairwise, reach * _pair_bounds(*last) * upwards)
-            per_class = np.minimum(per_class, reach * (_chains.row_norms(last[0]) + last[1]) * upwards)
-            norm = spectral.matrix_norm_bound(last[0]).value + _frobenius(last[1])
-            total = min(total, reach * norm * upwards)
+            pairwise = np.minimum(pairwise, _times(self.reach, _pair_bounds(*last)) * upwards)
+            lengths = _chains.row_norms(last[0]) + last[1]
+            per_class = np.minimum(per_class, _times(self.reach, lengths) * upwards)
+            norm = np.array(spectral.matrix_norm_bound(last[0]).value + _chains.frobenius(last[1]))
+            total = min(total, float(_times(self.reach, norm) * upwards))
         # Without rows the whole constant serves: sqrt(2) of it for a difference of two outputs.
         total = min(total, float(self.end))
         per_class = np.minimum(np.broadcast_to(per_class, count), total)
-        pairwise = np.minimum(np.broadcast_to(pairwise, (count, count)), math.sqrt(2) * total * COMPUTED)
+        whole = float(_times(Fraction(math.sqrt(2)), np.array(total))) * COMPUTED
+        pairwise = np.minimum(np.broadcast_to(pairwise, (count, count)), whole)
         pairwise = np.minimum(pairwise, (per_class[:, None] + per_class) * COMPUTED)
         pairwise = np.where(np.eye(count, dtype=bool), 0.0, np.maximum(pairwise, pairwise.T))
         names = [self.pieces[i].step.name for i in self.acts]
@@ -342,8 +360,12 @@ class LipLTBound:
         return pairwise, LipLTReport(layers, tuple(self.chains.values()), per_class, total, self.product, method)
 
 
-def _frobenius(errors: np.ndarray) -> float:
-    return math.sqrt(float(np.sum(errors**2))) * COMPUTED
+def _times(weight: Fraction, measure: np.ndarray) -> np.ndarray:
+    """The product, not below the exact one even where it underflows; 0 if a factor is. measure: finite, or infinite."""
+    factor = float_up(weight)
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = np.nextafter(factor * measure, np.inf)
+    return np.where((measure > 0) & (factor > 0), product, 0.0)
 
 
 def _pair_bounds(rows: np.ndarray, errors: np.ndarray) -> np.ndarray:

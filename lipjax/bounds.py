@@ -272,7 +272,7 @@ def margin_liplt_bound(network: Network, *, max_rows: int = _MAX_ROWS) -> tuple[
     pairwise, report = _liplt_bound.LipLTBound(_network_path(network)).outputs(max_rows)
     with np.errstate(over="ignore"):
         scale = network.normalize.bound().value
-        return np.where(pairwise > 0, np.nextafter(pairwise * scale, np.inf), 0.0), report
+        return np.where(pairwise == 0, 0.0, np.nextafter(pairwise * scale, np.inf)), report
 
 
 __all__ = [

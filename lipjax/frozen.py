@@ -166,7 +166,12 @@ class FrozenNetwork:
 
     @functools.cached_property
     def _liplt(self) -> tuple[np.ndarray, bounds.LipLTReport] | None:
-        return bounds.margin_liplt_bound(self.network) if bounds.has_liplt(self.network) else None
+        if not bounds.has_liplt(self.network):
+            return None
+        try:
+            return bounds.margin_liplt_bound(self.network)
+        except NotCertifiable:  # numbers beyond float64; layers without a proof are refused by the product
+            return None
 
     @functools.cached_property
     def _head_lipschitz(self) -> np.ndarray:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import threadpoolctl
 
 from lipjax import FrozenNetwork, _chains, _liplt, bounds, certify, network
 from lipjax.bounds import ResidualBlock
@@ -574,3 +575,112 @@ def test_frozen_networks_certify_by_the_least_of_both():
     assert len(document["chains"]) == 3 and len(document["per_class"]) == 4
     pairs = network.make_network([("maxmin", MaxMin((6,)))], LinearHead(jnp.ones((2, 6)), jnp.zeros(2)))
     assert FrozenNetwork(on_host(pairs)).liplt_report() is None and certify.liplt_rows(None) is None
+
+
+# --- what a review found ---
+
+
+@pytest.mark.parametrize("max_rows", [100, 0])
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_block_at_the_end_with_a_small_outer_map(max_rows, after):
+    # x + relu(x) / 10: the rows at the block's output count, not those at its activation
+    block = ResidualBlock((Dense(np.eye(2)),), (Dense(np.eye(2) / 10),), ())
+    pairwise, report = bounds.liplt_bound([block] + [Dense(np.eye(2))] * after, max_rows=max_rows)
+    assert 1.1 <= report.total <= 1.1 * (1 + 1e-9)
+    assert 1.1 * np.sqrt(2) * (1 - 1e-15) <= pairwise[0, 1] <= 1.1 * np.sqrt(2) * (1 + 1e-7)
+    assert (report.per_class >= 1.1 - 1e-15).all()
+
+
+def scalings(*exponents, padding="ZERO"):
+    return [Conv(np.full((1, 1, 1, 1), 2.0**e), (4, 4, 1), 1, padding) for e in exponents]
+
+
+@pytest.mark.parametrize("entries", [_chains._DENSE_ENTRIES, 0], ids=["dense", "banded"])
+@pytest.mark.parametrize("exponents", [(-100,) * 6, (-100,) * 5 + (-35,), (-99,) * 11, (-100,) * 11 + (100,) * 3])
+def test_numbers_that_underflow_on_the_way_are_covered(entries, exponents, monkeypatch):
+    monkeypatch.setattr(_chains, "_DENSE_ENTRIES", entries)
+    found = _chains.composition_bound(host_maps(scalings(*exponents)))
+    assert found.value >= 2.0 ** max(sum(exponents), -1074)
+    assert _chains.circular_bound(scalings(*exponents, padding="CIRCULAR")).value >= 2.0 ** max(sum(exponents), -1074)
+    _, report = bounds.liplt_bound([Dense(np.full((1, 1), 2.0**e)) for e in exponents], (1.0, 1.0))
+    assert report.total >= 2.0 ** max(sum(exponents), -1074)
+
+
+@pytest.mark.parametrize("entries", [_chains._DENSE_ENTRIES, 0], ids=["dense", "banded"])
+def test_numbers_that_overflow_on_the_way_have_no_proof(entries, monkeypatch):
+    monkeypatch.setattr(_chains, "_DENSE_ENTRIES", entries)
+    for exponents in ((99,) * 6, (99,) * 11):
+        try:
+            assert _chains.composition_bound(host_maps(scalings(*exponents))).value >= 2.0 ** sum(exponents)
+        except (NotCertifiable, OverflowError) as error:
+            assert isinstance(error, NotCertifiable)
+    rng = np.random.default_rng(21)
+    convolution = Conv(rng.normal(size=(1, 1, 1, 1)), (2, 2, 1))
+    huge = [Dense(rng.normal(size=(4, 4)) * 2.0**95) for _ in range(6)]
+    pairwise, report = bounds.liplt_bound([convolution, Flatten((2, 2, 1)), *huge])  # |row|^2 overflows
+    assert (off_diagonal(pairwise) > 1e150).all() and 1e150 < report.total <= report.product
+
+
+def test_blas_keeps_its_threads():
+    limits = [library["num_threads"] for library in threadpoolctl.threadpool_info()]
+    for _ in range(3):
+        bounds.liplt_bound(random_mlp(22, (30,) * 6))
+    assert [library["num_threads"] for library in threadpoolctl.threadpool_info()] == limits
+
+
+GEOMETRIES = [
+    # (kernel, strides, padding) of two convolutions on (9, 3, 1)
+    (((1, 2), (3, 1), "VALID"), ((2, 1), (1, 1), ((2, 3), (0, 1)))),
+    (((2, 1), (4, 2), ((3, 2), (0, 1))), ((3, 1), (2, 1), ((3, 3), (1, 1)))),  # strides > kernel, windows in zeros
+    (((5, 3), (1, 1), ((0, 4), (2, 0))), ((4, 2), (3, 1), ((4, 0), (1, 1)))),
+    (((3, 3), (2, 1), "ZERO"), ((4, 4), (1, 3), ((3, 3), (3, 3)))),
+    (((1, 1), (1, 1), ((6, 6), (1, 1))), ((2, 2), (5, 1), "VALID")),
+]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_bands_of_any_geometry(geometry, monkeypatch):
+    monkeypatch.setattr(_chains, "_DENSE_ENTRIES", 0)
+    rng, shape, ops = np.random.default_rng(23), (9, 3, 1), []
+    for kernel, strides, padding in geometry:
+        ops.append(Conv(rng.normal(size=(*kernel, shape[2], 2)), shape, strides, padding))
+        shape = ops[-1].out_shape
+    maps = host_maps(ops)
+    x = np.eye(27).reshape(27, 9, 3, 1)
+    for m in maps:
+        x = m.apply(x)
+    exact = norm(x.reshape(27, -1))
+    found = _chains.composition_bound(maps)
+    assert "banded" in found.method and exact <= found.value <= exact * (1 + 1e-4)
+    # nothing outside of the band
+    matrix = x.reshape(27, -1).T
+    if matrix.shape[0] > matrix.shape[1]:
+        maps, matrix = [m.transposed for m in reversed(maps)], matrix.T
+    rows = maps[-1].out_shape[0]
+    gram = np.abs(matrix @ matrix.T).reshape(rows, len(matrix) // rows, rows, -1).max(axis=(1, 3))
+    assert max(abs(i - j) for i, j in np.argwhere(gram > 0)) <= _chains._half_band(maps)
+
+
+def test_bad_parts_are_named():
+    good = Dense(np.ones((2, 3)))
+    for bad, message in (
+        (Dense(np.ones(3)), "matrix"),
+        (Conv(np.ones((9, 9, 1, 1)), (4, 4, 1), 1, "VALID"), "does not fit"),
+        (Conv(np.ones((3, 3, 1, 1)), (4, 4, 1), 1, "SAME"), "padding"),
+        (Bias(np.ones(7), (2,)), "bias"),
+        (Dense(1j * np.ones((2, 2))), "complex128"),
+        (Dense(np.ones((2, 2), np.longdouble)), "at most 64 bits"),
+    ):
+        with pytest.raises(ValueError, match=rf"operators\[1\] \({type(bad).__name__}\).*{message}"):
+            bounds.liplt_bound([good, bad])
+    with pytest.raises(ValueError, match="expected slopes|Expected a slope"):
+        bounds.liplt_bound([good, Dense(np.ones((2, 2)))], 0.5)
+
+
+def test_linear_networks_are_bounded_by_their_rows(key):
+    operators = random_mlp(24, (4, 3))
+    jax_ops = jax.tree.map(jnp.asarray, operators)
+    low, found = estimate(jax_ops, bounds.liplt_vectors(jax_ops, key), 2)
+    pairwise, report = bounds.liplt_bound(operators)
+    np.testing.assert_allclose(off_diagonal(low), off_diagonal(pairwise), rtol=1e-7)
+    assert report.total == pytest.approx(norm(operators[0].matrix), rel=1e-9) == found.total
