@@ -1,11 +1,11 @@
-"""LipConvnet-3 on the 1,797 digits inside scikit-learn (8 x 8): orthogonal layers in two minutes, nothing to download.
+"""LipConvnet, six layers, on the 1,797 digits inside scikit-learn (8 x 8): a minute or two, nothing to download.
 
 SOC in the frequency domain (arXiv:2108.04062): circular padding and the exact exponential, so that every convolution is
 orthogonal in training too. Other layers, activations and heads: --config.model.layer=cayley,
 --config.model.activation=householder2, --config.model.head=mlp with --config.loss.name=curvature, and so on.
 Run: python train.py --config=configs/digits_lipconvnet.py --workdir=DIR
-Expects: the 150 epochs have not been measured yet; after 10, accuracy 89.4 %, proved at l2 radius 0.1 86.9 %, 0.25
-77.2 % and 0.5 59.9 % (seed 0, commit acab98b, form response, two cores of an Intel Xeon).
+Expects: accuracy 98.61 %, proved at l2 radius 0.1 97.21 %, 0.25 92.20 %, 0.5 63.23 % (seed 0, commit d621e38, two cores
+of an AMD EPYC that did other work besides: 81 s with certification and attack). Others: docs/orthogonal.md.
 """
 
 import ml_collections
@@ -40,7 +40,8 @@ def get_config():
             "scale": 0.7,
             "form": "auto",
             "input_mean": (0.5,),
-            "input_std": (0.1,),  # a temperature: unit-norm rows on a 1-Lipschitz map give logits too close for the loss
+            # A temperature: rows of length 1 on a 1-Lipschitz map give logits too close to each other for the loss.
+            "input_std": (0.1,),
         }
     )
 
