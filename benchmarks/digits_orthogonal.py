@@ -35,7 +35,7 @@ flags.DEFINE_multi_string("only", [], "Name of a network, perhaps several times;
 MLP = {
     "model.head": "mlp",
     "model.variant": "pooled",
-    "model.input_std": (0.4,),  # cross-entropy asks for no margin: at the config's temperature it has done its work soon
+    "model.input_std": (0.4,),  # cross-entropy asks for no margin: at the config's temperature it is soon content
     "loss.name": "curvature",
     "loss.curvature_weight": 1.0,
 }

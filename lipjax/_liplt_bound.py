@@ -21,6 +21,8 @@ from lipjax.operators._base import COMPUTED, gamma
 from lipjax.operators.heads import _distance_bounds
 
 _PRODUCT = "product"
+# Chains that are proved at the same time: each may take some GiB.
+_AT_ONCE = 4
 
 # Rows (k, n) of the output, carried back to somewhere, and a bound (k,) on the error of each.
 Rows = tuple[np.ndarray, np.ndarray]
@@ -201,7 +203,7 @@ class LipLTBound:
 
     def _chain_bounds(self) -> dict[tuple[int, int], ChainBound]:
         pairs = [(j, k) for k in range(1, len(self.acts) + 1) for j in range(k)]
-        found = dict(zip(pairs, parallel_map(lambda pair: self._direct(*pair), pairs), strict=True))
+        found = dict(zip(pairs, parallel_map(lambda pair: self._direct(*pair), pairs, _AT_ONCE), strict=True))
         # Shorter chains first: a long one may be a product of what is proved of its parts.
         for j, k in sorted(pairs, key=lambda pair: pair[1] - pair[0]):
             for split in range(j + 1, k):

@@ -64,11 +64,11 @@ def sum_of_squares_up(array: np.ndarray) -> Fraction:
     return Fraction(float(np.sum(parts * parts))) / (1 - gamma(parts.size + 2)) + UNDERFLOW
 
 
-def parallel_map(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """Maps over items with one thread per available core (NumPy releases the GIL in the work done here)."""
+def parallel_map(function: Callable[[Any], Any], items: Iterable[Any], most: int = 32) -> list[Any]:
+    """Maps over items with a thread per available core, `most` of them (NumPy releases the GIL in the work done here)."""
     items = list(items)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(len(items), cores, 32)
+    workers = min(len(items), cores, most)
     if workers <= 1:
         return [function(item) for item in items]
     with ThreadPoolExecutor(workers) as pool:
