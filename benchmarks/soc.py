@@ -1,6 +1,6 @@
 """Training steps of single SOC layers (forward and backward, parametrisation included) in their three forms.
 
-Run: python benchmarks/soc.py [--part=speed|forms] [--batch=64,128] [--depths=5,15] [--rounds=7]
+Run: python benchmarks/soc.py [--part=speed|forms] [--batch=64,128] [--depths=5,15] [--rounds=7] [--nokeep_memory]
   speed: the frequency domain against the spatial series of 5 terms, at 32x32x32 and 16x16x64.
   forms: at every layer shape of LipConvnet-5 ... 40 (arXiv:2108.04062), each form of the same circular function, and
     what `soc_frequency.choose_form` takes. With --terms=exact the function is the exponential, by as many
@@ -12,15 +12,24 @@ What the compiled step shows (XLA for CPU, float32, JAX 0.10.2; `jit(...).lower(
   - no complex number and no FFT: all products are real, four of a complex one as a single product of (2 b x i) with
     (i x 2 o) per frequency. The exponential is one forward and one backward pass: nothing of it is computed twice.
   - the images are transposed once on the way in and once out, (b, h, w, c) <-> (w, h, b, c), channels staying in
-    place; between such layers XLA keeps elementwise operations in that layout. The transforms are products of the
-    pixels in place with small constant matrices, down to one product per side of the map.
+    place, forward and backward; between such layers XLA keeps elementwise operations in that layout. The transforms
+    are products of the pixels in place with small constant matrices, down to one product per side of the map. `_dft`
+    tells JAX that spectrum and image are each other's adjoint: JAX's own transposes of such products put the pixels
+    last, four more copies of all images per step.
   - FFTs instead (`jnp.fft.rfft2` with the transposes that it needs) took 3.4 times as long at 32x32x32, batch 64,
     and 1.8 times as long at 16x16x64: forward and backward, the blocks given.
   - no reshape merges the batch with an axis before it; one that does makes a batch spread over devices be gathered
-    (tests/test_dft.py). On the CPU that costs the backward pass of the transforms a transpose of its results.
+    (tests/test_dft.py).
   - splits rather than slices, whose transposes would be padded sums, are worth 5 to 20 % of the backward pass.
   - `skew_kernel` at 1024 channels takes 50 ms on two cores forward and as long backward: XLA fuses its transpose into
     a loop of strided reads. On a 1x1 map it would also add up the gradients of all terms there; a loop prevents it.
+  - products of many small matrices run on one core: XLA's library for them (YNNPACK) divides a batch only within a
+    matrix, from about 128 x 256 x 128 on; below, 40 to 90 GFLOP/s on a machine with 210. Products whose first factor is
+    transposed go to another library (Eigen) and are slower: the backward pass of the series has none
+    (`soc_frequency._series_by_parity`).
+  - the temporary arrays of a step, more than 32 MB, go back to the system at its end and are cleared again at the
+    next: page faults were a third of the step of 32x32x32, batch 64 (96 ms, 61 without), and hardly anything of the
+    spatial series'. Hence memory.py, for all contenders; --nokeep_memory leaves it.
 """
 
 import os
@@ -34,6 +43,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from memory import keep_freed_memory
 
 from lipjax import conv
 from lipjax._series import terms_for
@@ -45,6 +55,7 @@ flags.DEFINE_list("batch", ["64", "128"], "Batch sizes of the first part; the se
 flags.DEFINE_list("depths", ["5", "15"], "Depths of LipConvnet; from 15 on the shapes are the same.")
 flags.DEFINE_enum("terms", "5", ["5", "exact"], "The function of the second part.")
 flags.DEFINE_integer("rounds", 7, "Rounds; in each, every form runs once. Medians are shown.")
+flags.DEFINE_bool("keep_memory", True, "Freed memory stays with the process: see memory.py.")
 flags.DEFINE_float("max_spatial_gflop", 150, "Spatial forms with more arithmetic per step are left out.")
 
 NORM = 0.7 * 3
@@ -169,6 +180,8 @@ def compare_forms() -> None:
 
 def main(argv):
     del argv
+    if FLAGS.keep_memory:
+        keep_freed_memory()
     device = jax.devices()[0].device_kind
     print(f"{device}, {os.cpu_count()} cores, jax {jax.__version__}, {matrix_product_speed():.0f} GFLOP/s (2048^3)")
     if FLAGS.part != "forms":

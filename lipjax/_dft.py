@@ -19,6 +19,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Complex, Float
 
 Size = tuple[int, ...]  # (h, w)
@@ -189,8 +192,7 @@ def _down_columns(tables: tuple[np.ndarray, ...], z: Float[Array, "w h b c"], pr
     return jnp.concatenate([special.reshape(s, h, b, c), others.reshape(w - s, h, b, c)])
 
 
-def spectrum(x: Float[Array, "b h w c"], precision: lax.Precision | None = None) -> Float[Array, "n b c"]:
-    """The coefficients of real images, n = h w, rows as in the module's docstring: of the same norm."""
+def _spectrum(x: Array, precision: Any) -> Array:
     b, h, w, c = x.shape
     first, *rest = _tables((h, w))
     if not rest:
@@ -199,14 +201,52 @@ def spectrum(x: Float[Array, "b h w c"], precision: lax.Precision | None = None)
     return _down_columns(tuple(rest), z, precision).reshape(h * w, b, c)
 
 
-def image(z: Float[Array, "n b c"], size: Size, precision: lax.Precision | None = None) -> Float[Array, "b h w c"]:
-    """The inverse, and adjoint, of `spectrum`."""
+def _image(z: Array, size: Size, precision: Any) -> Array:
     (h, w), (_, b, c) = size, z.shape
     first, *rest = (table.swapaxes(-1, -2) for table in _tables((h, w)))
     if not rest:
         return _product(first, z, precision).reshape(h, w, b, c).transpose(2, 0, 1, 3)
     z = _down_columns(tuple(rest), z.reshape(w, h, b, c), precision)
     return _product(first, z, precision).transpose(2, 1, 0, 3)
+
+
+# Each is the other's adjoint. JAX's own transpose of a product with a table puts the pixels last, which copies whole
+# images twice. A primitive because JAX has no other linear function with a transpose of its own that can also be mapped
+# over (`jax.custom_derivatives.linear_call` cannot).
+_transform_p = Primitive("lipjax_dft")
+
+
+def _transform(x: Array, *, size: Size, inverse: bool, precision: Any) -> Array:
+    return _image(x, size, precision) if inverse else _spectrum(x, precision)
+
+
+def _transform_shape(x: Any, *, size: Size, inverse: bool, precision: Any) -> Any:
+    (h, w), b, c = size, x.shape[0 if not inverse else 1], x.shape[-1]
+    return ShapedArray((b, h, w, c) if inverse else (h * w, b, c), x.dtype)
+
+
+def _transform_mapped(arrays: Any, axes: Any, **kwargs: Any) -> Any:
+    # What is mapped over becomes channels.
+    x = jnp.moveaxis(arrays[0], axes[0], -1)
+    y = _transform_p.bind(x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1]), **kwargs)
+    return y.reshape(*y.shape[:-1], *x.shape[-2:]), y.ndim
+
+
+_transform_p.def_impl(_transform)
+_transform_p.def_abstract_eval(_transform_shape)
+mlir.register_lowering(_transform_p, mlir.lower_fun(_transform, multiple_results=False))
+ad.deflinear2(_transform_p, lambda g, _, inverse, **kwargs: [_transform_p.bind(g, inverse=not inverse, **kwargs)])
+batching.primitive_batchers[_transform_p] = _transform_mapped
+
+
+def spectrum(x: Float[Array, "b h w c"], precision: lax.Precision | None = None) -> Float[Array, "n b c"]:
+    """The coefficients of real images, n = h w, rows as in the module's docstring: of the same norm."""
+    return _transform_p.bind(x, size=x.shape[1:3], inverse=False, precision=precision)
+
+
+def image(z: Float[Array, "n b c"], size: Size, precision: lax.Precision | None = None) -> Float[Array, "b h w c"]:
+    """The inverse, and adjoint, of `spectrum`."""
+    return _transform_p.bind(z, size=tuple(size), inverse=True, precision=precision)
 
 
 def apply_blocks(
@@ -225,13 +265,21 @@ def apply_blocks(
     y = lax.dot_general(real, fixed, (((2,), (2,)), ((0,), (0,))), precision=precision)
     if not q:
         return y
-    # One real product of (2 b x i) with (i x 2 o): all four of the real and imaginary parts, (q, b, 2, 2 o).
-    both, paired = both.reshape(q, 2, b, i).swapaxes(1, 2).reshape(q, b * 2, i), paired.reshape(q, 2 * o, i)
-    parts = lax.dot_general(both, paired, (((2,), (2,)), ((0,), (0,))), precision=precision).reshape(q, b, 2, 2 * o)
-    of_real, of_imaginary = lax.split(parts, (1, 1), axis=2)
+    both = both.reshape(q, 2, b, i)
+    if 2 * i <= o:
+        # Few channels in: [z, i z] times [R I], so that the larger results are written once, and by the product.
+        re, im = lax.split(both, (1, 1), axis=1)
+        both = jnp.concatenate([jnp.concatenate([re, -im], 3), jnp.concatenate([im, re], 3)], 1)
+        table = jnp.concatenate(lax.split(paired, (1, 1), axis=1), 3).reshape(q, o, 2 * i)
+        both = lax.dot_general(both, table, (((3,), (2,)), ((0,), (0,))), precision=precision)
+        return jnp.concatenate([y, both.reshape(2 * q, b, o)])
+    # One real product of (2 b x i) with (i x 2 o): all four of the real and imaginary parts, (q, 2, b, 2 o).
+    table = paired.reshape(q, 2 * o, i)
+    parts = lax.dot_general(both, table, (((3,), (2,)), ((0,), (0,))), precision=precision)
+    of_real, of_imaginary = lax.split(parts, (1, 1), axis=1)
     (rr, ri), (ir, ii) = (lax.split(part, (o, o), axis=3) for part in (of_real, of_imaginary))
-    both = jnp.concatenate([rr - ii, ri + ir], 2)
-    return jnp.concatenate([y, both.swapaxes(1, 2).reshape(2 * q, b, o)])
+    both = jnp.concatenate([rr - ii, ri + ir], 1)
+    return jnp.concatenate([y, both.reshape(2 * q, b, o)])
 
 
 def adjoint_blocks(fixed: Float[Array, "r o i"], paired: Float[Array, "q 2 o i"]) -> tuple[Array, Array]:

@@ -65,7 +65,7 @@ def sum_of_squares_up(array: np.ndarray) -> Fraction:
 
 
 def parallel_map(function: Callable[[Any], Any], items: Iterable[Any], most: int = 32) -> list[Any]:
-    """Maps over items with a thread per available core, `most` of them (NumPy releases the GIL in the work done here)."""
+    """Maps over items with a thread per available core, up to `most` (NumPy releases the GIL in the work done here)."""
     items = list(items)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(len(items), cores, most)

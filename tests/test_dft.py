@@ -125,16 +125,18 @@ def test_every_entry_is_rounded_once(size):
         np.testing.assert_allclose(gram, np.broadcast_to(np.eye(gram.shape[-1]), gram.shape), atol=1e-14)
 
 
+@pytest.mark.parametrize("channels", [(3, 4), (2, 4)])  # one product for all parts; few channels in
 @pytest.mark.parametrize("size", SIZES)
-def test_blocks_act_as_the_complex_response(size):
+def test_blocks_act_as_the_complex_response(size, channels):
     h, w = size
+    i, o = channels
     rng = np.random.default_rng(3)
     # The transform of a real kernel is Hermitian: packing loses nothing.
-    response = np.fft.rfft2(rng.normal(size=(h, w, 4, 3)), axes=(0, 1))
+    response = np.fft.rfft2(rng.normal(size=(h, w, o, i)), axes=(0, 1))
     fixed, paired = _dft.pack(response, size)
     assert isinstance(fixed, np.ndarray) and isinstance(paired, np.ndarray)
     np.testing.assert_allclose(_dft.unpack(fixed, paired, size), response, atol=1e-13)
-    x = rng.normal(size=(2, h, w, 3))
+    x = rng.normal(size=(2, h, w, i))
     y = np.einsum("hwoi,bhwi->bhwo", response, np.fft.rfft2(x, axes=(1, 2)))
     expected = np.fft.irfft2(y, s=size, axes=(1, 2))
     z = _dft.apply_blocks(_dft.spectrum(jnp.asarray(x)), jnp.asarray(fixed), jnp.asarray(paired))
@@ -142,6 +144,27 @@ def test_blocks_act_as_the_complex_response(size):
     adjoint = _dft.adjoint_blocks(jnp.asarray(fixed), jnp.asarray(paired))
     back = _dft.unpack(*(np.asarray(a) for a in adjoint), size)
     np.testing.assert_allclose(back, response.conj().swapaxes(2, 3), atol=1e-13)
+
+
+@pytest.mark.parametrize("size", [(4, 3), (9, 8), (8, 9)])
+def test_spectrum_and_image_are_each_others_adjoint_to_every_transformation_of_jax(size):
+    x, z = random((2, *size, 3)), random((size[0] * size[1], 2, 3), 1)
+
+    @jax.jit
+    def check(x, z):
+        back = jax.vjp(_dft.spectrum, x)[1](z)[0], jax.linear_transpose(lambda x: _dft.spectrum(x), x)(z)[0]
+        forth = jax.vjp(lambda z: _dft.image(z, size), z)[1](x)[0], jax.jvp(_dft.spectrum, (x,), (x,))[1]
+        twice = jax.vjp(lambda z: jax.vjp(_dft.spectrum, x)[1](z)[0], z)[1](x)[0]
+        mapped = jax.vmap(_dft.spectrum)(jnp.stack([x, 2 * x])), jax.vmap(_dft.spectrum, 3, 2)(x[..., None, :])
+        return back, (*forth, twice), mapped, _dft.spectrum(x), _dft.image(z, size)
+
+    back, forth, (stacked, inner), expected, image = check(x, z)
+    for found in back:
+        np.testing.assert_allclose(np.asarray(found), np.asarray(image), atol=1e-13)
+    for found in (*forth, stacked[0], stacked[1] / 2, inner[:, :, 0]):
+        np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=1e-13)
+    eager = np.asarray(_dft.spectrum(x))
+    np.testing.assert_allclose(eager, np.asarray(expected), atol=1e-13)
 
 
 @pytest.mark.parametrize("size", [(4, 4), (5, 6), (4, 3), (1, 1)])

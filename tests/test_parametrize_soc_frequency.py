@@ -95,7 +95,8 @@ def forms(raw, x, num_terms, out):
 
 
 @pytest.mark.parametrize(
-    ("num_terms", "size", "out"), [(5, (4, 6), 4), (5, (3, 3), 2), (None, (4, 4), 4), (12, (1, 1), 3)]
+    ("num_terms", "size", "out"),
+    [(5, (4, 6), 4), (3, (2, 3), 4), (5, (3, 3), 2), (None, (4, 4), 4), (12, (1, 1), 3)],
 )
 def test_forms_and_their_gradients_agree(num_terms, size, out):
     # The norm stays below 2: sixteen terms are then the exponential to 2^17 / 17! = 4e-10.
