@@ -134,9 +134,12 @@ BAD_FLAGS = {
     ),
     "unknown loss": (
         ["--config.loss.name=hinge"],
-        "config.loss.name: expected one of ['certificate_regularization', 'crm', 'crm_max', 'cross_entropy', 'curvature', 'emma'",
+        "config.loss.name: expected one of ['certificate_regularization', 'crm', 'crm_max', 'cross_entropy'",
     ),
-    "unknown model": (["--config.model.name=resnet"], "config.model.name: expected one of ['convnet', 'lipconvnet', 'liresnet']"),
+    "unknown model": (
+        ["--config.model.name=resnet"],
+        "config.model.name: expected one of ['convnet', 'lipconvnet', 'liresnet']",
+    ),
     "odd channels": (["--config.model.width=5"], "even width"),
     "not over the mesh": (["--config.mesh.data=8", "--config.batch_size=12"], "does not divide over 8 devices"),
     "missing data set": (["--config.data.name=cifar10", "--config.data.path="], "is not prepared"),
