@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipjax import bounds, conv
-from lipjax.models import ConvNet, LipConvnet
+from lipjax.models import ConvNet, LipConvnet, LiResNet
 from lipjax.nn import COLLECTION, LipschitzModel
 
 _ACTIVATIONS = {"maxmin": "maxmin", "hh1": "householder", "hh2": "householder2"}
@@ -20,7 +20,7 @@ _POOLINGS = {"max": "max", "lip1": "projection"}
 class _Entry:
     """One array of a state dict: its name there, the collection and path here, and how it is transformed.
 
-    back: the shape here to the shape there.
+    back: the shape here to the shape there. part: (i, n) if it is the i-th of n arrays that are stacked there.
     """
 
     name: str
@@ -28,6 +28,7 @@ class _Entry:
     path: tuple[str | int, ...]
     transform: Callable[[np.ndarray], np.ndarray]
     back: Callable[[tuple[int, ...]], tuple[int, ...]]
+    part: tuple[int, int] | None = None
 
 
 def from_torch(family: str, state_dict: dict[str, Any], **options) -> tuple[LipschitzModel, dict]:
@@ -35,18 +36,19 @@ def from_torch(family: str, state_dict: dict[str, Any], **options) -> tuple[Lips
 
     Args:
       family: "soc" (singlasahil14/SOC, arXiv:2108.04062) or "improved_l2" (singlasahil14/improved_l2_robustness,
-        arXiv:2211.08453): the class LipConvNet of each; or "crm" (o4lc/CRM-LipLT, arXiv:2310.00116): what its
-        createNetwork makes of layers without batch normalisation.
+        arXiv:2211.08453): the class LipConvNet of each; "crm" (o4lc/CRM-LipLT, arXiv:2310.00116): what its
+        createNetwork makes of layers without batch normalisation; or "liresnet" (hukkai/liresnet, arXiv:2310.02513):
+        the class GloroNet with LiResConv, Map2Vec and LiResMLP.
       state_dict: name -> array (anything that numpy.asarray takes), with the original's names and layouts. The
         original's state_dict() of "crm" networks has it under "original".
       options: the original constructor's arguments by name ("crm": the entries of networkConfiguration, of which
-        layers, activation and inputShape are read).
+        layers, activation and inputShape are read; "liresnet": depth, width, input_size, num_classes and use_lln, and
+        out_dim and mlp_depth, which are 2048 and 8 in the original).
     Returns: (model, variables): model.apply(variables, x), x NHWC, gives the original's logits in eval mode for the
       same network input, and model.apply(variables, x, train=True) those in train mode. "soc" and "crm" networks have
       no input normalisation of their own: give the model input_mean and input_std (`model.clone`) to certify in pixel
-      units. Start vectors of norm estimates are drawn afresh. A
-      Cayley network of "soc" whose kernels exceed their map computes with cropped kernels; the taps that it crops are
-      zero here.
+      units. Start vectors of norm estimates are drawn afresh ("liresnet": init_x is not read). A Cayley network of
+      "soc" whose kernels exceed their map computes with cropped kernels; the taps that it crops are zero here.
     Raises: ValueError for an unknown family or option, and for missing, extra or misshapen arrays (naming the array and
       both shapes).
     """
@@ -57,7 +59,8 @@ def from_torch(family: str, state_dict: dict[str, Any], **options) -> tuple[Lips
     abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *model.input_shape)))
     arrays = {name: np.asarray(value) for name, value in state_dict.items()}
     expected = {entry.name: entry for entry in entries}
-    ignored = {name for name in arrays if name in _IGNORED or name.rpartition(".")[2] in _IGNORED}
+    unread = _IGNORED.get(family, ())
+    ignored = {name for name in arrays if name in unread or name.rpartition(".")[2] in unread}
     missing, extra = sorted(expected.keys() - arrays), sorted(arrays.keys() - expected.keys() - ignored)
     if missing or extra:
         raise ValueError(f"The state dict of a {family!r} network lacks {missing or 'nothing'}, has extra {extra}.")
@@ -65,8 +68,12 @@ def from_torch(family: str, state_dict: dict[str, Any], **options) -> tuple[Lips
     for entry in entries:
         shape = _at(abstract[entry.collection], entry.path).shape
         wanted, array = entry.back(shape), arrays[entry.name]
+        if entry.part is not None:
+            wanted = (entry.part[1], *wanted)
         if array.shape != wanted:
             raise ValueError(f"{entry.name}: expected shape {wanted}, got {array.shape}.")
+        if entry.part is not None:
+            array = array[entry.part[0]]
         parent = _at(variables[entry.collection], entry.path[:-1])
         parent[entry.path[-1]] = jnp.asarray(entry.transform(array))
     variables[COLLECTION]["vectors"] = {}
@@ -89,8 +96,13 @@ def _at(tree, path):
     return tree
 
 
-# State of the original that has no counterpart here: of a curvature estimate, and of the constants checked apart.
-_IGNORED = ("correction", "logits_layer._v", "shift", "scale")
+# State of the original that has no counterpart here: of a curvature estimate, constants that are checked apart,
+# identities, start vectors, and matrices that evaluation derived from the weights.
+_LIPCONVNET = ("correction", "logits_layer._v", "shift", "scale")
+_IGNORED = {
+    **dict.fromkeys(("crm", "improved_l2", "soc"), _LIPCONVNET),
+    "liresnet": ("stem.0.init_x", "conv.init_x", "conv.identity", "linear.identity", "linear.eval_weight"),
+}
 
 
 def _same(name: str, *path) -> _Entry:
@@ -322,4 +334,61 @@ def _matrix(name: str, unflattened: tuple[int, ...] | None, *path) -> _Entry:
     return _Entry(name, "params", path, transform, lambda shape: shape)
 
 
-_FAMILIES = {"crm": _crm, "improved_l2": _improved, "soc": _soc}
+def _liresnet(state_dict: dict, options: dict) -> tuple[LiResNet, list[_Entry]]:
+    """GloroNet of hukkai/liresnet, of which the blocks and the dense layers are stacked arrays."""
+    del state_dict
+    sizes = {"depth": 12, "width": 128, "input_size": 32, "num_classes": 10, "out_dim": 2048, "mlp_depth": 8}
+    given = _known_options("liresnet", options, {**sizes, "use_lln": True, "num_lc_iter": 10, "act_name": "MinMax"})
+    _choose(given, "act_name", {"MinMax": "maxmin"})
+    depth, width, side, features = given["depth"], given["width"], given["input_size"], given["out_dim"]
+    patch = round((width / 3) ** 0.5)
+    stems = {32: (5, 2, 2), 64: (5, 2, 2), 224: (patch, patch, 0)}
+    if side not in stems:
+        raise ValueError(f"input_size: expected one of {sorted(stems)}, got {side}.")
+    kernel, strides, padding = stems[side]
+    model = LiResNet(
+        (side, side, 3),
+        given["num_classes"],
+        0.5,
+        depth=depth,
+        width=width,
+        stem_kernel=kernel,
+        stem_strides=strides,
+        stem_padding=padding,
+        neck_features=features,
+        head_normalize=bool(given["use_lln"]),
+        neck="cholesky",
+        dense_depth=given["mlp_depth"],
+        centering=True,
+        small_init=True,
+    )
+    grid = ((side + 2 * padding - kernel) // strides + 1) // 4
+    if features > width * grid**2:
+        # The original orthogonalises rows even then; here columns are, which is another matrix.
+        raise ValueError(f"out_dim: expected at most the {width * grid**2} features of the map, got {features}.")
+    entries = [_kernel("stem.0.weight", "stem", "kernel"), _same("stem.0.bias", "stem", "bias")]
+    for i in range(depth):
+        block, part = f"block_{i + 1:02d}", (i, depth)
+        kernel_entry = _kernel("conv.weights", block, "weight")
+        gamma = _Entry("conv.gamma", "params", (block, "gamma"), np.ravel, lambda s: (*s, 1, 1, 1))
+        mean = dataclasses.replace(_same("conv.running_mean", block, "mean"), collection=COLLECTION)
+        of_block = (kernel_entry, gamma, _same("conv.bias", block, "bias"), mean)
+        entries += [dataclasses.replace(entry, part=part) for entry in of_block]
+    entries += [
+        _Entry("neck.kernel", "params", ("neck_conv", "kernel"), _patches, lambda s: (s[3], s[0] * s[1] * s[2])),
+        _matrix("neck.weight", (width, grid, grid), "neck_dense", "matrix"),
+        _same("neck.bias", "neck_dense", "bias"),
+    ]
+    if given["mlp_depth"]:
+        gamma = _Entry("linear.gamma", "params", ("dense", "gamma"), lambda a: a[..., 0], lambda s: (*s, 1))
+        entries += [_same("linear.weights", "dense", "weight"), gamma, _same("linear.bias", "dense", "bias")]
+    entries += [_same("head.weight", "head", "matrix"), _same("head.bias", "head", "bias")]
+    return model, entries
+
+
+def _patches(matrix: np.ndarray) -> np.ndarray:
+    """(out, in 4 4) -> HWIO."""
+    return np.transpose(matrix.reshape(len(matrix), -1, 4, 4), (2, 3, 1, 0))
+
+
+_FAMILIES = {"crm": _crm, "improved_l2": _improved, "liresnet": _liresnet, "soc": _soc}

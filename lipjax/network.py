@@ -44,10 +44,17 @@ class Network:
 
     def features(self, x: Float[Array, "b ..."]) -> Float[Array, "b d"]:
         """What the head sees, for pixels x."""
-        x = self.normalize(x)
-        for op in self.ops:
-            x = op(x)
-        return x
+        return self.features_and_means(x)[0]
+
+    def features_and_means(self, x: Float[Array, "b ..."]) -> tuple[Float[Array, "b d"], dict[str, Array]]:
+        """`features`, and the means of this batch that operators of a training step subtracted, by operator name."""
+        x, means = self.normalize(x), {}
+        for name, op in zip(self.names, self.ops, strict=True):
+            if hasattr(op, "with_mean"):
+                x, means[name] = op.with_mean(x)
+            else:
+                x = op(x)
+        return x, means
 
     def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b k"]:
         """Logits (b, k) for pixels x: (b, *in_shape) in [0, 1]. Raises: ValueError for another shape."""

@@ -125,6 +125,14 @@ PARAMETERS = {
     "tiny_imagenet_liresnet": 49_783_496,
     "imagenet_liresnet": 83_229_152,
     "cifar10_liresnet_small": 557_386,
+    "cifar10_recipe": 82_944_010,
+    "cifar100_recipe": 83_128_420,
+    "tiny_imagenet_recipe": 133_664_968,
+    "imagenet_recipe": 98_138_532,
+    "cifar10_recipe_small": 821_514,
+    "cifar100_recipe_small": 844_644,
+    "tiny_imagenet_recipe_small": 874_952,
+    "imagenet_recipe_small": 1_074_216,
 }
 
 
@@ -132,8 +140,10 @@ def parameters_by_hand(m, num_classes, channels):
     """Stem, blocks with gamma and bias, neck convolution, dense layer, head: from the architecture's description."""
     w, out = m.width, m.neck_features or 4 * m.width
     stem = m.stem_kernel**2 * channels * w + w
-    neck = 16 * w * w + w + 16 * w * out + out  # 16 x 16 maps leave 4 x 4 of them
-    return stem + m.depth * (9 * w * w + 2 * w) + neck + num_classes * (out + 1)
+    grid = (m.input_shape[0] // m.stem_strides // 4) ** 2  # 16 x 16 maps leave 4 x 4 of them
+    neck = 16 * w * w + (w if m.neck == "free" else 0) + grid * w * out + out
+    dense = m.dense_depth * (out * out + 2 * out)  # with gamma and bias
+    return stem + m.depth * (9 * w * w + 2 * w) + neck + dense + num_classes * (out + 1)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -142,6 +152,8 @@ def test_configs_are_valid_locked_and_of_the_stated_size(path):
     assert config.is_locked
     validate(config)
     shape, classes = DATA[config.data.name]
+    if config.data.image_size:
+        shape = (config.data.image_size, config.data.image_size, shape[2])
     model = get_model(config.model, input_shape=shape, num_classes=classes)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *shape))))["params"]
     if path.stem in PARAMETERS:

@@ -1,7 +1,21 @@
-"""LiResNet, as published at NeurIPS 2023."""
+"""LiResNet, as published at NeurIPS 2023 and with what the recipe of ICLR 2024 adds."""
+
+import functools
 
 from lipjax import conv
-from lipjax.nn import Conv, Dense, LinearHead, LinearResidual, LipschitzModel, flatten
+from lipjax.nn import (
+    CholeskyConv,
+    CholeskyDense,
+    CholeskyStack,
+    Conv,
+    Dense,
+    LinearHead,
+    LinearResidual,
+    LipschitzModel,
+    flatten,
+)
+
+NECKS = ("free", "cholesky")
 
 
 class LiResNet(LipschitzModel):
@@ -12,7 +26,12 @@ class LiResNet(LipschitzModel):
     rows of length 1 with head_normalize (LLN). Norms of all are unconstrained, estimated in training and proved at
     certification.
 
-    Source: Hu et al. 2023, arXiv:2301.12549; the scale L^(-1/2) gamma of the blocks: Hu et al. 2024, arXiv:2310.02513.
+    Of 2024, all off by default: neck "cholesky" (`Map2Vec` of the original) makes both maps of the neck contractive,
+    without a bias or MaxMin between them; dense_depth contractive residual dense layers follow the neck; centering
+    subtracts means from what each block adds; small_init starts the blocks nearer to the identity (`LinearResidual`).
+
+    Source: Hu et al. 2023, arXiv:2301.12549; 2024: Hu et al. 2024, arXiv:2310.02513, of which the scale L^(-1/2) gamma
+    of the blocks is always there.
     """
 
     depth: int = 12
@@ -22,6 +41,10 @@ class LiResNet(LipschitzModel):
     stem_padding: int = 2
     neck_features: int | None = None
     head_normalize: bool = True
+    neck: str = "free"
+    dense_depth: int = 0
+    centering: bool = False
+    small_init: bool = False
 
     def _stem_pads(self):
         return (self.stem_padding, self.stem_padding), (self.stem_padding, self.stem_padding)
@@ -34,6 +57,10 @@ class LiResNet(LipschitzModel):
             raise ValueError("expected stem_kernel and stem_strides >= 1 and stem_padding >= 0.")
         if self.neck_features is not None and (self.neck_features < 2 or self.neck_features % 2):
             raise ValueError(f"expected an even neck_features, got {self.neck_features}.")
+        if self.neck not in NECKS:
+            raise ValueError(f"expected neck to be one of {NECKS}, got {self.neck!r}.")
+        if self.dense_depth < 0:
+            raise ValueError(f"expected dense_depth >= 0, got {self.dense_depth}.")
         kernel = (self.stem_kernel, self.stem_kernel)
         stem = conv.output_size(self.input_shape[:2], kernel, self.stem_strides, self._stem_pads())
         if min(stem) < 4:
@@ -41,7 +68,15 @@ class LiResNet(LipschitzModel):
 
     def layers(self):
         layers: list = [Conv(self.width, self.stem_kernel, self.stem_strides, self._stem_pads(), name="stem")]
-        layers += [LinearResidual(self.depth, name=f"block_{i:02d}") for i in range(1, self.depth + 1)]
-        layers += [Conv(self.width, 4, 4, "VALID", name="neck_conv"), flatten]
-        layers += [Dense(self.neck_features or 4 * self.width, name="neck_dense")]
+        block = functools.partial(LinearResidual, self.depth, centering=self.centering, small_init=self.small_init)
+        layers += [block(name=f"block_{i:02d}") for i in range(1, self.depth + 1)]
+        features = self.neck_features or 4 * self.width
+        if self.neck == "cholesky":
+            layers += [CholeskyConv(self.width, 4, name="neck_conv"), flatten]
+            layers += [CholeskyDense(features, name="neck_dense")]
+        else:
+            layers += [Conv(self.width, 4, 4, "VALID", name="neck_conv"), flatten]
+            layers += [Dense(features, name="neck_dense")]
+        if self.dense_depth:
+            layers.append(CholeskyStack(self.dense_depth, name="dense"))
         return layers, LinearHead(self.num_classes, self.head_normalize, name="head")

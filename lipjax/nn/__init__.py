@@ -1,5 +1,6 @@
 """Flax Linen modules that own parameters and build operators; no maths of their own."""
 
+from lipjax.nn.cholesky import CholeskyConv, CholeskyDense, CholeskyStack
 from lipjax.nn.layers import (
     COLLECTION,
     ELEMENTWISE,
@@ -7,6 +8,7 @@ from lipjax.nn.layers import (
     Dense,
     LinearHead,
     LinearResidual,
+    advance_means,
     flatten,
     torch_bias,
     torch_conv,
@@ -34,6 +36,9 @@ __all__ = [
     "SOC",
     "Cayley",
     "CayleyHead",
+    "CholeskyConv",
+    "CholeskyDense",
+    "CholeskyStack",
     "Conv",
     "Dense",
     "Householder",
@@ -44,6 +49,7 @@ __all__ = [
     "MLPHead",
     "ProjectionPool",
     "SOCHead",
+    "advance_means",
     "flatten",
     "torch_bias",
     "torch_conv",

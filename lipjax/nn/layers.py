@@ -6,9 +6,11 @@ have fewer terms. Heads return one operator without a name.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from lipjax import conv, operators
 from lipjax.parametrize import lln, residual
@@ -17,7 +19,7 @@ Initializer = Callable[..., jax.Array]
 NamedOperators = list[tuple[str, object]]
 
 COLLECTION = "lip"
-"""Name of the state collection: warm-started vectors of norm estimates and normalisations."""
+"""Name of the state collection: warm-started vectors of norm estimates and normalisations, running means."""
 
 orthogonal = nn.initializers.orthogonal
 
@@ -70,16 +72,37 @@ def named(module: nn.Module, ops: list) -> NamedOperators:
     return [(f"{name}/{type(op).__name__.lower() if isinstance(op, reorderings) else 'linear'}", op) for op in ops]
 
 
+_MEAN_RATE = 0.1  # as torch's batch normalisation
+
+
+def advance_means(state: dict, means: dict[str, jax.Array]) -> dict:
+    """The state with the running means of centred layers moved a tenth of the way to those of a batch.
+
+    Args: state: the collection "lip". means: as of `Network.features_and_means`.
+    """
+    for name, mean in means.items():
+        layer = name.split("/")[0]
+        running = state[layer]["mean"]
+        moved = running + _MEAN_RATE * (jax.lax.stop_gradient(mean).astype(running.dtype) - running)
+        state = {**state, layer: {**state[layer], "mean": moved}}
+    return state
+
+
 def with_bias(
-    module: nn.Module, ops: list, use_bias: bool, activation, bias_init: Initializer = nn.initializers.zeros
+    module: nn.Module,
+    ops: list,
+    use_bias: bool,
+    activation,
+    bias_init: Initializer = nn.initializers.zeros,
+    shift: jax.Array | float = 0.0,
 ) -> NamedOperators:
-    """Linear operators, a bias and an activation (shape -> operator), named after their layer."""
+    """Linear operators, a bias (minus `shift`) and an activation (shape -> operator), named after their layer."""
     name = module.name or type(module).__name__
     ops = named(module, ops)
     shape = ops[-1][1].out_shape
     if use_bias:
         bias = module.param("bias", bias_init, (shape[-1],))
-        ops.append((f"{name}/bias", operators.Bias(bias, shape)))
+        ops.append((f"{name}/bias", operators.Bias(bias - shift, shape)))
     if activation is not None:
         ops.append((f"{name}/activation", activation(shape)))
     return ops
@@ -109,20 +132,33 @@ class Conv(nn.Module):
 
 
 class LinearResidual(nn.Module):
-    """One block of LiResNet: `residual.linear_residual`, bias, activation. num_layers: the depth of its stack."""
+    """One block of LiResNet: `residual.linear_residual`, bias, activation.
+
+    num_layers: the depth of its stack. centering: a training step subtracts the mean over the batch of what the block
+    adds to its input, of which the state keeps a running mean; evaluation subtracts that, as part of the bias.
+    small_init: weights start at N(0, 1 / fan_in^2) instead of N(0, 1 / fan_in).
+    """
 
     num_layers: int
     kernel_size: int = 3
+    centering: bool = False
+    small_init: bool = False
     activation: Callable = operators.MaxMin
 
     @nn.compact
     def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
         channels = in_shape[-1]
         fan_in = self.kernel_size**2 * channels
-        weight = self.param("weight", nn.initializers.normal(fan_in**-0.5), (self.kernel_size,) * 2 + (channels,) * 2)
+        init = nn.initializers.normal(1 / fan_in if self.small_init else fan_in**-0.5)
+        weight = self.param("weight", init, (self.kernel_size,) * 2 + (channels,) * 2)
         gamma = self.param("gamma", nn.initializers.ones, (channels,))
         kernel = residual.linear_residual(weight, gamma, num_layers=self.num_layers)
-        return with_bias(self, [operators.Conv(kernel, tuple(in_shape))], True, self.activation)
+        op: Any = operators.Conv(kernel, tuple(in_shape))
+        shift: Any = 0.0
+        if self.centering:
+            mean = self.variable(COLLECTION, "mean", jnp.zeros, (channels,), weight.dtype)
+            op, shift = (operators.Centered(op), 0.0) if train else (op, mean.value)
+        return with_bias(self, [op], True, self.activation, shift=shift)
 
 
 class Dense(nn.Module):

@@ -16,6 +16,7 @@ from lipjax.operators.heads import LinearHead, MLPHead
 from lipjax.operators.linear import Bias, Conv, Dense, Normalize
 from lipjax.operators.pairs import Householder, Householder2, MaxMin, MaxPoolPairs, ProjectionPool
 from lipjax.operators.reshape import CropChannels, Flatten, PadChannels, SpaceToDepth
+from lipjax.operators.training_only import Centered, Contraction
 
 OPERATORS = {
     cls.__name__: cls
@@ -49,8 +50,10 @@ __all__ = [
     "HEADS",
     "OPERATORS",
     "Bias",
+    "Centered",
     "CircularConv",
     "CircularSeries",
+    "Contraction",
     "Conv",
     "ConvExponential",
     "CropChannels",

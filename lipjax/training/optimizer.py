@@ -1,9 +1,96 @@
 """Optimisers from optax, and what follows a schedule: the learning rate by step, the losses' numbers by epoch."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+
+
+class NadamState(NamedTuple):
+    """count: updates made. product: of the momenta mu_1 ... mu_count. mu, nu: means of gradients and their squares."""
+
+    count: Any
+    product: Any
+    mu: Any
+    nu: Any
+
+
+_B1, _B2, _MOMENTUM_DECAY = 0.9, 0.999, 0.004  # torch's defaults
+
+
+def scale_by_torch_nadam(eps: float) -> optax.GradientTransformation:
+    """NAdam with the momentum schedule of its paper and of torch, which `optax.nadam` leaves out.
+
+    mu_t = b1 (1 - 0.96^(0.004 t) / 2), which rises from b1 / 2 to b1. With m and v Adam's means of gradients g and of
+    their squares, and P_t = mu_1 ... mu_t, the update is
+      ((1 - mu_t) / (1 - P_t) g + mu_(t+1) / (1 - P_(t+1)) m) / (sqrt(v / (1 - b2^t)) + eps).
+
+    Args: eps: in the denominator, beside the root.
+    Source: Dozat 2016, Incorporating Nesterov momentum into Adam; torch.optim.NAdam.
+    """
+
+    def momentum(count):
+        return _B1 * (1 - 0.5 * 0.96 ** (_MOMENTUM_DECAY * count))
+
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return NadamState(jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32), zeros, jax.tree.map(jnp.copy, zeros))
+
+    def update(updates, state, params=None):
+        del params
+        count = state.count + 1
+        now, following = (momentum(jnp.asarray(t, jnp.float32)) for t in (count, count + 1))
+        product = state.product * now
+        mu = jax.tree.map(lambda m, g: _B1 * m + (1 - _B1) * g, state.mu, updates)
+        nu = jax.tree.map(lambda v, g: _B2 * v + (1 - _B2) * g**2, state.nu, updates)
+        of_gradient, of_mean = (1 - now) / (1 - product), following / (1 - product * following)
+        correction = -jnp.expm1(jnp.asarray(count, jnp.float32) * math.log(_B2))  # 1 - b2^t, without cancellation
+        moved = jax.tree.map(
+            lambda g, m, v: ((of_gradient * g + of_mean * m) / (jnp.sqrt(v / correction) + eps)).astype(g.dtype),
+            *(updates, mu, nu),
+        )
+        return moved, NadamState(count, product.astype(jnp.float32), mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+class LookaheadState(NamedTuple):
+    """count: updates made. slow: the slow parameters, from the first synchronisation on. fast: of the optimiser."""
+
+    count: Any
+    slow: Any
+    fast: Any
+
+
+def lookahead(
+    fast: optax.GradientTransformation, period: int, rate: float, steps_per_epoch: int
+) -> optax.GradientTransformation:
+    """Every `period` steps and at the end of every epoch: slow <- slow + rate (params - slow), params <- slow.
+
+    The parameters that are trained are the fast ones. Since every epoch ends with a synchronisation, those that are
+    validated, kept as the best and certified are the slow ones. The first synchronisation sets slow to the parameters.
+    In `optax.lookahead` parameters are pairs, and it does not synchronise at the end of an epoch.
+
+    Source: Zhang et al. 2019, arXiv:1907.08610; start and end of the epoch as in the recipe's code (timm's Lookahead).
+    """
+
+    def init(params):
+        return LookaheadState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), fast.init(params))
+
+    def update(updates, state, params: Any = None):
+        updates, inner = fast.update(updates, state.fast, params)
+        count = state.count + 1
+        synchronise = (count % period == 0) | (count % steps_per_epoch == 0)
+        first = count == min(period, steps_per_epoch)
+        moved = optax.apply_updates(params, updates)
+        target = jax.tree.map(lambda s, p: jnp.where(first, p, s + rate * (p - s)), state.slow, moved)
+        slow = jax.tree.map(lambda s, t: jnp.where(synchronise, t, s), state.slow, target)
+        updates = jax.tree.map(lambda u, t, p: jnp.where(synchronise, t - p, u), updates, target, params)
+        return updates, LookaheadState(count, slow, inner)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _decay_in_gradient(update: optax.GradientTransformation, config, mask) -> optax.GradientTransformation:
@@ -15,6 +102,9 @@ def _decay_in_gradient(update: optax.GradientTransformation, config, mask) -> op
 OPTIMIZERS = {
     "adam": lambda rate, config, mask: _decay_in_gradient(optax.adam(rate, eps=config.eps), config, mask),
     "adamw": lambda rate, config, mask: optax.adamw(rate, eps=config.eps, weight_decay=config.weight_decay, mask=mask),
+    "nadam": lambda rate, config, mask: _decay_in_gradient(
+        optax.chain(scale_by_torch_nadam(config.eps), optax.scale_by_learning_rate(rate)), config, mask
+    ),
     "nadamw": lambda rate, config, mask: optax.nadamw(
         rate, eps=config.eps, weight_decay=config.weight_decay, mask=mask
     ),
@@ -84,6 +174,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Global-norm clipping (none for clip_norm 0), then the named optimiser with its learning-rate schedule.
 
+    Around both Lookahead, unless lookahead_period is 0.
+
     Args: config: the optimizer group. head_only: leaves all parameters but those of "head" as they are.
     """
     rate = learning_rate_schedule(config, steps_per_epoch, num_epochs)
@@ -93,6 +185,8 @@ def make_optimizer(
     if head_only:
         still = optax.masked(optax.set_to_zero(), _not_the_head)
         update = optax.chain(still, update, still)  # before, for the norm that is clipped; after, for the decay
+    if config.lookahead_period:
+        update = lookahead(update, config.lookahead_period, config.lookahead_rate, steps_per_epoch)
     return update
 
 

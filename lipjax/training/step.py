@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from lipjax import bounds, certify, curvature, losses, spectral
-from lipjax.nn import COLLECTION, LipschitzModel
+from lipjax.nn import COLLECTION, LipschitzModel, advance_means
 from lipjax.operators import MLPHead
 from lipjax.training import augment, sharding
 
@@ -122,7 +122,8 @@ def estimate_constants(network, lip, num_iters: int, lipschitz: str):
         return {"lipschitz": constants}, {**lip, "vectors": vectors}
     product, vectors = bounds.feature_lipschitz_estimate(network, lip["vectors"], num_iters)
     constants = {"features": product, "lipschitz": product * network.head.pairwise_lipschitz()}
-    lip = {**lip, "vectors": vectors}
+    # A training step estimates no norms of contractions, whose vectors wait for the next evaluation.
+    lip = {**lip, "vectors": {**lip["vectors"], **vectors}}
     if isinstance(network.head, MLPHead):
         w1, w2 = jax.lax.stop_gradient((network.head.w1, network.head.w2))
         start = lip["head"]["vector"]
@@ -182,7 +183,8 @@ def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int):
             network, advanced = model.apply(variables, train, method="build", mutable=[COLLECTION])
             lip = {"vectors": {}, **advanced.get(COLLECTION, {})}
             constants, lip = estimate_constants(network, lip, config.power_iterations, config.lipschitz)
-            features = network.features(pixels)
+            features, means = network.features_and_means(pixels)
+            lip = advance_means(lip, means)
             if config.train_head_only:
                 features = jax.lax.stop_gradient(features)
             logits = network.head(features)

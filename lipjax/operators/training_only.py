@@ -1,0 +1,57 @@
+"""What networks are made of in a training step alone. None has a `bound`: a network with one of them is refused."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from lipjax.operators._base import operator
+
+
+class _Around:
+    """What operators around another map share."""
+
+    map: Any
+
+    @property
+    def in_shape(self):
+        return self.map.in_shape
+
+    @property
+    def out_shape(self):
+        return self.map.out_shape
+
+    def check(self) -> None:
+        self.map.check()
+
+
+@operator("map", static=())
+class Contraction(_Around):
+    """x -> map(x), for a linear map made to have a norm of at most 1: it has no estimate, so that training takes 1."""
+
+    map: Any
+
+    def __call__(self, x):
+        return self.map(x)
+
+
+@operator("map", static=())
+class Centered(_Around):
+    """x -> map(x) - mean(map(x) - x), the mean over batch and pixels, for a map that keeps the shape.
+
+    A translation for any one batch. With a batch sharded over devices, under `jit`, the mean is that of all devices.
+    """
+
+    map: Any
+
+    def with_mean(self, x):
+        """(map(x) - mean, mean); mean: (channels,), differentiable."""
+        y = self.map(x)
+        mean = jnp.mean(y - x, axis=tuple(range(x.ndim - 1)))
+        return y - mean, mean
+
+    def __call__(self, x):
+        return self.with_mean(x)[0]
+
+    def estimate(self, v, num_iters: int):
+        """The map's."""
+        return self.map.estimate(v, num_iters)
