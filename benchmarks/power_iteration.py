@@ -33,12 +33,13 @@ CONSOLE = Console(soft_wrap=True, highlight=False)
 
 
 def estimated_lipschitz(network, key, iterations: int) -> np.ndarray:
-    """(k, k): the product of estimated norms times the head's pairwise constants, in float64."""
+    """(k, k), float64: LipLT where it applies, otherwise the product of norms; by power iteration."""
     with float64_on_cpu():
         network = jax.tree.map(jnp.asarray, network)
-        vectors = bounds.init_vectors(network, key)
-        estimate = jax.jit(bounds.margin_lipschitz_estimate, static_argnums=2)
-        return np.asarray(estimate(network, vectors, iterations)[0])
+        liplt = bounds.has_liplt(network)
+        vectors = (bounds.init_liplt_vectors if liplt else bounds.init_vectors)(network, key)
+        function = bounds.margin_liplt_estimate if liplt else bounds.margin_lipschitz_estimate
+        return np.asarray(jax.jit(function, static_argnums=2)(network, vectors, iterations)[0])
 
 
 def claimed_radii(logits: np.ndarray, lipschitz: np.ndarray) -> np.ndarray:

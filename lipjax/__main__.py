@@ -6,6 +6,7 @@ import sys
 
 from rich.console import Console
 
+from lipjax.attacks import METHODS, OBJECTIVES
 from lipjax.errors import UserError, run_command
 
 
@@ -39,12 +40,51 @@ def certify(arguments) -> None:
         validate(config)
         found.append(certify_run(directory, config, seed, console=console))
         print_table(found[-1], console)
-        console.print(f"Written to {directory}: frozen/, certificate.json, report.json, certified_accuracy.png")
+        files = "frozen/, certificate.json, report.json, attack.json, certified_accuracy.png"
+        console.print(f"Written to {directory}: {files}")
     if len(found) > 1:
         root = directories[0].parent
         write_json(root / "report.json", summarize(found))
         print_table(summarize(found), console)
         console.print(f"Written to {root}: report.json")
+
+
+def report(arguments) -> None:
+    """Writes an HTML page about every certified run in a directory."""
+    from lipjax.training.html_report import write_reports
+
+    console = Console(soft_wrap=True, highlight=False)
+    for path in write_reports(run_directories(arguments.workdir)):
+        console.print(f"Written to {path}", markup=False)
+
+
+def attack(arguments) -> None:
+    """Attacks every certified run in a directory."""
+    from lipjax.training.attack import attack_run
+    from lipjax.training.config import load_config, validate
+    from lipjax.training.falsify import print_findings
+
+    console = Console(soft_wrap=True, highlight=False)
+    fields = {"attack": "method", "attack_steps": "steps", "attack_restarts": "restarts", "attack_images": "num_images"}
+    for directory in run_directories(arguments.workdir):
+        config, seed = load_config(directory)
+        with config.unlocked():
+            config.certify.attack_images = 0
+            for field, argument in fields.items():
+                if getattr(arguments, argument) is not None:
+                    config.certify[field] = getattr(arguments, argument)
+            if arguments.data_dir is not None:
+                config.data.data_dir = arguments.data_dir
+        validate(config)
+        print_findings(attack_run(directory, config, seed, arguments.objective, console), console)
+        console.print(f"Written to {directory}: attack.json, attack.npz", markup=False)
+
+
+def check(arguments) -> int:
+    """Proves the certificates of a directory again, without JAX."""
+    from lipjax import checker
+
+    return checker.run(arguments.workdir)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,7 +95,26 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--num_images", type=int, help="only the first test images (default: as configured)")
     command.add_argument("--data_dir", help="where the data set lies now (default: as configured)")
     command.set_defaults(run=certify)
+    command = commands.add_parser(
+        "check", help="prove a certificate again with NumPy alone; 1 if something is not proved"
+    )
+    command.add_argument("workdir", help="a run with frozen/, certificate.json and images.safetensors")
+    command.set_defaults(run=check)
+    command = commands.add_parser("attack", help="try to break the certificates of a run and its Lipschitz bounds")
+    command.add_argument("workdir", help="the --workdir of train.py")
+    command.add_argument("--method", choices=METHODS, help="default: as configured")
+    command.add_argument("--objective", choices=OBJECTIVES, default="margin", help="what the attack ascends")
+    command.add_argument("--steps", type=int, help="of each attack (default: as configured)")
+    command.add_argument("--restarts", type=int, help="from random starts (default: as configured)")
+    command.add_argument("--num_images", type=int, help="only the first certified images (default: all)")
+    command.add_argument("--data_dir", help="where the data set lies now (default: as configured)")
+    command.set_defaults(run=attack)
+    command = commands.add_parser("report", help="write report.html about a certified run: one page, no other file")
+    command.add_argument("workdir", help="the --workdir of train.py")
+    command.set_defaults(run=report)
     arguments = parser.parse_args(argv)
+    if arguments.run is check:
+        return check(arguments)
     return run_command(lambda: arguments.run(arguments), "Interrupted.")
 
 

@@ -106,7 +106,7 @@ def _operator_norm(name: str, op) -> Fraction:
         raise NotCertifiable(f"{name}: no proved Lipschitz bound is known for a {type(op).__name__}.") from error
     except ValueError as error:
         raise NotCertifiable(f"{name} ({type(op).__name__}): {error}") from error
-    return Fraction(found.value)
+    return Fraction(found.claim)
 
 
 def _group(name: str, ops: Sequence, shape) -> tuple[Fraction, HostMap | None]:
@@ -245,9 +245,9 @@ class LipLTBound:
         maps = self._maps(j, k)
         if composed is None and maps is not None:
             composed = _proved(_chains.composition_bound, maps)
-        if composed is None or composed.value >= value:
+        if composed is None or spectral.with_room(composed.value) >= value:
             return best
-        return ChainBound(best.start, best.end, composed.value, composed.method, composed.details)
+        return ChainBound(best.start, best.end, spectral.with_room(composed.value), composed.method, composed.details)
 
     def _constants(self) -> None:
         """m_k of every activation, and the Lipschitz constants of the path up to after the last one, and to its end."""
@@ -353,7 +353,9 @@ class LipLTBound:
         whole = float(_times(Fraction(math.sqrt(2)), np.array(total))) * COMPUTED
         pairwise = np.minimum(np.broadcast_to(pairwise, (count, count)), whole)
         pairwise = np.minimum(pairwise, (per_class[:, None] + per_class) * COMPUTED)
-        pairwise = np.where(np.eye(count, dtype=bool), 0.0, np.maximum(pairwise, pairwise.T))
+        # With room for the rounding errors of other products with the rows.
+        pairwise = np.maximum(pairwise, pairwise.T) * (1 + float(spectral.ROOM))
+        pairwise = np.where(np.eye(count, dtype=bool), 0.0, pairwise)
         names = [self.pieces[i].step.name for i in self.acts]
         layers = tuple(
             LayerConstant(name, float_up(m), float_up(product))

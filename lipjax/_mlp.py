@@ -1,14 +1,17 @@
 """Proved radii for the MLP head, in NumPy float64. docs/soundness.md derives every error term."""
 
+import dataclasses
+
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from lipjax import curvature, spectral
 from lipjax._verified import parallel_map
-from lipjax.certify import Certificate, best_minorant, certify_radii, radius_of
+from lipjax.certify import Certificate, Minorants, best_minorant, certify_radii, radius_of
 from lipjax.operators import MLPHead, gamma
 from lipjax.operators._base import COMPUTED, UNIT_ROUNDOFF
 from lipjax.operators.softplus import SIGMOID_ERROR, sigmoid_of, softplus_error, softplus_of
+from lipjax.spectral import with_room
 
 _NUM_STEPS = 32
 # Rows (an image and a rival) that are worked on at a time: their hidden units fit into caches and memory.
@@ -35,12 +38,16 @@ class MLPCertifier:
         self._w1, self._b1, self._w2, self._b2 = (
             np.ascontiguousarray(a, np.float64) for a in (head.w1, head.b1, head.w2, head.b2)
         )
-        self._norm = spectral.matrix_norm_bound(self._w1).value
+        self._norm = spectral.matrix_norm_bound(self._w1).claim
         self._rows = _length(self._w1) * COMPUTED + _TINY
         self._frobenius = float(_length(self._w1.reshape(1, -1))[0]) * COMPUTED + _TINY
         largest = np.stack([np.maximum(self._w2 - row, 0.0).max(axis=1) for row in self._w2])
         self._coarse = np.where(largest > 0, (self._norm**2 / 4 * largest) * (1 + gamma(8)) + _TINY, 0.0)
         self._fine: dict[tuple[int, int], float] = {}
+
+    def document(self) -> dict:
+        """What a certificate says about the head: the bound of |W1|, and all exact curvatures that were needed."""
+        return {"norm": self._norm, "curvatures": [[*pair, self._fine[pair]] for pair in sorted(self._fine)]}
 
     def certify(
         self,
@@ -59,17 +66,27 @@ class MLPCertifier:
           head_margins: (n, k), as margins, but at the computed features.
           lipschitz: proved Lipschitz constant of pixels -> features.
         """
-        radii = self.feature_radii(predictions, features, head_margins)
-        # The exact features lie within feature_errors of the computed ones, around which the radii are.
+        found: list[Minorants] = []
+        radii = self.feature_radii(predictions, features, head_margins, found)
+        # The exact features lie within feature_errors of the computed ones, around which the radii are. Another
+        # evaluation is off by as much, and its proof of the radii rounds otherwise.
         with np.errstate(invalid="ignore"):
-            inside = np.nextafter(radii - feature_errors[:, None], -np.inf)
-        return certify_radii(predictions, margins, radius_of(inside, np.full_like(inside, lipschitz)))
+            inside = np.nextafter((radii - 2 * feature_errors[:, None]) * (1 - float(spectral.ROOM)), -np.inf)
+        certificate = certify_radii(predictions, margins, radius_of(inside, np.full_like(inside, lipschitz)))
+        return dataclasses.replace(certificate, minorants=Minorants.join(found, features.shape[1]))
 
-    def feature_radii(self, predictions: np.ndarray, features: np.ndarray, margins: np.ndarray) -> np.ndarray:
+    def feature_radii(
+        self,
+        predictions: np.ndarray,
+        features: np.ndarray,
+        margins: np.ndarray,
+        minorants: list[Minorants] | None = None,
+    ) -> np.ndarray:
         """Proved radii (n, k) around features (n, d) inside which the prediction's logit exceeds each rival's.
 
         Args: as in `certify`; margins at these features. Returns: in each row the least value over the rivals is as
         large as the methods make it, others may be less; 0 where nothing is proved, infinite for the prediction.
+        What the search found is appended to minorants.
         """
         images = np.arange(len(predictions))
         radii = radius_of(margins, self._lipschitz[predictions])
@@ -82,9 +99,12 @@ class MLPCertifier:
                 current = stage[images, rivals]
                 if (current == 2).all():
                     return radii
-                for reached, method in enumerate((self._closed_form, self._dual)):
+                for reached in (0, 1):
                     chosen = np.flatnonzero(current == reached)
-                    found = method(features[chosen], predictions[chosen], rivals[chosen])
+                    problem = features[chosen], predictions[chosen], rivals[chosen]
+                    found, points = self._dual(*problem) if reached else (self._closed_form(*problem), None)
+                    if points is not None and minorants is not None:
+                        minorants.append(Minorants(chosen, rivals[chosen], points))
                     where = chosen, rivals[chosen]
                     radii[where] = np.maximum(radii[where], found)
                     stage[where] += 1
@@ -97,13 +117,15 @@ class MLPCertifier:
 
         return _by_rows(prove, len(predictions))
 
-    def _dual(self, features, predictions, rivals) -> np.ndarray:
+    def _dual(self, features, predictions, rivals) -> tuple[np.ndarray, np.ndarray]:
+        """Radii (n,), and the points (n, d) whose minorants prove them, in single precision."""
         pairs = set(zip(predictions.tolist(), rivals.tolist(), strict=True))
         missing = sorted(pairs - self._fine.keys())
-        bounds = parallel_map(lambda pair: curvature.bound(self._w1, self._w2, *pair), missing)
+        bounds = parallel_map(lambda pair: with_room(curvature.bound(self._w1, self._w2, *pair)), missing)
         self._fine.update(zip(missing, bounds, strict=True))
         fine = np.array([self._fine[pair] for pair in zip(predictions.tolist(), rivals.tolist(), strict=True)])
         fine = np.minimum(fine, self._coarse[predictions, rivals])
+        kept = np.empty(features.shape, np.float32)
 
         def prove(rows):
             a, p, i, m = features[rows], predictions[rows], rivals[rows], fine[rows]
@@ -115,9 +137,11 @@ class MLPCertifier:
                 return np.sum(row * units, axis=1) + offset, (row * np.exp(hidden - units)) @ self._w1
 
             _, points = best_minorant(evaluate, a, m, _NUM_STEPS, np)
-            return self._prove(a, points, p, i, m)
+            # Any point proves something; certificates store it, in half the space.
+            kept[rows] = points
+            return self._prove(a, kept[rows].astype(np.float64), p, i, m)
 
-        return _by_rows(prove, len(predictions))
+        return _by_rows(prove, len(predictions)), kept
 
     def _prove(self, features, points, predictions, rivals, m) -> np.ndarray:
         """`certify.minorant_radius` around the features by the minorants at the points, with all errors: (n,)."""

@@ -76,13 +76,19 @@ def margin_lipschitz_estimate(
 
 @dataclasses.dataclass(frozen=True)
 class LayerBound:
-    """Proved Lipschitz bound of one operator: its name, type, value, the method of proof and the method's details."""
+    """Proved Lipschitz bound of one operator: its name, type, value, the method of proof and the method's details.
+
+    Attributes:
+      bound: what everything is computed from, and `checker` proves again: sigma, with room for that proof's rounding.
+      sigma: what was proved; None if unknown.
+    """
 
     name: str
     type: str
     bound: float
     method: str
     details: dict
+    sigma: float | None = None
 
 
 def operator_bounds(network: Network) -> list[LayerBound]:
@@ -97,11 +103,12 @@ def operator_bounds(network: Network) -> list[LayerBound]:
             raise NotCertifiable(f"{name}: no proved Lipschitz bound is known for an operator of type {kind}.")
         try:
             found = op.bound()
+            if not isinstance(found, spectral.NormBound) or not np.isfinite(found.value):
+                raise NotCertifiable(f"expected a finite proved bound, got {found!r}.")
+            claim = float(found.claim)
         except ValueError as error:
             raise NotCertifiable(f"{name} ({kind}): {error}") from error
-        if not isinstance(found, spectral.NormBound) or not np.isfinite(found.value):
-            raise NotCertifiable(f"{name} ({kind}): expected a finite proved bound, got {found!r}.")
-        rows.append(LayerBound(name, kind, float(found.value), found.method, found.details))
+        rows.append(LayerBound(name, kind, claim, found.method, found.details, float(found.value)))
     return rows
 
 

@@ -19,7 +19,11 @@ from lipjax import curvature as curvatures
 from lipjax.operators.heads import MLPHead
 from lipjax.operators.softplus import sigmoid, softplus
 
-SCHEMA = 1
+SCHEMA = 2
+CLAIM = (
+    "For every x' with |x' - x|_2 < radius, the class that the frozen network computes in exact real arithmetic at x' "
+    "is the class reported for x. Radii are l2, for pixels in [0, 1]."
+)
 
 # `mlp_radius` takes eigenvalues for its curvatures up to this many classes.
 _MAX_EXACT_CLASSES = 20
@@ -194,6 +198,25 @@ def certified_accuracy(predictions, labels, radii, epsilon: float) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
+class Minorants:
+    """Points whose minorants prove radii of an MLP head (docs/soundness.md, section 11.2).
+
+    Attributes: images (m,), places in the batch; rivals (m,); points (m, d), in feature units, float32.
+    """
+
+    images: np.ndarray
+    rivals: np.ndarray
+    points: np.ndarray
+
+    @staticmethod
+    def join(parts: "list[Minorants]", width: int) -> "Minorants":
+        """All of them. width: d, for an empty list."""
+        none = Minorants(np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, width), np.float32))
+        fields = ([getattr(part, name) for part in (none, *parts)] for name in ("images", "rivals", "points"))
+        return Minorants(*map(np.concatenate, fields))
+
+
+@dataclasses.dataclass(frozen=True)
 class Certificate:
     """What is proved for each of n images.
 
@@ -204,12 +227,27 @@ class Certificate:
       known.
       radii: (n,) pixel units: inside, the class cannot change. `radius_of(margins, L[prediction, rival])`, or for an
       MLP head at least that.
+      minorants: for an MLP head, what the radii may rest on.
     """
 
     predictions: np.ndarray
     rivals: np.ndarray
     margins: np.ndarray
     radii: np.ndarray
+    minorants: Minorants | None = None
+
+    @staticmethod
+    def join(parts: "list[Certificate]") -> "Certificate":
+        """The certificate of several batches, in order."""
+        arrays = ("predictions", "rivals", "margins", "radii")
+        joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays}
+        found, start = [], 0
+        for part in parts:
+            if part.minorants is not None:
+                found.append(dataclasses.replace(part.minorants, images=part.minorants.images + start))
+            start += len(part.predictions)
+        minorants = Minorants.join(found, found[0].points.shape[1]) if found else None
+        return Certificate(**joined, minorants=minorants)
 
 
 def radius_of(margins: np.ndarray, lipschitz: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -198,6 +199,10 @@ class FrozenNetwork:
         """How LipLT's constants came about; None for networks that it does not take."""
         return None if self._liplt is None else self._liplt[1]
 
+    def head_report(self) -> dict | None:
+        """What radii by an MLP head rest on: the bound of |W1| and the curvatures that were needed; None for others."""
+        return self._mlp.document() if isinstance(self.network.head, operators.MLPHead) else None
+
     def norm_estimates(self, vectors: dict | None = None, num_iters: int = 200) -> dict[str, float]:
         """Power-iteration estimates of the operators' norms in float64, for judging how tight the bounds are.
 
@@ -266,14 +271,17 @@ class FrozenNetwork:
         return self._run(self._check_images(images), tuple(row.bound for row in self._bounds), batch_size)
 
     def _lower_margins(self, predicted, logits, error, head_error) -> np.ndarray:
-        """Lower bounds (n, k) of the margins, for features that are off by at most error (n,)."""
+        """Lower bounds (n, k) of the margins, for features that are off by at most error (n,).
+
+        Twice the error is subtracted, so that another evaluation, off by as much, proves the result as well.
+        """
         rows = np.arange(len(logits))
         with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaN end as radius 0
             gaps = logits[rows, predicted][:, None] - logits
             slack = self._head_lipschitz[predicted] * error[:, None]
             slack = slack + head_error + head_error[rows, predicted][:, None]
             slack = slack * (1 + operators.gamma(8)) + operators.gamma(2) * np.abs(gaps)
-            return np.nextafter(gaps - slack, -np.inf)
+            return np.nextafter(gaps - 2 * slack, -np.inf)
 
     def certify(self, images, batch_size: int = 256) -> Certificate:
         """Proves, for each image, a radius inside which the class computed in exact arithmetic cannot change.
@@ -319,17 +327,36 @@ class FrozenNetwork:
             digest.update(f"\n{name} {list(array.shape)}\n".encode() + little.tobytes())
         return digest.hexdigest()
 
+    def array_hashes(self) -> dict[str, str]:
+        """SHA-256 of the bytes of every array, by name."""
+        found = sorted(self.arrays().items())
+        return {name: hashlib.sha256(array.astype("<f8").tobytes()).hexdigest() for name, array in found}
+
+    def export(self, dtype: str = "float32", platforms: tuple[str, ...] = ("cpu", "cuda", "tpu")) -> bytes:
+        """Pixels (b, *in_shape) -> logits (b, k) as a StableHLO program with all weights, for any batch size b.
+
+        `jax.export.deserialize(program).call(pixels)` runs it where JAX is and lipjax is not. Products are asked for at
+        the highest precision of the platform. A certificate speaks of exact arithmetic on the float64 arrays, which a
+        float32 program rounds.
+
+        Args: dtype: "float32" or "float64", of pixels, weights and logits; to call a float64 program takes
+          jax_enable_x64. platforms: what it is compiled for later.
+        Raises: ValueError for another dtype or an unknown platform.
+        """
+        if dtype not in ("float32", "float64"):
+            raise ValueError(f"Expected dtype 'float32' or 'float64', got {dtype!r}.")
+        with float64_on_cpu():
+            network = jax.tree.map(lambda a: jnp.asarray(a, dtype), self.network)
+            (batch,) = jax.export.symbolic_shape("b")
+            pixels = jax.ShapeDtypeStruct((batch, *self.in_shape), dtype)
+            program = jax.export.export(jax.jit(network.__call__), platforms=platforms)(pixels)
+        return bytes(program.serialize())
+
     def save(self, directory: str | os.PathLike) -> None:
         """Writes network.safetensors, then network.json with the hash of both; each appears whole or not at all."""
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        target = directory / "network.safetensors"
-        temporary = directory / f".network.{os.getpid()}.tmp"
-        try:
-            safetensors.numpy.save_file(self.arrays(), temporary)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_arrays(directory / "network.safetensors", self.arrays())
         document = {"format": FORMAT, "schema": SCHEMA, "sha256": self.sha256(), **self._layout()}
         write_json(directory / "network.json", document)
 
@@ -359,6 +386,17 @@ class FrozenNetwork:
         if digest != document.get("sha256"):
             raise UserError(f"{directory}: the arrays do not have the recorded hash; a file was changed or damaged.")
         return frozen
+
+
+def write_arrays(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
+    """Writes a safetensors file; it appears whole or not at all."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        safetensors.numpy.save_file(arrays, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _rebuild(document: dict, arrays: dict[str, np.ndarray]) -> Network:

@@ -26,6 +26,11 @@ _CHEAP, _DEAR = 2e9, 2e11
 # Gram matrices this close to multiples of the identity are bounded by the distance.
 _ISOMETRY = 2.0**-30
 
+ROOM = Fraction(1, 2**32)
+"""What a certificate adds to every proved bound, relatively: another proof of it meets other rounding errors."""
+
+SUPREMUM = "supremum of the truncated exponential on the imaginary axis"
+
 
 @dataclasses.dataclass(frozen=True)
 class NormBound:
@@ -41,6 +46,17 @@ class NormBound:
     value: float
     method: str
     details: dict[str, Any]
+
+    @property
+    def claim(self) -> float:
+        """What a certificate states: the value, and ROOM above it unless the value is exact by its method."""
+        exact = self.method.startswith("exact") or (self.method == SUPREMUM and self.value == 1)
+        return self.value if exact else with_room(self.value)
+
+
+def with_room(value: float) -> float:
+    """A proved number with ROOM, so that `checker` can prove the result. Raises: NotCertifiable beyond float64."""
+    return _verified.float_up(Fraction(value) * (1 + ROOM))
 
 
 def _checked(array: Any, ndim: int, name: str) -> np.ndarray:

@@ -1,13 +1,15 @@
 """Attacks: on a linear classifier the nearest other class is known exactly, and no attack may beat a certificate."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training_helpers import quick_compiles  # noqa: F401
 
-from lipjax import attacks, operators
+from lipjax import attacks, bounds, operators
 from lipjax.frozen import FrozenNetwork
 from lipjax.network import make_network
 
@@ -97,7 +99,9 @@ def test_pgd_stays_in_the_ball_and_in_the_box(epsilon, key):
     np.testing.assert_allclose(norms(projected), np.minimum(norms(images - 0.5), epsilon))
 
 
-def test_no_attack_comes_within_a_certified_radius():
+@functools.cache
+def small():
+    """A network, its certificate for 40 images, and these: float64."""
     rng = np.random.default_rng(3)
     ops = [
         ("conv", operators.Conv(jnp.asarray(rng.normal(size=(3, 3, 1, 4))), SHAPE)),
@@ -107,10 +111,177 @@ def test_no_attack_comes_within_a_certified_radius():
     head = operators.LinearHead(jnp.asarray(rng.normal(size=(3, 64))), jnp.asarray(rng.normal(size=3)))
     network = make_network(ops, head)
     images = rng.uniform(size=(40, *SHAPE))
-    certificate = FrozenNetwork(jax.tree.map(np.asarray, network)).certify(images)
+    return network, FrozenNetwork(jax.tree.map(np.asarray, network)).certify(images), images
+
+
+def margins(logits, labels):
+    logits, rows = np.array(logits), np.arange(len(labels))
+    own = logits[rows, labels]
+    logits[rows, labels] = -np.inf
+    return logits.max(1) - own
+
+
+logits_of = jax.jit(lambda network, x: network(x))
+
+
+@functools.partial(jax.jit, static_argnames=("method", "options"))
+def searched(network, images, labels, epsilon, key, method, options):
+    attack = attacks.pgd_l2 if method == "pgd" else attacks.apgd_l2
+    return attack(network, images, labels, epsilon, key, **dict(options))
+
+
+def search(epsilon, method, seed=0, **options):
+    """Points and their margins on the images of `small`, away from the predictions."""
+    network, certificate, images = small()
+    labels = certificate.predictions.astype(np.int32)
+    key = jax.random.key(seed)
+    arguments = network, jnp.asarray(images), jnp.asarray(labels), jnp.asarray(epsilon), key
+    moved = searched(*arguments, method, tuple(options.items()))
+    return np.asarray(moved), margins(logits_of(network, moved), labels)
+
+
+def test_apgd_is_no_worse_than_pgd_at_equal_steps():
+    network, certificate, images = small()
+    epsilon = 3 * certificate.radii
+    before = margins(logits_of(network, jnp.asarray(images)), certificate.predictions)
+    found = {method: search(epsilon, method, num_steps=15)[1] for method in attacks.METHODS}
+    assert found["apgd"].mean() >= found["pgd"].mean()
+    # Control: both are far from where they started, on each image.
+    assert np.all(found["pgd"] > before + 0.5 * np.abs(before)) and np.all(found["apgd"] > found["pgd"] - 0.2)
+
+
+def test_apgd_finds_the_closed_form_optimum(linear, key):
+    model, images, labels, distance = linear
+    radii = distance * np.where(np.arange(20) % 2, 1.001, 0.999)
+    points, gaps = attacks.attack_within(model, images, labels, radii, num_steps=25)
+    optimum = np.linalg.norm(model.w) * (radii - distance)
+    # Far nearer than PGD of as many steps: the step has been halved until the direction is that of w.
+    assert np.all(gaps <= optimum + 1e-9) and np.all(gaps >= optimum - 1e-4 * np.linalg.norm(model.w) * radii)
+    assert np.array_equal(gaps > 0, np.arange(20) % 2 == 1)
+    np.testing.assert_allclose(norms(points - images), radii, rtol=1e-6)
+
+
+def test_the_checkpoints_are_those_of_the_paper():
+    assert attacks.checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
+    assert attacks.checkpoints(1) == [1] and attacks.checkpoints(0) == []
+
+
+@pytest.mark.parametrize("method", attacks.METHODS)
+def test_every_image_has_its_own_epsilon_and_the_box_is_optional(method):
+    _, certificate, images = small()
+    epsilon = certificate.radii * np.geomspace(0.1, 30, len(images))
+    for box in ((0.0, 1.0), None):
+        moved, _ = search(epsilon, method, num_steps=8, box=box)
+        assert np.all(norms(moved - images) <= epsilon * (1 + 1e-12))
+        assert np.median(norms(moved - images) / epsilon) > 0.9  # control: epsilon is used up
+        assert (moved.min() >= 0 and moved.max() <= 1) == (box is not None)
+
+
+def test_restarts_and_targets_only_help():
+    _, certificate, _ = small()
+    epsilon = 2 * certificate.radii
+    once, thrice = (search(epsilon, "apgd", num_steps=5, restarts=n)[1] for n in (1, 3))
+    assert np.all(thrice >= once) and np.any(thrice > once)
+    both = search(epsilon, "apgd", num_steps=5, objective="targeted_margin")[1]
+    entropy = search(epsilon, "apgd", num_steps=5, objective="cross_entropy")[1]
+    # All rivals one after another: about as good as the best of them at each step, or better.
+    assert both.mean() > once.mean() - 0.05 * np.abs(once).mean() and entropy.mean() > once.mean() - np.abs(once).mean()
+
+
+def test_bad_options_are_refused(linear):
+    model, images, labels, _ = linear
+    with pytest.raises(ValueError, match="Expected a method of"):
+        attacks.attack_l2(model, images, labels, (0.1,), num_steps=1, method="fgsm")
+    with pytest.raises(ValueError, match="Expected an objective of"):
+        attacks.attack_l2(model, images, labels, (0.1,), num_steps=1, objective="hinge")
+    with pytest.raises(ValueError, match="at least one restart"):
+        attacks.attack_l2(model, images, labels, (0.1,), num_steps=1, restarts=0)
+
+
+def test_no_attack_comes_within_a_certified_radius():
+    network, certificate, images = small()
     labels = certificate.predictions.astype(np.int32)
     radii = tuple(np.quantile(certificate.radii, [0.25, 0.5, 0.9]) * 3)
     found = attacks.attack_l2(network, images, labels, radii, num_steps=15)
     assert np.isfinite(found.distances).any()
     assert np.all(found.distances >= certificate.radii)
     assert np.any(found.distances < 30 * certificate.radii)  # control: radii inflated that much are refuted
+    # Between the radii, too: bisection.
+    assert not np.any(np.isclose(found.distances[:, None], radii, rtol=1e-6))
+    points, gaps = attacks.attack_within(network, images, labels, certificate.radii, num_steps=15)
+    assert np.all(gaps < 0) and np.all(norms(points - images) <= certificate.radii * (1 + 1e-12))
+    assert np.any(attacks.attack_within(network, images, labels, 5 * certificate.radii, num_steps=15)[1] > 0)
+
+
+def flat_head(rng, features, num_classes=4):
+    return operators.LinearHead(jnp.asarray(rng.normal(size=(num_classes, features))), jnp.ones(num_classes))
+
+
+def test_the_lipschitz_constant_of_a_linear_network_is_found_exactly():
+    rng = np.random.default_rng(5)
+    network = make_network([("flatten", operators.Flatten(SHAPE))], flat_head(rng, 16), 0.4, 0.25)
+    images = rng.uniform(size=(6, *SHAPE))
+    found = attacks.lipschitz_lower_bound(network, images, num_steps=3)
+    matrix = np.asarray(network.head.matrix) / 0.25
+    exact = np.linalg.norm(matrix[:, None] - matrix, axis=2)
+    np.testing.assert_allclose(found.table(4), exact, rtol=1e-6)
+    proved = bounds.margin_lipschitz_bound(jax.tree.map(np.asarray, network))
+    assert np.all(found.table(4) <= proved) and not np.any(found.table(4)[found.pairs[:, 0], 3] > 1.01 * exact.max())
+    # Of all logits, by power iteration; more steps come nearer.
+    more = attacks.lipschitz_lower_bound(network, images, num_steps=100, num_starts=1)
+    assert found.whole <= more.whole * (1 + 1e-9) <= np.linalg.norm(matrix, 2) * (1 + 2e-9)
+    assert more.whole == pytest.approx(np.linalg.norm(matrix, 2), rel=1e-6)
+    # Each number is the quotient at two points that are given.
+    x, y = found.points[:, 0], found.points[:, 1]
+    apart = (x - y).reshape(len(x), -1) @ (matrix[found.pairs[:, 0]] - matrix[found.pairs[:, 1]]).T
+    quotients = np.abs(np.diag(apart)) / norms(x - y)
+    np.testing.assert_allclose(quotients, found.lower, rtol=1e-6)
+    # A search in float32, confirmed in float64.
+    single = jax.tree.map(lambda a: a.astype(jnp.float32), network)
+    again = attacks.lipschitz_lower_bound(single, images, num_steps=3, evaluate=lambda x: network(jnp.asarray(x)))
+    np.testing.assert_allclose(again.table(4), exact, rtol=1e-6)
+    with pytest.raises(ValueError, match="Expected float64 logits"):
+        attacks.lipschitz_lower_bound(single, images, num_steps=1, evaluate=lambda x: np.zeros((len(x), 4), np.float32))
+    with pytest.raises(ValueError, match="Expected images, at least one step"):
+        attacks.lipschitz_lower_bound(network, images[:0])
+
+
+def families():
+    """Networks of several kinds: (name, network)."""
+    rng = np.random.default_rng(6)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, 1, 4)))
+    flatten = ("flatten", operators.Flatten((4, 4, 4)))
+    conv = ("conv", operators.Conv(kernel, SHAPE, padding="CIRCULAR"))
+    w1, w2 = jnp.asarray(rng.normal(size=(5, 64))), jnp.asarray(rng.normal(size=(4, 5)))
+    mlp = operators.MLPHead(w1, jnp.asarray(rng.normal(size=5)), w2, jnp.zeros(4))
+    return {
+        "maxmin": make_network([conv, ("max", operators.MaxMin((4, 4, 4))), flatten], flat_head(rng, 64), 0.5, 0.5),
+        "relu": make_network([conv, ("relu", operators.ReLU((4, 4, 4))), flatten], flat_head(rng, 64)),
+        "mlp": make_network([conv, ("max", operators.MaxMin((4, 4, 4))), flatten], mlp),
+    }
+
+
+@pytest.mark.parametrize("family", ["maxmin", "relu", "mlp"])
+def test_no_search_exceeds_a_proved_lipschitz_constant(family):
+    network = families()[family]
+    images = np.random.default_rng(7).uniform(size=(12, *SHAPE))
+    found = attacks.lipschitz_lower_bound(network, images, num_steps=10, num_starts=2)
+    proved = FrozenNetwork(jax.tree.map(np.asarray, network)).margin_lipschitz()
+    table = found.table(4)
+    assert np.all(table <= proved) and np.array_equal(table, table.T) and len(found.pairs) == 6
+    # Controls: the search is near what is proved, and finds at least the gradients at the images, mostly more.
+    assert np.max(table / np.where(proved > 0, proved, np.inf)) > 0.3
+    gradients = jax.jit(jax.jacrev(lambda x: network(x).sum(0)))(jnp.asarray(images))
+    at_images = [np.sqrt(((gradients[i] - gradients[j]) ** 2).sum((1, 2, 3))).max() for i, j in found.pairs]
+    assert np.all(found.lower >= np.array(at_images) * (1 - 1e-6)) and np.any(found.lower > np.array(at_images) * 1.001)
+
+
+def test_of_many_classes_the_likeliest_pairs_are_searched():
+    rng = np.random.default_rng(8)
+    network = make_network([("flatten", operators.Flatten(SHAPE))], flat_head(rng, 16, 12))
+    images = rng.uniform(size=(9, *SHAPE))
+    found = attacks.lipschitz_lower_bound(network, images, num_steps=1, num_starts=1)
+    logits = np.asarray(logits_of(network, jnp.asarray(images)))
+    expected = {tuple(sorted(row)) for row in np.argsort(-logits, axis=1)[:, :2].tolist()}
+    assert {tuple(pair) for pair in found.pairs.tolist()} == expected
+    assert np.isnan(found.table(12)).sum() == 12 * 11 - 2 * len(expected)

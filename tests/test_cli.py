@@ -16,7 +16,7 @@ from training_helpers import npz_file, quick_compiles, scratch, tiny_config, tra
 
 import train as train_script
 from lipjax import __main__ as program
-from lipjax import certify
+from lipjax import attacks, certify
 from lipjax.training import evaluate, run
 from lipjax.training.loop import plain
 
@@ -223,14 +223,14 @@ def test_a_full_disk_ends_with_one_message(train, workdir, monkeypatch):
 
 @pytest.mark.x64_off
 def test_a_false_certificate_is_no_mistake_of_the_user(lipjax_command, workdir, monkeypatch):
-    monkeypatch.setattr(evaluate.attacks, "attack_l2", refuting)
+    monkeypatch.setattr(attacks, "attack_l2", refuting)
     monkeypatch.setattr(evaluate.lipjax.FrozenNetwork, "certify", lambda s, x, b=256: inflated(honest(s, x, b)))
     with pytest.raises(RuntimeError, match="A certificate is false"):  # a traceback and exit code 1
         lipjax_command("certify", workdir)
     assert (workdir / "counterexample.npz").exists()
 
 
-honest, attack = evaluate.lipjax.FrozenNetwork.certify, evaluate.attacks.attack_l2
+honest, attack = evaluate.lipjax.FrozenNetwork.certify, attacks.attack_l2
 
 
 def inflated(certificate):

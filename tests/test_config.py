@@ -62,7 +62,8 @@ def test_every_field_is_read_by_training_or_certification(tmp_path):
         assert recorder.loss.curvature_weight > 0  # read by the loss "curvature": tests/test_lipconvnet.py
         other = default_config()
         other.optimizer.schedule = "exponential"
-        optimizer.learning_rate_schedule(Recorder(other.optimizer, read, "optimizer."), 10, 2)
+        other.optimizer.lookahead_period = 6
+        optimizer.make_optimizer(Recorder(other.optimizer, read, "optimizer."), 10, 2)
         other.data.update({"name": "cifar10", "data_dir": str(tmp_path / "nothing")})
         with pytest.raises(UserError):
             load_dataset(Recorder(other.data, read, "data."), 0)
@@ -76,6 +77,7 @@ def test_every_field_of_the_model_changes_the_network():
     changes = {
         "depth": 2, "width": 6, "stem_kernel": 5, "stem_strides": 1, "stem_padding": 2, "neck_features": 8,
         "head_normalize": False, "input_mean": (0.25,), "input_std": (0.5,),
+        "neck": "cholesky", "dense_depth": 2, "centering": True, "small_init": True,
     }  # fmt: skip
     attributes = {field.name for field in dataclasses.fields(LiResNet)} - {"parent", "name"}
     assert {f.removeprefix("model.") for f in FIELDS if f.startswith("model.")} == {*changes, "name"}
@@ -85,7 +87,8 @@ def test_every_field_of_the_model_changes_the_network():
         config = tiny_config(**{f"model.{name}": value for name, value in options.items()})
         model = get_model(config.model, input_shape=(16, 16, 1), num_classes=3)
         variables = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))
-        leaves, structure = jax.tree.flatten(model.apply(variables, method="build"))
+        # Of a training step: centring has means of 0 at the start, which are none for the evaluated network.
+        leaves, structure = jax.tree.flatten(model.apply(variables, True, method="build", mutable=["lip"])[0])
         return structure, [(leaf.shape, np.asarray(leaf).tobytes()) for leaf in leaves]
 
     reference = network()
@@ -130,6 +133,10 @@ BAD = {
     "model.stem_padding": ["SAME"],
     "model.neck_features": [7.5],
     "model.head_normalize": [1],
+    "model.neck": [1],
+    "model.dense_depth": [1.5],
+    "model.centering": [1],
+    "model.small_init": ["yes"],
     "model.input_mean": ["zero", float("nan"), (0.5, "a")],
     "model.input_std": [0.0, -1.0, (0.5, 0.0)],
     "loss.name": ["hinge"],
@@ -158,6 +165,8 @@ BAD = {
     "optimizer.warmup_epochs": [-1.0],
     "optimizer.final_fraction": [-1.0],
     "optimizer.clip_norm": [-1.0, float("inf")],
+    "optimizer.lookahead_period": [-1, 2.5],
+    "optimizer.lookahead_rate": [0.0, 1.5],
     "optimizer.schedule": ["linear"],
     "optimizer.decay": ["none", 1],
     "checkpoint.every_epochs": [0],
@@ -166,7 +175,9 @@ BAD = {
     "certify.radii": [(), (0.0,), (-0.1,), (float("nan"),), 0.25, (0.25, 0.25 + 1e-9)],
     "certify.batch_size": [0],
     "certify.num_images": [-1],
+    "certify.attack": ["fgsm", 1],
     "certify.attack_steps": [-1],
+    "certify.attack_restarts": [0, 1.5],
     "certify.attack_images": [-5],
     "mesh.data": [0, -2],
 }

@@ -1,6 +1,8 @@
 """Frozen networks: what they claim against exact rational arithmetic and search, and that their files are checked."""
 
 import json
+import subprocess
+import sys
 from fractions import Fraction
 
 import flax.linen as nn
@@ -327,3 +329,33 @@ def test_a_damaged_layout_ends_as_one_error(tmp_path, shape):
     (tmp_path / "network.json").write_text(json.dumps(document))
     with pytest.raises(UserError):
         FrozenNetwork.load(tmp_path)
+
+
+RUN_ELSEWHERE = """
+import sys
+import jax
+import jax.export
+import numpy as np
+jax.config.update("jax_enable_x64", sys.argv[4] == "float64")
+with open(sys.argv[1], "rb") as file:
+    program = jax.export.deserialize(bytearray(file.read()))
+np.save(sys.argv[3], program.call(np.load(sys.argv[2]).astype(sys.argv[4])))
+assert not any(name.split(".")[0] in ("lipjax", "flax") for name in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_an_exported_program_runs_without_lipjax(tmp_path, model_and_variables, dtype):
+    frozen = lipjax.freeze(*model_and_variables)
+    (tmp_path / "program").write_bytes(frozen.export(dtype))
+    images = np.random.default_rng(0).random((3, *frozen.in_shape))
+    np.save(tmp_path / "images.npy", images)
+    files = [str(tmp_path / name) for name in ("program", "images.npy", "logits.npy")]
+    subprocess.run([sys.executable, "-I", "-c", RUN_ELSEWHERE, *files, dtype], check=True, cwd=tmp_path)
+    logits = np.load(files[2])
+    assert logits.dtype == dtype
+    np.testing.assert_allclose(logits, frozen(images), rtol=0, atol=1e-4 if dtype == "float32" else 1e-12)
+    if dtype == "float32":
+        assert (logits != frozen(images)).any()  # control: it is the rounded network
+    with pytest.raises(ValueError, match="float16"):
+        frozen.export("float16")

@@ -128,7 +128,7 @@ def test_each_bound_of_the_generator_serves_where_it_is_least():
     for kernel in ((1, 5), (3, 3)):
         op = make((8, 8), kernel, channels=4)
         array, factor = np.asarray(op.kernel), math.sqrt(math.prod(kernel))
-        found = [norm for norm, _ in op._skew_norm_bounds(array)]
+        found = [norm for norm, *_ in op._skew_norm_bounds(array)]
         matrices = array.reshape(-1, 4), array.transpose(0, 3, 1, 2).reshape(4 * kernel[0], 4 * kernel[1])
         for norm, matrix in zip(found, matrices, strict=False):
             assert norm == pytest.approx(factor * np.linalg.norm(matrix, 2), rel=1e-9)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
 import shutil
 
 import numpy as np
@@ -12,6 +13,7 @@ from rich.console import Console
 from training_helpers import made_up_images, quick_compiles, tiny_config, trained  # noqa: F401
 
 import lipjax
+from lipjax import checker
 from lipjax.attacks import AttackResult
 from lipjax.certify import Certificate
 from lipjax.training import evaluate, loop
@@ -54,6 +56,9 @@ def test_a_certified_run_writes_what_is_proved(workdir):
     assert document["data"] == data | {"sha256": digest.hexdigest()}
     assert document["config"] == loop.plain(config) and document["seed"] == 0 and document["step"] in (3, 6, 9)
     assert {"lipjax", "python", "jax", "numpy"} <= set(document["versions"]) and "float64" in document["precision"]
+
+    code, lines = checker.check(workdir)
+    assert code == 0, lines
 
     # Each layer: a proved bound, above the estimate by a known gap.
     layers = {row["name"]: row for row in document["layers"]}
@@ -131,7 +136,23 @@ def test_a_report_counts_what_its_words_say():
 
 def test_radii_are_shown_as_people_write_them():
     assert reports.radius_key(0.25) == "0.25" and reports.radius_key(36 / 255) == "0.141176"
-    assert reports.radius_label(36 / 255) == "36/255" and reports.radius_label(0.25) == "0.25"
+    labels = {36 / 255: "36/255", 0.25: "0.25", 1.0: "1", 0.2: "0.2", 1.58: "1.58", 1.5: "1.5", 254 / 255: "254/255"}
+    assert all(reports.radius_label(radius) == label for radius, label in labels.items())
+
+
+def test_the_line_about_float32_never_rounds_a_bound_down():
+    for largest in (0.0104, 0.0995, 2.35, 9.99e-5):
+        found = {
+            "num_images": 7,
+            "bound": {"largest": largest},
+            "gap": {"largest": 1.26e-6},
+            "ball": {"float32": 5, "certified": 6, "median_ratio": 0.9},
+        }
+        line = reports.float32_line(found)
+        assert largest <= float(re.search(r"proved below (\S+);", line)[1]) <= 1.11 * largest
+        assert "first 7 images" in line and "1.3e-06 off" in line and "5 of 6 radii" in line and "90.0 %" in line
+    nothing = {**found, "bound": {"largest": None}, "ball": {"float32": 0, "certified": 0, "median_ratio": None}}
+    assert reports.float32_line(nothing).endswith("no error bound; 0 of 0 radii are proved for float32, too.")
 
 
 def one_report(seed, clean, certified, attacked):

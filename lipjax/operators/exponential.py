@@ -73,14 +73,16 @@ class ConvExponential(Linear):
                 "the stored kernel is not bit for bit skew (K == -flip(K)^T), so that nothing is known about the "
                 "spectrum: make it by conv.skew_kernel and multiply it by one number at most"
             )
-        best, reason, value = math.inf, "", math.inf
-        for norm, method in self._skew_norm_bounds(kernel):
+        best, reason, value, found = math.inf, "", math.inf, {}
+        for norm, method, details in self._skew_norm_bounds(kernel):
+            norm = spectral.with_room(norm)
             if norm < best:
-                best, reason, value = norm, method, _series.gain_bound(self.num_terms, norm)
+                best, reason, value, found = norm, method, _series.gain_bound(self.num_terms, norm), details
             if value == 1:
                 break
         details = {"num_terms": self.num_terms, "skew_norm": best, "skew_norm_method": reason}
-        return spectral.NormBound(value, "supremum of the truncated exponential on the imaginary axis", details)
+        details |= {key: found[key] for key in ("grid", "twist") if key in found}
+        return spectral.NormBound(value, spectral.SUPREMUM, details)
 
     def _skew_norm_bounds(self, kernel: np.ndarray):
         """Proved bounds of |J|, cheap ones first: sqrt(kh kw) times norms of the reshaped kernel, then the convolution.
@@ -96,12 +98,12 @@ class ConvExponential(Linear):
         }
         for name, matrix in reshapes.items():
             norm = Fraction(spectral.matrix_norm_bound(matrix).value)
-            yield _verified.float_up(root * norm), f"sqrt(kh kw) times the norm of the kernel as {name}"
+            yield _verified.float_up(root * norm), f"sqrt(kh kw) times the norm of the kernel as {name}", {}
         padding = self.padding
         if padding != "CIRCULAR":
             padding = conv.explicit_padding((kh, kw), padding)
         found = spectral.conv_norm_bound(kernel, self.in_shape, 1, padding)
-        yield found.value, found.method
+        yield found.value, found.method, found.details
 
     def rounding_error(self, x):
         """A number that depends on the kernel, times the norm of each image (docs/soundness.md)."""

@@ -159,9 +159,10 @@ class MLPHead:
         lengths, frobenius = np.sqrt(np.sum(w2**2, axis=1)), math.sqrt(np.sum(w1**2))
         error = gamma(w1.shape[0] + 3) * frobenius * lengths * COMPUTED + 2.0**-400
         distances = _distance_bounds(w2)
-        sigma = spectral.matrix_norm_bound(w1).value
+        sigma = spectral.matrix_norm_bound(w1).claim
         total = _distance_bounds(through) + error[:, None] + error + sigma * distances
-        return np.where(distances > 0, total / 2 * (1 + gamma(8)), 0.0)
+        # With room for the rounding errors of another product W2 W1.
+        return np.where(distances > 0, total / 2 * (1 + gamma(8)) * (1 + float(spectral.ROOM)), 0.0)
 
     def rounding_error(self, x):
         """Bound, (b, k), on the error of every computed logit."""

@@ -9,6 +9,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from lipjax import attacks
 from lipjax.errors import UserError
 from lipjax.training import optimizer
 from lipjax.training.data import NAMES
@@ -55,6 +56,10 @@ def default_config() -> Any:
     config.model.stem_padding = 2
     config.model.neck_features = config_dict.placeholder(int)  # None: 4 * width
     config.model.head_normalize = True
+    config.model.neck = "free"  # or "cholesky": contractive maps
+    config.model.dense_depth = 0  # contractive dense layers after the neck
+    config.model.centering = False  # subtract running means from what the blocks add
+    config.model.small_init = False  # blocks start nearer to the identity
     config.model.input_mean = (0.5,)  # one number, or one per channel; pixel units
     config.model.input_std = (1.0,)
 
@@ -80,7 +85,7 @@ def default_config() -> Any:
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 1e-3
-    config.optimizer.eps = 1e-8  # in the denominator of adam, adamw and nadamw
+    config.optimizer.eps = 1e-8  # in the denominator of adam, adamw, nadam and nadamw
     config.optimizer.schedule = "cosine"
     config.optimizer.decay_from = 0.0  # epochs; read by the schedule "exponential", which is constant until then
     config.optimizer.weight_decay = 0.0
@@ -88,6 +93,8 @@ def default_config() -> Any:
     config.optimizer.warmup_epochs = 1.0
     config.optimizer.final_fraction = 1e-5  # of the learning rate, at the end of the schedule
     config.optimizer.clip_norm = 3.0  # global norm of the gradients; 0: no clipping
+    config.optimizer.lookahead_period = 0  # steps between synchronisations of Lookahead; 0: no Lookahead
+    config.optimizer.lookahead_rate = 0.5  # the part of the way that its slow parameters go
 
     config.checkpoint = ml_collections.ConfigDict()
     config.checkpoint.every_epochs = 1  # validation and save
@@ -98,7 +105,9 @@ def default_config() -> Any:
     config.certify.radii = (36 / 255, 72 / 255, 108 / 255)
     config.certify.batch_size = 250
     config.certify.num_images = 0  # of the test set, the first ones; 0 for all
+    config.certify.attack = "apgd"  # or "pgd"
     config.certify.attack_steps = 50
+    config.certify.attack_restarts = 1
     config.certify.attack_images = 0  # as num_images, for the attack
 
     config.mesh = ml_collections.ConfigDict({"data": -1})  # devices along the batch; -1 for all
@@ -160,6 +169,9 @@ def validate(config) -> None:
     _check(0 < config.optimizer.eps, "optimizer.eps", "positive", config.optimizer.eps)
     for field in ("weight_decay", "warmup_epochs", "decay_from", "final_fraction", "clip_norm"):
         _check(0 <= config.optimizer[field] < math.inf, f"optimizer.{field}", "at least 0", config.optimizer[field])
+    period, rate = config.optimizer.lookahead_period, config.optimizer.lookahead_rate
+    _check(period >= 0, "optimizer.lookahead_period", "at least 0", period)
+    _check(0 < rate <= 1, "optimizer.lookahead_rate", "a fraction in (0, 1]", rate)
     ends = config.optimizer.final_fraction > 0 or config.optimizer.schedule != "exponential"
     _check(ends, "optimizer.final_fraction", 'above 0 for the schedule "exponential"', config.optimizer.final_fraction)
     for field in ("every_epochs", "keep"):
@@ -169,9 +181,13 @@ def validate(config) -> None:
     keys = {radius_key(r) for r in radii}
     distinct = len(radii) > 0 and len(keys) == len(radii) and all(0 < r < math.inf for r in radii)
     _check(distinct, "certify.radii", "positive numbers, at least one, that differ in six digits", radii)
-    _check(config.certify.batch_size >= 1, "certify.batch_size", "at least 1", config.certify.batch_size)
     for field in ("num_images", "attack_steps", "attack_images"):
         _check(config.certify[field] >= 0, f"certify.{field}", "at least 0", config.certify[field])
+    for field in ("batch_size", "attack_restarts"):
+        _check(config.certify[field] >= 1, f"certify.{field}", "at least 1", config.certify[field])
+    _check(
+        config.certify.attack in attacks.METHODS, "certify.attack", f"one of {attacks.METHODS}", config.certify.attack
+    )
     _check(config.mesh.data == -1 or config.mesh.data >= 1, "mesh.data", "-1 or a number of devices", config.mesh.data)
 
 

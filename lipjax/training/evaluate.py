@@ -1,24 +1,26 @@
 """From a trained run to what is proved about it: freeze, certify, attack, report."""
 
-import dataclasses
 import importlib.metadata
 import os
 import pathlib
 import platform
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 
 import lipjax
-from lipjax import attacks, certify
+from lipjax import certify
+from lipjax.deployment import deployment_report
+from lipjax.document import write_certificate
+from lipjax.errors import NotCertifiable
+from lipjax.training import falsify, sharding
 from lipjax.training import report as reports
-from lipjax.training import sharding
 from lipjax.training.data import StreamDataset
 from lipjax.training.loop import Run, load_best, plain
 
+# What float32 changes is looked at for so many images.
+FLOAT32_IMAGES = 1000
 VERSIONED = ("jax", "jaxlib", "numpy", "scipy", "flax", "optax", "orbax-checkpoint")
 
 
@@ -44,17 +46,18 @@ def certify_images(network: lipjax.FrozenNetwork, images, pixel_max: int, batch_
     parts = []
     for start in track(starts, "certifying", console=console, transient=True, disable=not console.is_terminal):
         parts.append(network.certify(images[start : start + batch_size] / np.float64(pixel_max), batch_size))
-    fields = [field.name for field in dataclasses.fields(certify.Certificate)]
-    return certify.Certificate(*(np.concatenate([getattr(part, name) for part in parts]) for name in fields))
+    return certify.Certificate.join(parts)
 
 
 def certify_run(workdir: str | os.PathLike, config, seed: int, run: Run | None = None, console: Console | None = None):
     """Certifies the checkpoint of a run that its validation split liked best, and writes what is proved.
 
-    Writes frozen/ (the network), certificate.json, report.json and certified_accuracy.png into workdir.
+    Writes frozen/ (the network), certificate.json with images.safetensors, report.json, attack.json, attack.npz
+    and certified_accuracy.png.
     Returns: the report.
     Raises: UserError without a usable checkpoint or data set; NotCertifiable if a layer has no proved bound;
-      RuntimeError if the attack finds a certificate to be false, before any of the reports is written.
+      RuntimeError if the attack finds a certificate or a Lipschitz bound to be false, before any of the reports is
+      written.
     """
     workdir, console = pathlib.Path(workdir), console or Console()
     # One device, so that a run of many can be certified anywhere.
@@ -67,71 +70,63 @@ def certify_run(workdir: str | os.PathLike, config, seed: int, run: Run | None =
     console.print(f"Certifying {len(labels)} test images with the checkpoint of step {step} ...")
     certificate = certify_images(network, images, pixel_max, options.batch_size, console)
     attacked = min(options.attack_images or len(labels), len(labels))
-    console.print(f"Attacking {attacked} of them at {len(options.radii)} radii ...")
-    # Attacks need not be exact: single precision, on whatever accelerator there is.
-    deployed = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), network.network)
-    attack = attacks.attack_l2(
-        deployed,
-        images[:attacked] / np.float32(pixel_max),
-        labels[:attacked],
-        options.radii,
-        num_steps=options.attack_steps,
-        seed=seed,
-        batch_size=options.batch_size,
-    )
-    _check_not_broken(network, certificate, images, pixel_max, attack, workdir)
+    console.print(f"Attacking {attacked} of them at {len(options.radii)} radii and inside their own ...")
+    settings = falsify.make_settings(options, seed)
+    of_all_logits = falsify.whole_bound(network.network.head, network.lipschitz_report())
+    claims = network, certificate, network.margin_lipschitz(), of_all_logits
+    findings = falsify.falsify(*claims, images[:attacked], pixel_max, settings, workdir)
+    attack = falsify.of_labels(findings, certificate.predictions, labels[:attacked])
     report = reports.make_report(certificate, labels, options.radii, attack, labels[:attacked])
     report |= {"seed": seed, "step": step, "frozen_sha256": network.sha256()}
+    report["float32"] = _float32(network, certificate, images[:FLOAT32_IMAGES] / np.float64(pixel_max), options)
     # Those of LipLT are of whole chains of layers.
     vectors = state.lip["vectors"] if config.lipschitz == "product" else None
-    document = _document(network, certificate, labels, run, config, seed, step, vectors)
-    certify.write_json(workdir / "certificate.json", document)
+    whole = not isinstance(run.dataset, StreamDataset) and len(labels) == run.dataset.size("test")
+    write_certificate(
+        workdir,
+        network,
+        certificate,
+        images,
+        labels,
+        _data(run.dataset, len(labels)),
+        provenance=_provenance(config, seed, step),
+        estimates=network.norm_estimates(vectors),
+        holds_split=whole,
+    )
     certify.write_json(workdir / "report.json", report)
+    attacked_images = images[:attacked], labels[:attacked], pixel_max
+    falsify.write_findings(workdir, *claims, *attacked_images, settings, findings)
     reports.plot_certified_accuracy(
         workdir / "certified_accuracy.png", certificate, labels, attack, list(options.radii), attacked
     )
     return report
 
 
-def _check_not_broken(network, certificate, images, pixel_max: int, attack, workdir) -> None:
-    """Raises: RuntimeError if an attacked image lies within its certified radius but has another class in float64."""
-    suspects = np.flatnonzero(attack.distances < np.inf)
-    pixels = images[suspects] / np.float64(pixel_max)
-    points = np.clip(attack.points[suspects].astype(np.float64), 0, 1)
-    length = np.sqrt(((points - pixels) ** 2).sum(axis=(1, 2, 3)))
-    inside = length * (1 + 1e-9) < certificate.radii[suspects]
-    if not inside.any():
-        return
-    suspects, pixels, points = suspects[inside], pixels[inside], points[inside]
-    broken = np.argmax(network(points), axis=1) != certificate.predictions[suspects]
-    if broken.any():
-        path = workdir / "counterexample.npz"
-        np.savez(path, index=suspects[broken], image=pixels[broken], point=points[broken])
-        raise RuntimeError(
-            f"A certificate is false: {broken.sum()} images change class inside their certified radius ({path}). "
-            "Please report this."
-        )
+def _float32(network: lipjax.FrozenNetwork, certificate: certify.Certificate, pixels, options) -> dict:
+    """`deployment_report` of the first images, or why there is none."""
+    part = slice(0, FLOAT32_IMAGES)
+    names = ("predictions", "rivals", "margins", "radii")
+    first = certify.Certificate(*(getattr(certificate, name)[part] for name in names))
+    try:
+        return deployment_report(network, pixels[part], first, tuple(options.radii), options.batch_size)
+    except NotCertifiable as error:
+        return {"error": str(error)}
 
 
-def _document(network, certificate, labels, run: Run, config, seed: int, step: int, vectors) -> dict:
-    claim = (
-        "For every x' with |x' - x|_2 < radius, the class that the frozen network computes in exact real arithmetic at "
-        "x' is the class reported for x. Radii are l2, for pixels in [0, 1]."
-    )
-    constants = network.margin_lipschitz()
+def _data(dataset, count: int) -> dict:
+    """Which images a certificate is about: the first `count` of the test split."""
     return {
-        "format": "lipjax-certificate",
-        "schema": certify.SCHEMA,
-        "claim": claim,
-        "frozen_sha256": network.sha256(),
-        "data": {
-            "name": run.dataset.name,
-            "split": "test",
-            "num_images": len(labels),
-            "of": run.dataset.size("test"),
-            "pixel_max": run.dataset.pixel_max,
-            "sha256": run.dataset.fingerprint("test"),
-        },
+        "name": dataset.name,
+        "split": "test",
+        "num_images": count,
+        "of": dataset.size("test"),
+        "pixel_max": dataset.pixel_max,
+        "sha256": dataset.fingerprint("test"),
+    }
+
+
+def _provenance(config, seed: int, step: int) -> dict:
+    return {
         "config": plain(config),
         "seed": seed,
         "step": step,
@@ -142,8 +137,4 @@ def _document(network, certificate, labels, run: Run, config, seed: int, step: i
             **{name: importlib.metadata.version(name) for name in VERSIONED},
         },
         "platform": f"{platform.system()} {platform.machine()}",
-        "layers": certify.layer_rows(network.lipschitz_report(), network.norm_estimates(vectors)),
-        "liplt": certify.liplt_rows(network.liplt_report()),
-        "margin_lipschitz": constants.tolist(),
-        "images": certify.image_rows(certificate, labels),
     }

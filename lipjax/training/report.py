@@ -17,9 +17,10 @@ def radius_key(radius: float) -> str:
 
 
 def radius_label(radius: float) -> str:
-    """A radius for people: multiples of 1/255 as "36/255", others as `radius_key`."""
-    steps = round(radius * 255)
-    return f"{steps}/255" if steps > 0 and abs(radius * 255 - steps) < 1e-6 * steps else radius_key(radius)
+    """A radius for people: multiples of 1/255 as "36/255" unless they are short decimals, others as `radius_key`."""
+    steps, key = round(radius * 255), radius_key(radius)
+    multiple = steps > 0 and abs(radius * 255 - steps) < 1e-6 * steps
+    return f"{steps}/255" if multiple and len(key) > 4 else key
 
 
 def make_report(certificate, labels, radii, attack, attack_labels) -> dict:
@@ -92,6 +93,21 @@ def print_table(report: dict, console: Console | None = None) -> None:
     console.print(table)
     if report["num_attacked_images"] != report["num_images"]:
         console.print(f"The attack ran on the first {report['num_attacked_images']} images.")
+    found = report.get("float32")
+    if found and "error" not in found:
+        console.print(float32_line(found), markup=False)
+
+
+def float32_line(found: dict) -> str:
+    """What `deployment.deployment_report` found, in one sentence."""
+    bound, ball = found["bound"]["largest"], found["ball"]
+    # 5 % more, so that rounding to two digits does not go below.
+    proved = "no error bound" if bound is None else f"proved below {1.05 * bound:.2g}"
+    kept = "" if ball["median_ratio"] is None else f", the median at {100 * ball['median_ratio']:.1f} % of its length"
+    return (
+        f"In float32 (first {found['num_images']} images): logits {found['gap']['largest']:.2g} off at most, {proved}; "
+        f"{ball['float32']} of {ball['certified']} radii are proved for float32, too{kept}."
+    )
 
 
 def plot_certified_accuracy(path: pathlib.Path, certificate, labels, attack, radii, num_attacked: int) -> None:

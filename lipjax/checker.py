@@ -1,0 +1,2076 @@
+"""Checks a frozen network and its certificate again, with NumPy and safetensors alone: python checker.py DIRECTORY.
+
+DIRECTORY holds frozen/network.json, frozen/network.safetensors, certificate.json and images.safetensors, as
+docs/certificates.md describes them; report.json is checked where it is there. Exit code 0: everything is proved.
+1: something is not, with the place of every mismatch. 2: a file is missing, damaged or of another schema. Nothing is
+ever written.
+
+Nothing of lipjax is used, so that this file may be copied and run where neither lipjax nor JAX is installed. What it
+accepts is proved by its own arithmetic: no stored number is believed but as a claim to be proved, and no tolerance is
+added to a claim. Sections (§) are those of docs/soundness.md, which derives every constant, and whose assumptions
+about IEEE arithmetic, BLAS and LAPACK (§0) are those of this file, too.
+"""
+
+import os
+
+for _library in ("OPENBLAS_NUM", "OMP_NUM", "MKL_NUM", "BLIS_NUM", "VECLIB_MAXIMUM"):
+    os.environ[f"{_library}_THREADS"] = "1"  # read when NumPy is imported
+
+import argparse  # noqa: E402
+import decimal  # noqa: E402
+import functools  # noqa: E402
+import hashlib  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+import pathlib  # noqa: E402
+import sys  # noqa: E402
+import time  # noqa: E402
+from concurrent.futures import ThreadPoolExecutor  # noqa: E402
+from fractions import Fraction  # noqa: E402
+from typing import Any  # noqa: E402
+
+import numpy as np  # noqa: E402
+import safetensors  # noqa: E402
+import safetensors.numpy  # noqa: E402
+
+NETWORK_FORMAT, NETWORK_SCHEMA = "lipjax-frozen-network", 1
+FORMAT, SCHEMA = "lipjax-certificate", 2
+CLAIM = (
+    "For every x' with |x' - x|_2 < radius, the class that the frozen network computes in exact real arithmetic at x' "
+    "is the class reported for x. Radii are l2, for pixels in [0, 1]."
+)
+SAMPLE = 1000
+LARGEST = sys.float_info.max
+
+# The unit roundoff, and more than what all underflows of scaled numbers add up to (§1).
+U, TINY = Fraction(1, 2**53), Fraction(1, 2**900)
+# Error bounds are sums of non-negative terms in float64, up to 9e6 of them: relative error below 1e-9.
+GUARD = 1 + 1e-9
+# Added, times 1 + |x|, to every error of an evaluation: what underflows (§7).
+FLOOR = 2.0**-490
+# Work is cut into pieces of about this many numbers.
+CHUNK = 2**22
+
+
+class Unreadable(Exception):
+    """A file that is missing, damaged or of another schema: exit code 2."""
+
+
+class Unproved(Exception):
+    """A statement that this checker cannot prove: exit code 1."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arithmetic
+
+
+def gamma(k: int) -> Fraction:
+    """gamma_k = k u / (1 - k u)."""
+    return k * U / (1 - k * U)
+
+
+def rounding(k: int) -> float:
+    """gamma_k as a float, rounded up."""
+    return math.nextafter(float(gamma(k)), math.inf)
+
+
+def float_up(x: Fraction) -> float:
+    """A double not below x; infinite beyond the range."""
+    try:
+        value = float(x)
+    except OverflowError:
+        return math.inf if x > 0 else -LARGEST
+    return value if math.isinf(value) or Fraction(value) >= x else math.nextafter(value, math.inf)
+
+
+def root_up(x: Fraction) -> Fraction:
+    """A number not below the root of x >= 0, within 2^-60 of it relatively: by integers, for numbers of any size."""
+    if x == 0:
+        return Fraction(0)
+    shift = 160 - (x.numerator.bit_length() - x.denominator.bit_length())
+    shift += shift % 2
+    scaled = x * Fraction(2) ** shift
+    return Fraction(math.isqrt(math.ceil(scaled)) + 1) / Fraction(2) ** (shift // 2)
+
+
+def squares_up(array: np.ndarray) -> Fraction:
+    """Upper bound of the sum of |entry|^2, entries of modulus at most about 1: any order of summation."""
+    parts = np.ascontiguousarray(array).reshape(-1).view(np.float64)
+    return Fraction(float(np.sum(parts * parts))) / (1 - gamma(parts.size + 2)) + TINY
+
+
+def scaled(array: np.ndarray) -> tuple[np.ndarray, int]:
+    """(array 2^-e, e), the largest entry of the former in [1/2, 1). array: float64, not all zero."""
+    exponent = math.frexp(float(np.abs(array).max()))[1]
+    return np.ldexp(array, -exponent), exponent
+
+
+def in_threads(function, items) -> list:
+    """Maps with a thread per core; NumPy releases the interpreter's lock in the work done here."""
+    items = list(items)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    def quietly(item):  # infinities and NaN end as claims without proof
+        with np.errstate(all="ignore"):
+            return function(item)
+
+    if min(len(items), cores) <= 1:
+        return [quietly(item) for item in items]
+    with ThreadPoolExecutor(min(len(items), cores, 16)) as pool:
+        return list(pool.map(quietly, items))
+
+
+def lengths(x: np.ndarray) -> np.ndarray:
+    """l2 norms (b,) of a batch, but for rounding, which GUARD covers."""
+    flat = x.reshape(len(x), -1)
+    return np.sqrt(np.einsum("bi,bi->b", flat, flat))
+
+
+def circle(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos(pi a / n) and sin(pi a / n) for a = 0, ..., 2 n - 1, correctly rounded but for 2^-190."""
+    return _circle(n, 0)
+
+
+@functools.lru_cache(maxsize=256)
+def _circle(n: int, divisor: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `circle`, times 1 / sqrt(divisor) if that is not 0, before rounding.
+
+    In integers, units of 2^-256. pi by Machin's formula; cosine and sine by their series in angles below 2 pi, whose
+    terms are below 7^k / k!: each of 150 terms is cut off by at most a few units, and 7^150 / 150! < 2^-300.
+    """
+    bits = 256
+    one = 1 << bits
+
+    def arctan_inverse(x: int) -> int:
+        term, total, k = one // x, 0, 0
+        while term:
+            total += (-1) ** k * (term // (2 * k + 1))
+            term, k = term // (x * x), k + 1
+        return total
+
+    pi = 4 * (4 * arctan_inverse(5) - arctan_inverse(239))
+    factor = one if divisor == 0 else math.isqrt((1 << (2 * bits)) // divisor)
+    values: tuple[list[float], list[float]] = ([], [])
+    for a in range(2 * n):
+        angle, term, sums = pi * a // n, one, [0, 0]
+        for k in range(150):
+            sums[k % 2] += -term if k % 4 >= 2 else term
+            term = term * angle // ((k + 1) << bits)
+        for found, total in zip(values, sums, strict=True):
+            total = total * factor >> bits
+            # Exact zeros; all other values exceed 1 / (4 n^2 divisor).
+            found.append(0.0 if abs(total) < 1 << (bits - 150) else float(Fraction(total, one)))
+    return np.array(values[0]), np.array(values[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Norms: claims that are proved by floating Cholesky (§1)
+
+
+def is_below(grams: np.ndarray, error: Fraction, limit: Fraction) -> bool:
+    """Whether lambda_max(G) <= limit is proved of every matrix of a stack (b, n, n), each known up to `error`.
+
+    Cholesky of s I - G completes for the largest s that leaves room for its own backward error,
+    gamma / (1 - gamma) trace(s I - G), and the rounding of the diagonal, 2 u max (§1, Demmel's bound): gamma_(n+2)
+    for real, sqrt(2) gamma_(2n+2) for complex matrices, where gamma_(n+4) and gamma_(3(n+4)) are taken.
+    """
+    n = grams.shape[-1]
+    room = limit - error - TINY
+    diagonals = np.einsum("...ii->...i", grams).real
+    if room <= 0 or not np.isfinite(diagonals).all():
+        return False
+    backward = gamma((3 if np.iscomplexobj(grams) else 1) * (n + 4))
+    backward = backward / (1 - backward)
+    top = float(room)
+    spread = max(float((top - diagonals).sum(-1).max()), 0.0)
+    shift = top - float(backward) * spread * (1 + 1e-6) - 2.0**-50 * top
+    pivots = shift - diagonals
+    if not (pivots > 0).all():
+        return False
+    shifted = -grams
+    np.einsum("...ii->...i", shifted)[...] = pivots
+    try:
+        factor = np.linalg.cholesky(shifted)
+    except np.linalg.LinAlgError:
+        return False
+    # A NaN anywhere in a row of the factor reaches its diagonal.
+    roots = np.einsum("...ii->...i", factor).real
+    if not (np.isfinite(roots).all() and (roots > 0).all()):
+        return False
+    trace = Fraction(float(pivots.sum(-1).max())) / (1 - gamma(n))
+    slack = backward * trace + 2 * U * Fraction(float(pivots.max())) + TINY
+    return Fraction(shift) + slack <= room
+
+
+def grams_of(blocks: np.ndarray) -> tuple[np.ndarray, Fraction]:
+    """The Gram matrices of the smaller sides of a stack (b, m, n) of scaled matrices, and the error of each (§1).
+
+    Entry by entry gamma_m |W|^T |W|, for complex numbers sqrt(2) gamma_(2m); in norm that times |W|_F^2.
+    """
+    m, n = blocks.shape[1:]
+    tall = blocks if m >= n else np.ascontiguousarray(blocks.conj().swapaxes(1, 2))
+    is_complex = np.iscomplexobj(blocks)
+    grams = (tall.conj() if is_complex else tall).swapaxes(1, 2) @ tall
+    relative = gamma((3 if is_complex else 1) * (max(m, n) + 2))
+    return grams, relative * max(squares_up(block) for block in blocks) + TINY
+
+
+def norms_below(blocks: np.ndarray, limit: Fraction) -> bool:
+    """Whether |W| <= limit is proved of all scaled matrices of a stack (b, m, n).
+
+    First by the distance from a multiple of the identity, lambda_max(G) <= c + |G - c I|_F + error (§4a), which holds
+    for every c and is much closer where the matrices are orthogonal; then by Cholesky.
+    """
+    if limit < 0:
+        return False
+    if not blocks.any():
+        return True
+    grams, error = grams_of(blocks)
+    side, squared = grams.shape[-1], limit**2
+    centre = float(np.einsum("...ii->...i", grams[:1]).real.mean())
+    centred = grams.copy()
+    np.einsum("...ii->...i", centred)[...] -= centre
+    parts = np.ascontiguousarray(centred).view(np.float64).reshape(len(grams), -1)
+    distance = float(np.sum(parts * parts, axis=1).max())
+    if math.isfinite(distance) and distance < centre**2:
+        residual = root_up(Fraction(distance) / (1 - gamma(2 * side**2 + 4)) + TINY) * (1 + 2 * U)
+        if Fraction(centre) + residual + error <= squared:
+            return True
+    return is_below(grams, error, squared)
+
+
+def matrix_below(matrix: np.ndarray, limit: Fraction) -> bool:
+    """Whether |W| <= limit is proved of a real matrix of any size."""
+    if not matrix.any():
+        return limit >= 0
+    unit, exponent = scaled(matrix)
+    return norms_below(unit[None], limit / Fraction(2) ** exponent)
+
+
+class Axis:
+    """One axis of a convolution: y[i] = sum_t K[t] x[s i + t - lo], x zero outside [0, size) or periodic (§2)."""
+
+    def __init__(self, taps: int, size: int, stride: int, low: int, high: int, circular: bool):
+        self.taps, self.size, self.stride, self.low, self.circular = taps, size, stride, low, circular
+        if circular and size % stride:
+            raise Unproved(f"a circular convolution of stride {stride} on {size} pixels")
+        self.out = (size + low + high - taps) // stride + 1
+        if self.out < 1:
+            raise Unproved(f"a kernel of {taps} taps does not fit {size} pixels")
+        # A tap that meets only padding multiplies zeros.
+        outputs = range(self.out)
+        self.used = [t for t in range(taps) if circular or any(0 <= stride * i + t - low < size for i in outputs)]
+
+    def admits(self, grid: int, twist: int) -> bool:
+        """Whether the map is a compression of the one on `grid` blocks, periodic up to the sign (-1)^twist (§2)."""
+        if self.circular:
+            return grid == self.size // self.stride and twist == 0
+        if grid < self.out or self.stride * grid < self.size or twist not in (0, 1):
+            return False
+        read = {self.stride * i + t - self.low for i in range(self.out) for t in self.used}
+        outside = {index for index in read if not 0 <= index < self.size}
+        return all(index % (self.stride * grid) >= self.size for index in outside)
+
+
+def conv_below(kernel: np.ndarray, axes: tuple[Axis, Axis], method: str, details: dict, limit: Fraction) -> bool:
+    """Whether |conv| <= limit is proved of the convolution with a kernel HWIO, by the method that is claimed.
+
+    Raises: Unproved for a method or grid that proves nothing.
+    """
+    keep = np.zeros(kernel.shape[:2], bool)
+    keep[np.ix_(axes[0].used, axes[1].used)] = True
+    kernel = np.where(keep[:, :, None, None], kernel, 0.0)
+    if not kernel.any():
+        return limit >= 0
+    kernel, exponent = scaled(kernel)
+    limit = limit / Fraction(2) ** exponent
+    if method == "Cholesky of the dense operator's Gram matrix":
+        return dense_conv_below(kernel, axes, limit)
+    if method not in (
+        "Cholesky per frequency of a block circulant",
+        "Cholesky of the Gram matrix of the only block tap",
+    ):
+        raise Unproved(f"the method {method!r} is not known")
+    # Blocks of s pixels make the stride 1: t - lo = s q + rho (§2).
+    blocks: dict[tuple[int, int], np.ndarray] = {}
+    (s1, s2), (c, o) = (axis.stride for axis in axes), kernel.shape[2:]
+    for t1 in axes[0].used:
+        for t2 in axes[1].used:
+            (q1, r1), (q2, r2) = divmod(t1 - axes[0].low, s1), divmod(t2 - axes[1].low, s2)
+            blocks.setdefault((q1, q2), np.zeros((o, s1, s2, c)))[:, r1, r2] = kernel[t1, t2].T
+    places = np.array(sorted(blocks))
+    taps = np.stack([blocks[q1, q2].reshape(o, -1) for q1, q2 in places.tolist()])
+    grid: Any = details.get("grid")
+    twist: Any = details.get("twist")
+    moves = [len(set(places[:, a].tolist())) > 1 for a in range(2)]
+    if not any(moves):  # the symbol has the same norm at every frequency
+        return norms_below(taps, limit)
+    if not all(isinstance(p, list) and len(p) == 2 and all(type(n) is int for n in p) for p in (grid, twist)):
+        raise Unproved(f"grid {grid!r} and twist {twist!r} are not pairs of integers")
+    if not all(axes[a].admits(grid[a], twist[a]) for a in range(2) if moves[a]):
+        raise Unproved(f"grid {grid} with twist {twist} proves nothing about this convolution")
+    angles = [2 * np.arange(grid[a]) + twist[a] if moves[a] else np.zeros(1, int) for a in range(2)]
+    periods = [2 * grid[a] if moves[a] else 2 for a in range(2)]
+    mesh = {(a, b) for a in angles[0].tolist() for b in angles[1].tolist()}
+    # Of a real kernel, the symbols at a frequency and its negative are conjugate.
+    mesh = sorted(pair for pair in mesh if pair <= (-pair[0] % periods[0], -pair[1] % periods[1]))
+    tables = [circle(period // 2) for period in periods]
+    # |computed - exact symbol|: phases off by less than 6 u (two entries within u, a complex product), and a sum of
+    # len(taps) products in each part.
+    frobenius = [root_up(squares_up(tap)) for tap in taps]
+    error = 2 * gamma(len(taps) + 8) * sum(frobenius, Fraction(0)) + TINY
+    size = max(1, CHUNK // (4 * taps[0].size))
+
+    def prove(chunk) -> bool:
+        phases: Any = np.ones((len(chunk), len(taps)), complex)
+        for a in range(2):
+            places_of_angles = np.outer([pair[a] for pair in chunk], places[:, a]) % periods[a]
+            phases *= tables[a][0][places_of_angles] + 1j * tables[a][1][places_of_angles]
+        flat, shape = taps.reshape(len(taps), -1), (len(chunk), *taps.shape[1:])
+        symbols = np.empty(shape, complex)
+        symbols.real, symbols.imag = (phases.real @ flat).reshape(shape), (phases.imag @ flat).reshape(shape)
+        return norms_below(symbols, limit - error)
+
+    return all(in_threads(prove, [mesh[start : start + size] for start in range(0, len(mesh), size)]))
+
+
+def dense_conv_below(kernel: np.ndarray, axes: tuple[Axis, Axis], limit: Fraction) -> bool:
+    """As `conv_below` by the Gram matrix of the dense operator T, of all inputs. kernel: scaled.
+
+    T consists of blocks M_t that take a row of the image to a row of the output, t a row of the kernel; so T^T T
+    consists of sums of at most kh products M_t^T M_t', whose entries are sums of at most kw o products: the error is at
+    most gamma_(kw o + kh) |T|^T |T| entry by entry, and | |T| |^2 at most the largest sum of a row times that of a
+    column, and at most (sum_t |K_t|_F)^2.
+    """
+    rows, columns = axes
+    kh, kw, c, o = kernel.shape
+    side, width = rows.size * columns.size * c, columns.size * c
+    if rows.circular or side > 8192:
+        raise Unproved("the dense operator is taken for zero padding and up to 8192 inputs")
+    maps = np.zeros((kh, columns.out, o, columns.size, c))
+    for i in range(columns.out):
+        for t in range(kw):
+            place = columns.stride * i + t - columns.low
+            if 0 <= place < columns.size:
+                maps[:, i, :, place] = kernel[:, t].swapaxes(1, 2)
+    maps = maps.reshape(kh, -1, width)
+    products: dict[tuple[int, int], np.ndarray] = {}
+    gram = np.zeros((rows.size, width, rows.size, width))
+    for i in range(rows.out):
+        start = rows.stride * i - rows.low
+        inside = [t for t in range(kh) if 0 <= start + t < rows.size]
+        for t in inside:
+            for r in inside:
+                if r <= t:  # the lower triangle
+                    if (t, r) not in products:
+                        products[t, r] = maps[t].T @ maps[r]
+                    gram[start + t, :, start + r] += products[t, r]
+    sums = [
+        Fraction(float(np.abs(kernel).sum(axis).max())) * (1 + gamma(kernel.size)) for axis in ((0, 1, 2), (0, 1, 3))
+    ]
+    taps = sum((root_up(squares_up(tap)) for row in kernel for tap in row), Fraction(0))
+    error = gamma(kw * o + kh + 2) * min(sums[0] * sums[1], taps**2) + TINY
+    return is_below(gram.reshape(1, side, side), error, limit**2)
+
+
+def series_below(num_terms: int, norm: Fraction, limit: Fraction) -> bool:
+    """Whether |S_p(i theta)| <= limit is proved for 0 <= theta <= norm, S_p the truncated exponential (§9).
+
+    limit^2 - |S_p|^2 is a polynomial in theta^2 with rational coefficients. On an interval it is not negative where its
+    Bernstein coefficients are not; where they are, the interval is halved. All exact, in integers.
+    """
+    cosine = [
+        Fraction((-1) ** (j // 2), math.factorial(j)) if j % 2 == 0 else Fraction(0) for j in range(num_terms + 1)
+    ]
+    sine = [Fraction((-1) ** (j // 2), math.factorial(j)) if j % 2 else Fraction(0) for j in range(num_terms + 1)]
+    gap = [Fraction(0)] * (num_terms + 1)
+    gap[0] = limit**2
+    for part in (cosine, sine):
+        for i, first in enumerate(part):
+            for j, second in enumerate(part):
+                if first and second:
+                    gap[(i + j) // 2] -= first * second
+    end = max(norm, Fraction(1, 2**60)) ** 2
+    degree = num_terms
+    on_unit = [a * end**k for k, a in enumerate(gap)]
+    row = [
+        sum((Fraction(math.comb(i, k), math.comb(degree, k)) * on_unit[k] for k in range(i + 1)), Fraction(0))
+        for i in range(degree + 1)
+    ]
+    scale = math.lcm(*(a.denominator for a in row))
+    pieces = [[a.numerator * (scale // a.denominator) for a in row]]
+    for _ in range(100_000):
+        if not pieces:
+            return True
+        row = pieces.pop()
+        if min(row) >= 0:
+            continue
+        if row[0] < 0 or row[-1] < 0:  # values that the polynomial takes
+            return False
+        left, right = [], []
+        for level in range(degree + 1):
+            left.append(row[0] << (degree - level))
+            right.append(row[-1] << (degree - level))
+            row = [a + b for a, b in zip(row, row[1:], strict=False)]
+        pieces += [left, right[::-1]]
+    return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Functions without a stated error in NumPy, made of basic operations (§11.4)
+
+
+@functools.cache
+def _exponentials() -> np.ndarray:
+    with decimal.localcontext(decimal.Context(prec=50)):
+        return np.array([float((decimal.Decimal(-k) / 8).exp()) for k in range(320)])
+
+
+def exp_minus(t: np.ndarray) -> np.ndarray:
+    """exp(-t) for t >= 0 within 4 u exp(-t) + u / 26: a table of exp(-k / 8) times ten terms of the series."""
+    near = np.where(t < 40, t, 0.0)
+    k = np.floor(8 * near)
+    rest = near - k / 8
+    series = np.full_like(rest, 1 / math.factorial(10))
+    for j in range(9, -1, -1):
+        series = (-1) ** j / math.factorial(j) + rest * series
+    value = np.where(t < 40, _exponentials()[k.astype(int)] * series, 0.0)
+    return np.where(np.isnan(t), np.nan, value)
+
+
+def softplus(x: np.ndarray) -> np.ndarray:
+    """log(1 + exp(x)) within (16 + 2 value) u."""
+    y = exp_minus(np.abs(x))
+    v = y / (2 + y)
+    square = v * v
+    series = np.full_like(v, 1 / 33)
+    for j in range(15, -1, -1):
+        series = 1 / (2 * j + 1) + square * series
+    return np.maximum(x, 0.0) + 2 * v * series
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x)) within 8 u."""
+    y = exp_minus(np.abs(x))
+    return np.where(x >= 0, 1.0, y) / (1 + y)
+
+
+def tanh(x: np.ndarray) -> np.ndarray:
+    """tanh within 12 u."""
+    y = exp_minus(2 * np.abs(x))
+    return np.copysign((1 - y) / (1 + y), x)
+
+
+def softplus_error(value: np.ndarray) -> np.ndarray:
+    return (16 + 2 * value) * 2.0**-53
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators. Each checks its fields, proves a claimed Lipschitz constant, evaluates, and bounds its rounding (§6, §7)
+
+
+def is_shape(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(n) is int and 1 <= n <= 2**24 for n in value)
+
+
+class Operator:
+    """An operator on batches. Unless a subclass says otherwise it is 1-Lipschitz, keeps shapes and does not round."""
+
+    arrays: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ("in_shape",)
+    # What the two name in one subclass or another: finite float64 arrays, and JSON values.
+    bias: np.ndarray
+    direction: np.ndarray
+    directions: np.ndarray
+    fixed: np.ndarray
+    kernel: np.ndarray
+    matrix: np.ndarray
+    mean: np.ndarray
+    paired: np.ndarray
+    std: np.ndarray
+    block: Any
+    channels: Any
+    negative_slope: Any
+    num_terms: Any
+    padding: Any
+    strides: Any
+
+    def __init__(self, fields: dict[str, Any]):
+        for name, value in fields.items():
+            setattr(self, name, value)
+        if "in_shape" in self.settings:
+            if not is_shape(self.in_shape):
+                raise Unproved(f"in_shape {self.in_shape!r} is not a shape")
+            self.in_shape = tuple(self.in_shape)
+        self.claim = Fraction(0)
+        self.prepare()
+
+    in_shape: tuple[int, ...]
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return self.in_shape
+
+    def prepare(self) -> None:
+        """Raises: Unproved where a field is not what the operator needs."""
+
+    def proves(self, claim: Fraction, method: str, details: dict) -> bool:
+        """Whether the claimed Lipschitz constant is proved."""
+        return claim >= 1
+
+    def apply(self, x: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def back(self, y: np.ndarray) -> np.ndarray:
+        """The adjoint of a linear operator whose `spread` is not None."""
+        raise NotImplementedError
+
+    def spread(self) -> float | None:
+        """For a linear operator gamma | |A| |: the computed A x and A^T y are off by that times |x| or |y| (§12.2)."""
+        return None
+
+    def local(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Bound (b,) on |computed - exact value at the stored x|, but for underflow. y: the computed value."""
+        return np.zeros(len(x))
+
+
+def fits(array: np.ndarray) -> bool:
+    """Whether entries are 0 or between 2^-100 and 2^100, so that no composition underflows or overflows (§12.2)."""
+    sizes = np.abs(array[array != 0])
+    return not sizes.size or bool(sizes.max() <= 2.0**100 and sizes.min() >= 2.0**-100)
+
+
+def need(condition: bool, message: str) -> None:
+    if not condition:
+        raise Unproved(message)
+
+
+class Normalize(Operator):
+    arrays = ("mean", "std")
+
+    def prepare(self):
+        allowed = ((1,), (self.in_shape[-1],))
+        need(self.mean.shape in allowed and self.std.shape in allowed, "input_mean or input_std has another shape")
+        need(bool((self.std > 0).all()), "input_std is not positive")
+
+    def proves(self, claim, method, details):
+        return claim * Fraction(float(self.std.min())) >= 1
+
+    def apply(self, x):
+        return (x - self.mean) / self.std
+
+    def local(self, x, y):
+        return rounding(3) * GUARD * lengths(y)
+
+
+class Bias(Operator):
+    arrays = ("bias",)
+
+    def prepare(self):
+        # A bias of another length would broadcast, and copying an input is no translation.
+        need(self.bias.shape == self.in_shape[-1:], f"a bias of shape {self.bias.shape} for inputs {self.in_shape}")
+
+    def apply(self, x):
+        return x + self.bias
+
+    def local(self, x, y):
+        return 2.0**-53 * GUARD * lengths(y)
+
+
+class Dense(Operator):
+    arrays, settings = ("matrix",), ()
+
+    def prepare(self):
+        need(self.matrix.ndim == 2 and self.matrix.size > 0, f"a matrix of shape {self.matrix.shape}")
+        self.in_shape = self.matrix.shape[1:]
+        self.size = np.abs(self.matrix).T.copy()
+
+    @property
+    def out_shape(self):
+        return self.matrix.shape[:1]
+
+    def proves(self, claim, method, details):
+        return matrix_below(self.matrix, claim)
+
+    def apply(self, x):
+        return x @ self.matrix.T
+
+    def back(self, y):
+        return y @ self.matrix
+
+    def spread(self):
+        sums = [float(self.size.sum(axis).max()) for axis in (0, 1)]
+        return (
+            float(rounding(max(self.matrix.shape))) * math.sqrt(sums[0] * sums[1]) * GUARD
+            if fits(self.matrix)
+            else None
+        )
+
+    def local(self, x, y):
+        return rounding(self.matrix.shape[1]) * GUARD * lengths(np.abs(x) @ self.size)
+
+
+class Conv(Operator):
+    arrays, settings = ("kernel",), ("in_shape", "strides", "padding")
+
+    def prepare(self):
+        need(
+            len(self.in_shape) == 3 and self.kernel.ndim == 4 and self.kernel.size > 0, "expected images and HWIO taps"
+        )
+        need(self.kernel.shape[2] == self.in_shape[2], f"a kernel {self.kernel.shape} for images {self.in_shape}")
+        steps = [self.strides] * 2 if type(self.strides) is int else self.strides
+        need(is_shape(steps) and len(steps) == 2, f"strides {self.strides!r}")
+        self.axes = conv_axes(self.kernel, self.in_shape, steps, self.padding)
+
+    @property
+    def out_shape(self):
+        return (self.axes[0].out, self.axes[1].out, self.kernel.shape[3])
+
+    def proves(self, claim, method, details):
+        return conv_below(self.kernel, self.axes, method, details, claim)
+
+    def apply(self, x):
+        return convolve(x, self.kernel, self.axes)
+
+    def back(self, y):
+        return convolve_back(y, self.kernel, self.axes)
+
+    def spread(self):
+        # An output reads every tap at most once, and so an input meets every tap at most once.
+        sums = [float(np.abs(self.kernel).sum(axis).max()) for axis in ((0, 1, 2), (0, 1, 3))]
+        terms = math.prod(self.kernel.shape[:2]) * max(self.kernel.shape[2:])
+        return rounding(terms) * math.sqrt(sums[0] * sums[1]) * GUARD if fits(self.kernel) else None
+
+    def local(self, x, y):
+        terms = math.prod(self.kernel.shape[:3])
+        return rounding(terms) * GUARD * lengths(convolve(np.abs(x), np.abs(self.kernel), self.axes))
+
+
+def conv_axes(kernel: np.ndarray, in_shape, steps, padding) -> tuple[Axis, Axis]:
+    """Raises: Unproved for a padding that is not known."""
+    sides = kernel.shape[:2]
+    low = [(k - 1) // 2 for k in sides]
+    if padding == "ZERO":
+        pads = [(p, p) for p in low]
+    elif padding == "VALID":
+        pads = [(0, 0), (0, 0)]
+    elif padding == "CIRCULAR":
+        pads = [(p, k - 1 - p) for p, k in zip(low, sides, strict=True)]
+    else:
+        pairs = isinstance(padding, list) and len(padding) == 2
+        need(pairs and all(isinstance(p, list) and len(p) == 2 for p in padding), f"padding {padding!r}")
+        pads = [tuple(p) for p in padding]
+        need(all(type(n) is int and 0 <= n < 2**20 for p in pads for n in p), f"padding {padding!r}")
+    circular = padding == "CIRCULAR"
+    first, second = (Axis(sides[a], in_shape[a], steps[a], pads[a][0], pads[a][1], circular) for a in range(2))
+    return first, second
+
+
+def convolve(x: np.ndarray, kernel: np.ndarray, axes: tuple[Axis, Axis]) -> np.ndarray:
+    """The convolution of a batch (b, h, w, c), tap by tap: at most kh kw c roundings reach a product."""
+    rows, columns = axes
+    if rows.circular:
+        spans = [np.arange(-a.low, a.stride * (a.out - 1) + a.taps - a.low) % a.size for a in axes]
+        x = x[:, spans[0]][:, :, spans[1]]
+    total = np.zeros((len(x), rows.out, columns.out, kernel.shape[3]))
+
+    def reach(axis: Axis, t: int) -> tuple[slice, slice] | None:
+        """The outputs that tap t has an input for, and these inputs."""
+        if axis.circular:
+            return slice(0, axis.out), slice(t, t + axis.stride * (axis.out - 1) + 1, axis.stride)
+        offset = t - axis.low
+        found = [i for i in range(axis.out) if 0 <= axis.stride * i + offset < axis.size]
+        if not found:
+            return None
+        first, last = axis.stride * found[0] + offset, axis.stride * found[-1] + offset
+        return slice(found[0], found[-1] + 1), slice(first, last + 1, axis.stride)
+
+    for t1 in range(rows.taps):
+        for t2 in range(columns.taps):
+            places: Any = (reach(rows, t1), reach(columns, t2))
+            if places[0] is None or places[1] is None:
+                continue
+            (o1, i1), (o2, i2) = places
+            part = np.ascontiguousarray(x[:, i1, i2])
+            image = part.reshape(-1, part.shape[3]) @ kernel[t1, t2]
+            total[:, o1, o2] += image.reshape(*part.shape[:3], -1)
+    return total
+
+
+def convolve_back(y: np.ndarray, kernel: np.ndarray, axes: tuple[Axis, Axis]) -> np.ndarray:
+    """The adjoint of `convolve`: at most kh kw o roundings reach a product."""
+    rows, columns = axes
+    spans = [a.stride * (a.out - 1) + a.taps for a in axes]
+    spread = np.zeros((len(y), *spans, kernel.shape[2]))
+    flat = y.reshape(-1, y.shape[3])
+    for t1 in range(rows.taps):
+        for t2 in range(columns.taps):
+            image = (flat @ kernel[t1, t2].T).reshape(*y.shape[:3], -1)
+            places = (slice(t, t + a.stride * (a.out - 1) + 1, a.stride) for t, a in zip((t1, t2), axes, strict=True))
+            spread[:, *places] += image
+    for number_, axis in enumerate(axes, 1):
+        moved = np.moveaxis(spread, number_, 0)
+        folded = np.zeros((axis.size, *moved.shape[1:]))
+        for place, part in enumerate(moved):
+            index = place - axis.low
+            if axis.circular or 0 <= index < axis.size:
+                folded[index % axis.size] += part
+        spread = np.moveaxis(folded, 0, number_)
+    return np.ascontiguousarray(spread)
+
+
+class ConvExponential(Operator):
+    """S_p(J) x = sum_(k <= p) J^k x / k!, J the convolution of stride 1 with a skew kernel (§9)."""
+
+    arrays = ("kernel",)
+    settings = ("in_shape", "num_terms", "padding", "nonexpansive", "fast_gradient")
+
+    def prepare(self):
+        need(type(self.num_terms) is int and 1 <= self.num_terms <= 64, f"num_terms {self.num_terms!r}")
+        need(self.padding in ("ZERO", "CIRCULAR"), f"padding {self.padding!r}")
+        c, shape = self.in_shape[-1], self.kernel.shape
+        fits = len(self.in_shape) == 3 and len(shape) == 4 and shape[2:] == (c, c) and all(k % 2 for k in shape[:2])
+        need(fits, f"a kernel {shape} for images {self.in_shape}")
+        # Bit for bit, so that J^T = -J holds exactly.
+        adjoint = self.kernel[::-1, ::-1].swapaxes(2, 3)
+        need(bool((self.kernel == -adjoint).all()), "the kernel is not skew bit for bit")
+        self.axes = conv_axes(self.kernel, self.in_shape, [1, 1], self.padding)
+        self.norm = math.inf
+
+    def proves(self, claim, method, details):
+        norm = finite(details.get("skew_norm"), "skew_norm")
+        need(details.get("num_terms") == self.num_terms, "num_terms of the details is another")
+        kh, kw, c, _ = self.kernel.shape
+        self.norm, exact, by = norm, Fraction(norm), details.get("skew_norm_method")
+        if isinstance(by, str) and by.startswith("sqrt(kh kw) times"):
+            # |J| <= sqrt(kh kw) |K| for K reshaped in one of two ways (§9), compared by squares.
+            shapes = self.kernel.reshape(-1, c), self.kernel.transpose(0, 3, 1, 2).reshape(kh * c, kw * c)
+            limit = exact / root_up(Fraction(kh * kw))
+            proved = any(matrix_below(matrix, limit) for matrix in shapes)
+        else:
+            proved = conv_below(self.kernel, self.axes, str(by), details, exact)
+        need(proved, f"|J| <= {norm!r} (skew_norm) cannot be proved")
+        return series_below(self.num_terms, exact, claim)
+
+    def apply(self, x):
+        total = x
+        for k in range(self.num_terms, 0, -1):
+            total = x + convolve(total, self.kernel, self.axes) / k
+        return total
+
+    def local(self, x, y):
+        kh, kw, c, _ = self.kernel.shape
+        size = math.sqrt(kh * kw) * float(np.linalg.norm(self.kernel.reshape(-1))) * GUARD
+        local, length, error = rounding(kh * kw * c + 4), 1.0, 0.0
+        for k in range(self.num_terms, 0, -1):
+            error = (self.norm / k * error + local * (1 + size * (length + error) / k)) * GUARD
+            length = (1 + self.norm / k * length) * GUARD
+        return error * GUARD * (lengths(x) + FLOOR)
+
+
+class CircularConv(Operator):
+    """T^T B T: an orthonormal Fourier transform and a block for each frequency (§4)."""
+
+    arrays, settings = ("fixed", "paired"), ("in_shape", "nonexpansive")
+
+    def prepare(self):
+        need(len(self.in_shape) == 3 and self.fixed.ndim == 3, "expected images (h, w, c) and blocks")
+        h, w, c = self.in_shape
+        special = [[0] if n % 2 else [0, n // 2] for n in (h, w)]
+        r = len(special[0]) * len(special[1])
+        shapes = (r, self.fixed.shape[1], c), ((h * w - r) // 2, 2, self.fixed.shape[1], c)
+        need(
+            self.fixed.size > 0 and (self.fixed.shape, self.paired.shape) == shapes,
+            f"blocks of other shapes than {shapes}",
+        )
+        # One of each pair +-f: first those of the columns that are their own mirror image, then column by column.
+        self.fixed_at = [(f1, f2) for f2 in special[1] for f1 in special[0]]
+        self.paired_at = [(f1, f2) for f2 in special[1] for f1 in range(1, (h + 1) // 2)]
+        self.mirrored = len(self.paired_at)
+        self.paired_at += [(f1, f2) for f2 in range(1, (w + 1) // 2) for f1 in range(h)]
+        self.blocks = self.paired[:, 0] + 1j * self.paired[:, 1]
+
+    @property
+    def out_shape(self):
+        return (*self.in_shape[:2], self.fixed.shape[1])
+
+    def proves(self, claim, method, details):
+        largest = max(float(np.abs(self.fixed).max()), float(np.abs(self.paired).max(initial=0.0)))
+        if not largest:
+            return claim >= 0
+        exponent = math.frexp(largest)[1]
+        limit = claim / Fraction(2) ** exponent
+        complex_parts = np.ldexp(self.paired, -exponent)
+        pairs = complex_parts[:, 0] + 1j * complex_parts[:, 1]
+        size = max(1, CHUNK // (2 * self.fixed[0].size))
+        parts = [np.ldexp(self.fixed, -exponent)] + [
+            pairs[start : start + size] for start in range(0, len(pairs), size)
+        ]
+        return all(in_threads(lambda part: norms_below(part, limit), parts))
+
+    def apply(self, x):
+        b, (h, w, _), half = len(x), self.in_shape, self.in_shape[1] // 2 + 1
+        (c1, s1), (c2, s2) = _circle(h, h), _circle(w, w)
+        rows = 2 * np.outer(np.arange(h), np.arange(h)) % (2 * h)
+        columns = 2 * np.outer(np.arange(half), np.arange(w)) % (2 * w)
+        # The unitary transform with exp(-2 pi i f p / n), along the rows, then down the columns.
+        flat = x.transpose(2, 0, 1, 3).reshape(w, -1)
+        z = (c2[columns] @ flat) - 1j * (s2[columns] @ flat)
+        z = z.reshape(half, b, h, -1).transpose(2, 0, 1, 3).reshape(h, -1)
+        z = ((c1[rows] - 1j * s1[rows]) @ z).reshape(h, half, b, -1)
+        y = np.zeros((h, half, b, self.fixed.shape[1]), complex)
+        fixed, paired = (np.array(at, int).reshape(-1, 2).T for at in (self.fixed_at, self.paired_at))
+        y[fixed[0], fixed[1]] = z[fixed[0], fixed[1]].real @ self.fixed.swapaxes(1, 2)
+        found = z[paired[0], paired[1]] @ self.blocks.swapaxes(1, 2)
+        y[paired[0], paired[1]] = found
+        mirror = -paired[0][: self.mirrored] % h
+        y[mirror, paired[1][: self.mirrored]] = found[: self.mirrored].conj()
+        # Back: the columns, and the rows with their mirror images, which double all but the special ones.
+        y = ((c1[rows] + 1j * s1[rows]) @ y.reshape(h, -1)).reshape(h, half, b, -1)
+        y = y.transpose(1, 2, 0, 3).reshape(half, -1)
+        weight = np.where(np.isin(np.arange(half), [f2 for _, f2 in self.fixed_at]), 1.0, 2.0)
+        image = (weight[:, None] * c2[columns]).T @ y.real - (weight[:, None] * s2[columns]).T @ y.imag
+        return np.ascontiguousarray(image.reshape(w, b, h, -1).transpose(1, 2, 0, 3))
+
+    def local(self, x, y):
+        h, w, c = self.in_shape
+        # A real transform of n pixels is one of Frobenius norm sqrt(n); a complex one, in real numbers, of sqrt(2 n).
+        # Each entry is rounded once, and each product and sum: gamma_(n+1) and gamma_(2n+1) (§4b).
+        along, down = rounding(w + 3) * math.sqrt(w), rounding(2 * h + 1) * math.sqrt(2 * h)
+        transform = (along + down + along * down) * GUARD
+        squares = np.sum(self.fixed**2, axis=(1, 2)).max(), 2 * np.sum(self.paired**2, axis=(1, 2, 3)).max(initial=0.0)
+        products = rounding(2 * c + 2)
+        relative = ((2 * transform + transform**2) * (1 + products) + products) * GUARD
+        return relative * GUARD * math.sqrt(float(max(squares))) * lengths(x)
+
+
+class Flatten(Operator):
+    @property
+    def out_shape(self):
+        return (math.prod(self.in_shape),)
+
+    def apply(self, x):
+        return x.reshape(len(x), -1)
+
+    def back(self, y):
+        return y.reshape(len(y), *self.in_shape)
+
+    def spread(self):
+        return 0.0
+
+
+class SpaceToDepth(Operator):
+    settings = ("in_shape", "block")
+
+    def prepare(self):
+        need(len(self.in_shape) == 3 and type(self.block) is int and self.block >= 1, f"block {self.block!r}")
+        need(not any(n % self.block for n in self.in_shape[:2]), f"blocks of {self.block} on images {self.in_shape}")
+
+    @property
+    def out_shape(self):
+        h, w, c = self.in_shape
+        return (h // self.block, w // self.block, c * self.block**2)
+
+    def apply(self, x):
+        h, w, c = self.out_shape
+        k = self.block
+        return x.reshape(len(x), h, k, w, k, -1).transpose(0, 1, 3, 5, 2, 4).reshape(len(x), h, w, c)
+
+    def back(self, y):
+        h, w, _ = self.out_shape
+        k = self.block
+        return y.reshape(len(y), h, w, -1, k, k).transpose(0, 1, 4, 2, 5, 3).reshape(len(y), *self.in_shape)
+
+    def spread(self):
+        return 0.0
+
+
+class PadChannels(Operator):
+    settings = ("in_shape", "channels")
+
+    def prepare(self):
+        need(type(self.channels) is int and self.in_shape[-1] <= self.channels < 2**31, f"channels {self.channels!r}")
+
+    @property
+    def out_shape(self):
+        return (*self.in_shape[:-1], self.channels)
+
+    def apply(self, x):
+        return np.concatenate([x, np.zeros((*x.shape[:-1], self.channels - x.shape[-1]))], axis=-1)
+
+    def back(self, y):
+        return np.ascontiguousarray(y[..., : self.in_shape[-1]])
+
+    def spread(self):
+        return 0.0
+
+
+class CropChannels(PadChannels):
+    def prepare(self):
+        need(type(self.channels) is int and 1 <= self.channels <= self.in_shape[-1], f"channels {self.channels!r}")
+
+    def apply(self, x):
+        return np.ascontiguousarray(x[..., : self.channels])
+
+    def back(self, y):
+        return np.concatenate([y, np.zeros((*y.shape[:-1], self.in_shape[-1] - y.shape[-1]))], axis=-1)
+
+
+class Pairs(Operator):
+    """Operators on pairs of channels i and i + C/2 (§10), with directions; components named by `signs` not negative."""
+
+    lead: tuple[int, ...] = ()
+    signs: tuple = ()
+    roundings = 0
+
+    def prepare(self):
+        need(self.in_shape[-1] % 2 == 0, f"an odd number of channels, {self.in_shape[-1]}")
+        for name in self.arrays:
+            value, shape = getattr(self, name), (*self.lead, 2, self.in_shape[-1] // 2)
+            need(value.shape == shape, f"{name} of shape {value.shape} instead of {shape}")
+            sizes = np.hypot(value[..., 0, :], value[..., 1, :])
+            need(bool(((sizes >= 0.5) & (sizes <= 2)).all()), f"{name} of lengths beyond 1/2 and 2")
+            need(all(bool((value[index] >= 0).all()) for index in self.signs), f"{name} with a negative component")
+
+    def halves(self, x):
+        half = x.shape[-1] // 2
+        return x[..., :half], x[..., half:]
+
+    def local(self, x, y):
+        return rounding(self.roundings) * GUARD * lengths(x) if self.roundings else np.zeros(len(x))
+
+
+class MaxMin(Pairs):
+    def apply(self, x):
+        a, b = self.halves(x)
+        return np.concatenate([np.maximum(a, b), np.minimum(a, b)], axis=-1)
+
+
+class MaxPoolPairs(Pairs):
+    @property
+    def out_shape(self):
+        return (*self.in_shape[:-1], self.in_shape[-1] // 2)
+
+    def apply(self, x):
+        return np.maximum(*self.halves(x))
+
+
+def rotation(d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """d^2 / |d|^2 of complex numbers, (2, n)."""
+    size = d[0] * d[0] + d[1] * d[1]
+    return (d[0] * d[0] - d[1] * d[1]) / size, 2 * d[0] * d[1] / size
+
+
+class Householder(Pairs):
+    """z where Im(conj(d) z) >= 0, else P conj(z), P = d^2 / |d|^2."""
+
+    arrays = ("direction",)
+    roundings = 32
+
+    def apply(self, x):
+        a, b = self.halves(x)
+        d = self.direction
+        p = rotation(d)
+        keep = d[0] * b - d[1] * a >= 0
+        return np.concatenate([np.where(keep, a, p[0] * a + p[1] * b), np.where(keep, b, p[1] * a - p[0] * b)], axis=-1)
+
+
+class Householder2(Pairs):
+    """Four sectors, by the table and the comparisons of §10."""
+
+    arrays, lead, signs = ("directions",), (3,), ((1, 1), (2, 1))
+    roundings = 128
+
+    def apply(self, x):
+        a, b = self.halves(x)
+        p, q, r = self.directions
+        u, v = p[0] * a + p[1] * b, p[0] * b - p[1] * a
+        above = v >= 0
+        edge = np.where(above, q[0], -r[0]), np.where(above, q[1], r[1])
+        turn = edge[0] * np.abs(v) - edge[1] * u
+        cone = (turn < 0) | ((turn == 0) & (u > 0))
+        beyond = (q[0] * r[0] - q[1] * r[1]) * v - (q[0] * r[1] + q[1] * r[0]) * u > 0
+        first, second, third = rotation(p), rotation(q), rotation(r)
+        both = first[0] * second[0] - first[1] * second[1], first[0] * second[1] + first[1] * second[0]
+        sectors = [cone & above, cone, beyond]  # 0; then 3; then 2; else 1
+        real = np.select(
+            sectors, [np.ones_like(u), np.broadcast_to(first[0], u.shape), np.broadcast_to(third[0], u.shape)], both[0]
+        )
+        imag = np.select(
+            sectors,
+            [np.zeros_like(u), np.broadcast_to(first[1], u.shape), np.broadcast_to(-third[1], u.shape)],
+            both[1],
+        )
+        b = np.where(np.where(cone, above, beyond), b, -b)
+        return np.concatenate([real * a - imag * b, imag * a + real * b], axis=-1)
+
+
+class ProjectionPool(Pairs):
+    """Signed distance to the wedge |arg z| <= arg d."""
+
+    arrays, signs = ("direction",), (0, 1)
+    roundings = 16
+
+    @property
+    def out_shape(self):
+        return (*self.in_shape[:-1], self.in_shape[-1] // 2)
+
+    def apply(self, x):
+        a, b = self.halves(x)
+        d = self.direction / np.sqrt(self.direction[0] ** 2 + self.direction[1] ** 2)
+        height = np.abs(b)
+        large, small = np.maximum(np.abs(a), height), np.minimum(np.abs(a), height)
+        ratio = small / np.where(large > 0, large, 1.0)
+        length = large * np.sqrt(1 + ratio * ratio)
+        return np.where(d[0] * a + d[1] * height < 0, length, d[0] * height - d[1] * a)
+
+
+class Elementwise(Operator):
+    """Activations by component; the claim is at least the largest modulus of a slope (§10a)."""
+
+    slope: tuple[Fraction, Fraction] = (Fraction(0), Fraction(1))
+    error = 0.0
+
+    def proves(self, claim, method, details):
+        return claim >= max(map(abs, self.slope))
+
+    def local(self, x, y):
+        return np.full(len(x), GUARD * self.error * math.sqrt(math.prod(self.in_shape)))
+
+
+class ReLU(Elementwise):
+    def apply(self, x):
+        return np.maximum(x, 0.0)
+
+
+class LeakyReLU(Elementwise):
+    settings = ("in_shape", "negative_slope")
+
+    def prepare(self):
+        slope = finite(self.negative_slope, "negative_slope", -1.0)
+        need(slope <= 1, f"negative_slope {self.negative_slope!r} beyond -1 and 1")
+        self.slope = Fraction(slope), Fraction(1)
+
+    def apply(self, x):
+        return np.where(x > 0, x, float(self.slope[0]) * x)
+
+    def local(self, x, y):
+        return 2.0**-53 * GUARD * abs(float(self.slope[0])) * lengths(np.minimum(x, 0.0))
+
+
+class Tanh(Elementwise):
+    error = 12 * 2.0**-53
+
+    def apply(self, x):
+        return tanh(x)
+
+
+class Sigmoid(Elementwise):
+    slope = (Fraction(0), Fraction(1, 4))
+    error = 8 * 2.0**-53
+
+    def apply(self, x):
+        return sigmoid(x)
+
+
+class Softplus(Elementwise):
+    def apply(self, x):
+        return softplus(x)
+
+    def local(self, x, y):
+        return GUARD * lengths(softplus_error(y))
+
+
+OPERATORS = {
+    cls.__name__: cls
+    for cls in (
+        Bias,
+        CircularConv,
+        Conv,
+        ConvExponential,
+        CropChannels,
+        Dense,
+        Flatten,
+        Householder,
+        Householder2,
+        LeakyReLU,
+        MaxMin,
+        MaxPoolPairs,
+        PadChannels,
+        ProjectionPool,
+        ReLU,
+        Sigmoid,
+        Softplus,
+        SpaceToDepth,
+        Tanh,
+    )
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heads
+
+
+def distances_up(rows: np.ndarray) -> np.ndarray:
+    """Upper bounds (k, k) of |r_i - r_j|, exactly 0 for equal rows (§6).
+
+    A difference rounds by u, and so does its square; their sum, in any order, by gamma_(d-1).
+    """
+    largest = float(np.abs(rows).max(initial=0.0))
+    need(largest < 2.0**1000, "entries of the head too large")
+    scale = 2.0 ** math.frexp(largest)[1]
+    found = np.zeros((len(rows), len(rows)))
+    for i, row in enumerate(rows):
+        same = (row == rows).all(axis=1)
+        length = np.sqrt(np.sum(((row - rows) / scale) ** 2, axis=1))
+        # Half of the square's error, and the root's own rounding.
+        bound = length * (1 + rounding(rows.shape[1] // 2 + 5)) + 2.0**-515
+        found[i] = np.where(same, 0.0, np.nextafter(bound * scale, np.inf))
+    return found
+
+
+class LinearHead:
+    arrays = ("matrix", "bias")
+
+    def __init__(self, fields: dict[str, np.ndarray]):
+        self.matrix, self.bias = fields["matrix"], fields["bias"]
+        need(self.matrix.ndim == 2 and self.matrix.size > 0, f"a matrix of shape {self.matrix.shape}")
+        need(self.bias.shape == self.matrix.shape[:1], f"a bias of shape {self.bias.shape}")
+        self.in_shape, self.classes = self.matrix.shape[1:], len(self.matrix)
+
+    def prove(self, claims: Any) -> np.ndarray:
+        """Proved constants (k, k) of all logit differences, per unit of the features."""
+        need(claims is None, f"a linear head has no claims of its own, got {claims!r}")
+        return distances_up(self.matrix)
+
+    def evaluate(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Logits and bounds of their errors at the stored x, but for underflow."""
+        size = np.abs(x) @ np.abs(self.matrix).T + np.abs(self.bias)
+        return x @ self.matrix.T + self.bias, rounding(self.matrix.shape[1] + 2) * GUARD * size
+
+
+class MLPHead:
+    """W2 softplus(W1 x + b1) + b2 (§11)."""
+
+    arrays = ("w1", "b1", "w2", "b2")
+
+    def __init__(self, fields: dict[str, np.ndarray]):
+        self.w1, self.b1, self.w2, self.b2 = (fields[name] for name in self.arrays)
+        need(
+            [a.ndim for a in (self.w1, self.b1, self.w2, self.b2)] == [2, 1, 2, 1] and self.w1.size > 0, "other shapes"
+        )
+        self.hidden, width = self.w1.shape
+        need(self.b1.shape == (self.hidden,) and self.w2.shape[1:] == (self.hidden,), "shapes that do not fit")
+        need(self.b2.shape == self.w2.shape[:1] and len(self.b2) > 0, "shapes that do not fit")
+        largest = max(float(np.abs(a).max()) for a in (self.w1, self.b1, self.w2, self.b2))
+        need(largest < 2.0**100, "entries of 2^100 or more")
+        self.in_shape, self.classes = (width,), len(self.w2)
+
+    def prove(self, claims: Any) -> np.ndarray:
+        """As `LinearHead.prove`: (|W1^T (w_i - w_j)| + |W1| |w_i - w_j|) / 2 (§11.1); and all curvatures (§11.3)."""
+        need(isinstance(claims, dict) and isinstance(claims.get("curvatures"), list), "claims of the head are missing")
+        norm = finite(claims.get("norm"), "norm")
+        need(matrix_below(self.w1, Fraction(norm)), f"|W1| <= {norm!r} cannot be proved")
+        self.norm = norm
+        self.rows = lengths(self.w1) * GUARD + 2.0**-450
+        self.frobenius = float(lengths(self.w1.reshape(1, -1))[0]) * GUARD + 2.0**-450
+        negative = [np.maximum(self.w2 - row, 0.0).max(axis=1) for row in self.w2]
+        # A difference, a square, a product; the factor 1/4 is exact. Rows that are equal have no curvature.
+        self.coarse = np.stack([norm**2 / 4 * row * (1 + rounding(6)) for row in negative])
+        self.coarse = np.where(self.coarse > 0, self.coarse + 2.0**-450, 0.0)
+        self.fine: dict[tuple[int, int], float] = {}
+        for entry in claims["curvatures"]:
+            need(isinstance(entry, list) and len(entry) == 3, f"curvature {entry!r}")
+            p, i, value = *entry[:2], finite(entry[2], "curvature")
+            known = type(p) is int and type(i) is int and 0 <= p < self.classes and 0 <= i < self.classes
+            need(known, f"curvature {entry!r}")
+            self.fine[p, i] = value
+        proved = in_threads(lambda pair: self._curvature_holds(*pair), sorted(self.fine))
+        for pair, holds in zip(sorted(self.fine), proved, strict=True):
+            need(holds, f"curvature {self.fine[pair]!r} of classes {pair} cannot be proved")
+        through = self.w2 @ self.w1
+        errors = rounding(self.hidden + 1) * self.frobenius * lengths(self.w2) * GUARD + 2.0**-450
+        apart = distances_up(self.w2)
+        total = distances_up(through) + errors[:, None] + errors + norm * apart
+        return np.where(apart > 0, total / 2 * (1 + rounding(6)), 0.0)
+
+    def _curvature_holds(self, p: int, i: int) -> bool:
+        """m >= |diag(sqrt(w^-)) W1|^2 / 4, w = W2[p] - W2[i]: a float difference and root and product, gamma_4 |X|."""
+        weights = np.maximum(self.w2[i] - self.w2[p], 0.0)
+        limit = 4 * Fraction(self.fine[p, i])
+        if not weights.any():
+            return True
+        matrix = np.sqrt(weights)[:, None] * self.w1
+        if not matrix.any():
+            return bool(not self.w1.any()) or limit >= Fraction(1, 2**800)
+        unit, exponent = scaled(matrix)
+        slack = gamma(6) * root_up(squares_up(unit)) + TINY
+        # What underflows in the product is below 2^-1000 per entry.
+        lost = Fraction(1, 2**950) / Fraction(2) ** exponent
+        reach = limit / Fraction(4) ** exponent
+        if reach <= 0:
+            return False
+        root = reach / root_up(reach)  # not above the root
+        return norms_below(unit[None], root - slack - lost)
+
+    def evaluate(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        sums = np.abs(x) @ np.abs(self.w1).T + np.abs(self.b1)
+        units = softplus(x @ self.w1.T + self.b1)
+        # §11.5: softplus is 1-Lipschitz, so the error of a unit is that of its sum and its own.
+        unit_error = rounding(self.in_shape[0] + 2) * sums + softplus_error(units)
+        size, reach = units @ np.abs(self.w2).T + np.abs(self.b2), unit_error @ np.abs(self.w2).T
+        return units @ self.w2.T + self.b2, GUARD * (rounding(self.hidden + 2) * size + reach)
+
+    def positive_within(self, a, b, p, i, m, radius) -> np.ndarray:
+        """`_positive_within` for any number of rows."""
+        size = max(1, CHUNK // (8 * self.hidden))
+        parts = [slice(start, start + size) for start in range(0, len(a), size)]
+        return np.concatenate([self._positive_within(*(v[part] for v in (a, b, p, i, m, radius))) for part in parts])
+
+    def _positive_within(self, a, b, p, i, m, radius) -> np.ndarray:
+        """Whether f_p > f_i is proved on balls of these radii around a, by the minorants at b of curvature m (§11.2).
+
+        D(y) >= D(b) + g.(y - b) - m/2 |y - b|^2, whose least value where |y - a| <= radius is at least
+        Q - |g + m s| radius - m/2 radius^2, with s = b - a and Q = D(b) - g.s - m/2 |s|^2. All (n,) or (n, d).
+        The errors are those of §11.6.
+        """
+        width = self.in_shape[0]
+        weights, offset = self.w2[p] - self.w2[i], self.b2[p] - self.b2[i]
+        biases, sizes = np.abs(self.b2[p]) + np.abs(self.b2[i]), np.abs(weights)
+        sums = b @ self.w1.T + self.b1
+        reach = (lengths(b) * GUARD + 2.0**-450)[:, None]
+        sum_error = rounding(width + 3) * GUARD * (self.rows * reach + np.abs(self.b1))
+        units, slopes = softplus(sums), sigmoid(sums)
+        value = np.sum(weights * units, axis=1) + offset
+        value_error = np.sum(sizes * (sum_error + softplus_error(units)), axis=1)
+        value_error += rounding(self.hidden + 6) * (np.sum(sizes * units, axis=1) + biases)
+        value_error = value_error * GUARD + 2.0**-450
+        inner = weights * slopes
+        gradient = inner @ self.w1
+        gradient_error = self.norm * (lengths(sizes * (sum_error / 4 + 12 * 2.0**-53)) * GUARD + 2.0**-450)
+        gradient_error += rounding(self.hidden + 2) * self.frobenius * (lengths(inner) + 2.0**-450)
+        gradient_error = gradient_error * GUARD + 2.0**-450
+        step = b - a
+        up = 1 + rounding(width + 16)  # for norms that enter as they are, not as errors
+        moved, slope = lengths(step) * up + 2.0**-450, lengths(gradient) * up + 2.0**-450
+        dot, bend = np.sum(gradient * step, axis=1), m / 2 * moved**2
+        level_error = value_error + (rounding(width + 3) * slope + gradient_error) * moved
+        turned = lengths(gradient + m[:, None] * step) * up + gradient_error + rounding(8) * (slope + m * moved)
+        lost = (turned * radius + m / 2 * radius**2) * (1 + rounding(8)) + 2.0**-450
+        level_error += rounding(16) * (np.abs(value) + np.abs(dot) + bend)
+        return value - dot - bend - level_error * GUARD - lost > 2.0**-440 + rounding(8) * lost
+
+
+HEADS = {"LinearHead": LinearHead, "MLPHead": MLPHead}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loop transformation (§12)
+
+
+def carried(ops, x: np.ndarray, error: np.ndarray, back: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Images of vectors under operators in turn, or under their adjoints in reverse, and bounds on their errors."""
+    for op in reversed(ops) if back else ops:
+        error = (float_up(op.claim) * error + op.spread() * (lengths(x) * GUARD + 2.0**-500) + 2.0**-900) * GUARD
+        x = op.back(x) if back else op.apply(x)
+    return x, np.where(np.isfinite(lengths(x)), error, np.inf)
+
+
+def units(shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
+    block = np.zeros((stop - start, math.prod(shape)))
+    block[np.arange(stop - start), np.arange(start, stop)] = 1
+    return block.reshape(-1, *shape)
+
+
+def total_error(errors: np.ndarray) -> Fraction | None:
+    """The root of the sum of squares, rounded up; None if it is not finite."""
+    largest = float(errors.max(initial=0.0))
+    if not math.isfinite(largest):
+        return None
+    return Fraction(math.sqrt(float(np.sum((errors / max(largest, 2.0**-900)) ** 2))) * GUARD) * Fraction(largest)
+
+
+class Chain:
+    """Linear operators in turn, of which the norm is to be bounded; smaller side first, so that rows are few."""
+
+    def __init__(self, ops: list):
+        self.ops = ops
+        first, last = ops[0].in_shape, ops[-1].out_shape
+        self.back = math.prod(first) >= math.prod(last)  # rows: the adjoint's images of the output's unit vectors
+        self.shape, self.other = (last, first) if self.back else (first, last)
+        self.side = math.prod(self.shape)
+
+    def _pieces(self, most: int) -> list[tuple[int, int]]:
+        widest = max(math.prod(shape) for op in self.ops for shape in (op.in_shape, op.out_shape))
+        size = max(1, min(most, CHUNK // (4 * widest)))
+        return [(start, min(start + size, self.side)) for start in range(0, self.side, size)]
+
+    def dense_below(self, limit: Fraction) -> bool:
+        """By the matrix of the composition: |M| <= |computed M| + (sum of squares of its rows' errors)^(1/2)."""
+        matrix, errors = np.empty((self.side, math.prod(self.other))), np.empty(self.side)
+
+        def fill(piece):
+            start, stop = piece
+            rows, error = carried(self.ops, units(self.shape, start, stop), np.zeros(stop - start), self.back)
+            matrix[start:stop], errors[start:stop] = rows.reshape(stop - start, -1), error
+
+        in_threads(fill, self._pieces(self.side))
+        error = total_error(errors)
+        return error is not None and bool(np.isfinite(matrix).all()) and matrix_below(matrix, limit - error)
+
+    def banded_below(self, limit: Fraction) -> bool:
+        """By the Gram matrix G of the smaller side in blocks, rows of the image, of which few are not 0.
+
+        Every column is known up to its error, zeros included. A factor F is computed, in whatever way, and what is left
+        of s I - G bounded: lambda_max(G) <= s + |s I - G - F F^T|_F. An entry of that difference is a sum of `terms`
+        products, which errs by gamma (|s I - G| + |F| |F|^T), in norm at most gamma (|s I - G|_F + |F|_F^2).
+        """
+        count, side = self.shape[0], self.side // self.shape[0]
+        blocks: dict[tuple[int, int], np.ndarray] = {}
+        errors = np.empty(self.side)
+
+        def fill(column: int) -> None:
+            parts = []
+            for start, stop in self._pieces(side):
+                low, high = max(start, column * side), min(stop, (column + 1) * side)
+                if low >= high:
+                    continue
+                rows, error = carried(self.ops, units(self.shape, low, high), np.zeros(high - low), self.back)
+                rows, errors[low:high] = carried(self.ops, rows, error, not self.back)
+                parts.append(rows.reshape(high - low, count, side))
+            images = np.concatenate(parts)
+            for row in range(column, count):
+                if images[:, row].any():
+                    blocks[row, column] = np.ascontiguousarray(images[:, row].T)
+
+        in_threads(fill, range(count))
+        lost = total_error(errors)
+        if lost is None or not all(np.isfinite(block).all() for block in blocks.values()):
+            return False
+        # Only the lower triangle is used, so that an error may count twice.
+        room = limit**2 - Fraction(3, 2) * lost
+        if room <= 0:
+            return False
+        shift = float(room * (1 - Fraction(1, 2**24)))
+        band = max(row - column for row, column in blocks)
+        factor: dict[tuple[int, int], np.ndarray] = {}
+        residual, squares, size = 0.0, 0.0, 0.0
+        for column in range(count):
+            for row in range(column, min(count, column + band + 1)):
+                part = -blocks[row, column] if (row, column) in blocks else np.zeros((side, side))
+                if row == column:
+                    part = np.tril(part)
+                    part = part + np.tril(part, -1).T
+                    part[np.diag_indices(side)] += shift
+                size += float(np.sum(part**2)) * (1 if row == column else 2)
+                for q in range(max(0, row - band), column):
+                    if (row, q) in factor and (column, q) in factor:
+                        part -= factor[row, q] @ factor[column, q].T
+                if row == column:
+                    try:
+                        factor[row, row] = np.linalg.cholesky(part)
+                    except np.linalg.LinAlgError:
+                        return False
+                else:
+                    factor[row, column] = np.linalg.solve(factor[column, column], part.T).T
+                left = part - factor[row, column] @ factor[column, column].T
+                residual += float(np.sum(left**2)) * (1 if row == column else 2)
+                squares += float(np.sum(factor[row, column] ** 2))
+            for row in range(max(0, column - band), column + 1):
+                factor.pop((row, column - band), None)
+        if not (math.isfinite(residual) and math.isfinite(squares) and math.isfinite(size)):
+            return False
+        terms = (band + 1) * (side + 2) + 8
+        slack = Fraction(math.sqrt(residual)) + 2 * gamma(terms) * (Fraction(math.sqrt(size)) + Fraction(squares))
+        return Fraction(shift) + slack * (1 + Fraction(1, 2**20)) + TINY <= room
+
+    def circular_below(self, method: str, details: dict, limit: Fraction) -> bool:
+        """By the composed kernel of circular convolutions, which is theirs up to a shift of the image.
+
+        Its entries err by gamma times the composition of the moduli, n counting the terms of all sums; the norm of what
+        is left is at most the sum over taps of their Frobenius norms.
+        """
+        ops = [op for op in self.ops if not isinstance(op, Flatten)]
+        need(all(isinstance(op, Conv) and op.padding == "CIRCULAR" for op in ops), "a convolution that is not circular")
+        kernel, majorant, terms = ops[0].kernel, np.abs(ops[0].kernel), 0
+        strides = [axis.stride for axis in ops[0].axes]
+
+        def composed(first, second):
+            sizes = [s * (k - 1) + n for s, k, n in zip(strides, second.shape[:2], first.shape[:2], strict=True)]
+            total = np.zeros((*sizes, first.shape[2], second.shape[3]))
+            for i, j in np.ndindex(*second.shape[:2]):
+                start = strides[0] * i, strides[1] * j
+                total[start[0] : start[0] + first.shape[0], start[1] : start[1] + first.shape[1]] += (
+                    first @ second[i, j]
+                )
+            return total
+
+        for op in ops[1:]:
+            kernel, majorant = composed(kernel, op.kernel), composed(majorant, np.abs(op.kernel))
+            terms += math.prod(op.kernel.shape[:3]) + 1
+            strides = [s * axis.stride for s, axis in zip(strides, op.axes, strict=True)]
+        sizes = [float(np.sqrt(np.sum(k**2, axis=(2, 3))).sum()) for k in (majorant, *(op.kernel for op in ops))]
+        # Then all that underflows on the way stays below TINY.
+        if not (math.isfinite(sizes[0]) and math.prod(max(s, 1.0) for s in sizes[1:]) < 2.0**100):
+            return False
+        size = sizes[0]
+        error = gamma(terms) * Fraction(size) * Fraction(GUARD) * (1 + gamma(terms)) + TINY
+        axes = conv_axes(kernel, ops[0].in_shape, strides, "CIRCULAR")
+        return conv_below(kernel, axes, method, details, limit - error)
+
+
+class LoopTransformation:
+    """Constants of logit differences, per unit of the normalised input, from the norms of chains (§12.1)."""
+
+    def __init__(self, ops: list, names: list[str], head: Any, document: Any):
+        """ops, names: without the normalisation. Raises: Unproved where a chain's norm is not proved."""
+        need(isinstance(head, LinearHead), "LipLT takes a linear head")
+        need(isinstance(document, dict) and isinstance(document.get("chains"), list), "liplt states no chains")
+        last = Dense({"matrix": head.matrix})
+        last.claim = Fraction(float(np.linalg.norm(head.matrix)) * GUARD) + Fraction(1, 2**500)  # Frobenius norm
+        self.segments: list[list] = [[]]
+        self.acts, self.names = [], ["input"]
+        for op, name in [*zip(ops, names, strict=True), (last, "head")]:
+            if isinstance(op, Elementwise):
+                self.acts.append(op)
+                self.names.append(name)
+                self.segments.append([])
+            elif not isinstance(op, Bias):
+                linear = isinstance(
+                    op, (Dense, Conv, ConvExponential, CircularConv, Flatten, SpaceToDepth, PadChannels)
+                )
+                need(linear, f"LipLT does not take {name} ({type(op).__name__})")
+                self.segments[-1].append(op)
+        need(bool(self.acts) and "input" not in self.names[1:], "no elementwise activation, or one named input")
+        slopes = [op.slope for op in self.acts]
+        self.a, self.b = [abs(low + high) / 2 for low, high in slopes], [(high - low) / 2 for low, high in slopes]
+        self.top = [max(abs(low), abs(high)) for low, high in slopes]
+        self.chains: dict[tuple[int, int], Fraction] = {}
+        self._prove_chains(document["chains"])
+        self._constants()
+
+    def _prove_chains(self, rows: list) -> None:
+        places: dict[Any, int] = {name: i for i, name in enumerate(self.names)}
+        n = len(self.acts)
+        stated = {}
+        for row in rows:
+            need(isinstance(row, dict) and isinstance(row.get("details"), dict), f"chain {row!r}")
+            pair = places.get(row.get("start")), places.get(row.get("end"))
+            need(
+                None not in pair and number(row.get("bound")) is not None,
+                f"chain {row.get('start')!r} {row.get('end')!r}",
+            )
+            stated[pair] = row
+        pairs = sorted(((j, k) for k in range(1, n + 1) for j in range(k)), key=lambda pair: pair[1] - pair[0])
+        for j, k in pairs:
+            place = f"chain from {self.names[j]} to {self.names[k]}"
+            need((j, k) in stated, f"{place} is missing")
+            row = stated[j, k]
+            limit = Fraction(float(row["bound"]))
+            ops = [op for segment in self.segments[j:k] for op in segment]
+            parts = [self.chains[j, s] * self.chains[s, k] for s in range(j + 1, k)]
+            product = math.prod((op.claim for op in ops), start=Fraction(1))
+            if min([product, *parts]) > limit:
+                need(self._composed(ops, str(row.get("method")), row["details"], limit), f"{place}: {row['bound']!r}")
+            self.chains[j, k] = limit
+
+    def _composed(self, ops: list, method: str, details: dict, limit: Fraction) -> bool:
+        need(bool(ops) and all(op.spread() is not None for op in ops), "an operator that cannot be composed")
+        chain = Chain(ops)
+        if method.startswith("composed circular kernel; "):
+            return chain.circular_below(method.partition("; ")[2], details, limit)
+        if method == "Cholesky of the banded Gram matrix of the composition":
+            return len(chain.shape) == 3 and chain.banded_below(limit)
+        need(chain.side * math.prod(chain.other) <= 2**28, f"a dense composition of {chain.side} rows is too large")
+        return chain.dense_below(limit)
+
+    def _constants(self) -> None:
+        """m_k, from the input to before activation k: the recursion, or a product where that is less."""
+        self.m: list[Fraction] = []
+        for k in range(1, len(self.acts) + 1):
+            total = math.prod(self.a[: k - 1], start=Fraction(1)) * self.chains[0, k]
+            for j in range(1, k):
+                gain = math.prod(self.a[j : k - 1], start=Fraction(1))
+                total += self.b[j - 1] * gain * self.chains[j, k] * self.m[j - 1]
+            before = self.top[k - 2] * self.m[k - 2] if k > 1 else Fraction(1)
+            step = math.prod((op.claim for op in self.segments[k - 1]), start=Fraction(1))
+            value = float_up(min(total, before * step, before * self.chains[k - 1, k]))
+            need(math.isfinite(value), "constants beyond the float64 range")
+            self.m.append(Fraction(value))
+
+    def table(self, classes: int) -> np.ndarray:
+        """Proved constants (k, k) of logit differences."""
+        n, x, error = len(self.acts), np.eye(classes), np.zeros(classes)
+        total, reach = np.zeros((classes, classes)), np.full((classes, classes), np.inf)
+
+        def apart():
+            flat = x.reshape(classes, -1)
+            if not (np.isfinite(flat).all() and np.isfinite(error).all()):
+                return np.full((classes, classes), np.inf)
+            return (distances_up(flat) + error[:, None] + error) * (1 + rounding(4))
+
+        for j in range(n, -1, -1):
+            if any(op.spread() is None for op in self.segments[j]):
+                total = np.full((classes, classes), np.inf)
+                break
+            x, error = carried(self.segments[j], x, error, True)
+            gain = math.prod(self.a[j:], start=Fraction(1))
+            gain *= self.b[j - 1] * self.m[j - 1] if j else 1
+            distances = apart()
+            if j == n:
+                reach = float_up(self.top[n - 1] * self.m[n - 1]) * distances * (1 + rounding(2))
+            # What underflows is far below the last term.
+            total = total + float_up(gain) * distances * (1 + rounding(2)) + 2.0**-900
+        return np.minimum(total * (1 + rounding(n + 4)), reach + 2.0**-900)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def number(value: Any) -> float | None:
+    """A finite JSON number as a float; None for anything else."""
+    if type(value) not in (int, float):
+        return None
+    try:
+        value = float(value)
+    except OverflowError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def finite(value: Any, name: str, least: float = 0.0) -> float:
+    """A JSON number. Raises: Unproved for anything else, or if it is less than `least`."""
+    found = number(value)
+    if found is None or found < least:
+        raise Unproved(f"{name} {value!r} is not a number of at least {least:g}")
+    return found
+
+
+def read_bytes(path: pathlib.Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise Unreadable(f"{path} is missing") from error
+    except OSError as error:
+        raise Unreadable(f"{path} cannot be read ({error})") from error
+
+
+def read_json(path: pathlib.Path) -> dict:
+    def refuse(text):
+        raise ValueError(f"{text} is no number")
+
+    try:
+        document = json.loads(read_bytes(path).decode(), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"{path} is damaged ({error})") from error
+    if not isinstance(document, dict):
+        raise Unreadable(f"{path} is damaged (expected an object)")
+    return document
+
+
+def read_arrays(path: pathlib.Path) -> tuple[dict[str, np.ndarray], str]:
+    """The arrays of a safetensors file, and the SHA-256 of its bytes."""
+    data = read_bytes(path)
+    try:
+        return safetensors.numpy.load(data), hashlib.sha256(data).hexdigest()
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise Unreadable(f"{path} is damaged ({error})") from error
+
+
+def expect_schema(path: pathlib.Path, document: dict, form: str, schema: int) -> None:
+    if document.get("format") != form or type(document.get("schema")) is not int or document["schema"] != schema:
+        found = f"{document.get('format')!r}, {document.get('schema')!r}"
+        raise Unreadable(f"{path}: expected format {form!r}, schema {schema}, got {found}")
+
+
+class Check:
+    """The check of one directory: `problems` and, for the summary, `facts`."""
+
+    def __init__(self, directory: pathlib.Path):
+        self.directory, self.problems, self.facts = directory, [], []
+        frozen = directory / "frozen"
+        self.layout, self.document = read_json(frozen / "network.json"), read_json(directory / "certificate.json")
+        expect_schema(frozen / "network.json", self.layout, NETWORK_FORMAT, NETWORK_SCHEMA)
+        expect_schema(directory / "certificate.json", self.document, FORMAT, SCHEMA)
+        self.arrays, _ = read_arrays(frozen / "network.safetensors")
+        sample = self.document.get("sample")
+        if not isinstance(sample, dict) or sample.get("file") != "images.safetensors":
+            raise Unreadable(f"{directory / 'certificate.json'}: sample names no images.safetensors")
+        self.sample, (self.images, self.images_sha256) = sample, read_arrays(directory / "images.safetensors")
+        report = directory / "report.json"
+        self.report = read_json(report) if report.exists() else None
+
+    def problem(self, place: str, message: str) -> None:
+        self.problems.append(f"{place}: {message}")
+
+    def run(self) -> None:
+        self.check_header()
+        if self.build():
+            self.prove_layers()
+            self.prove_constants()
+            self.check_rows()
+            self.check_images()
+        if self.report is not None:
+            self.check_report()
+
+    # The network
+
+    def check_header(self) -> None:
+        if self.document.get("claim") != CLAIM:
+            self.problem("certificate.json, claim", "not the claim that this checker proves")
+        digest = hashlib.sha256(json.dumps({k: self.layout.get(k) for k in ("ops", "head")}, sort_keys=True).encode())
+        for name, array in sorted(self.arrays.items()):
+            digest.update(
+                f"\n{name} {list(array.shape)}\n".encode() + array.astype(array.dtype.newbyteorder("<")).tobytes()
+            )
+        self.frozen_sha256 = digest.hexdigest()
+        for place, stated in (
+            ("frozen/network.json, sha256", self.layout.get("sha256")),
+            ("certificate.json, frozen_sha256", self.document.get("frozen_sha256")),
+        ):
+            if stated != self.frozen_sha256:
+                self.problem(place, f"{stated!r}, but layout and arrays hash to {self.frozen_sha256}")
+        hashes = self.document.get("arrays")
+        hashes = hashes if isinstance(hashes, dict) else {}
+        for name in sorted(set(hashes) | set(self.arrays)):
+            found = self.arrays.get(name)
+            if found is None or hashes.get(name) != hashlib.sha256(np.ascontiguousarray(found).tobytes()).hexdigest():
+                self.problem(
+                    f"frozen/network.safetensors, {name}", "not the array of the certificate (its hash differs)"
+                )
+        if self.sample.get("sha256") != self.images_sha256:
+            self.problem("images.safetensors", f"hashes to {self.images_sha256}, not to {self.sample.get('sha256')!r}")
+
+    def build(self) -> bool:
+        """Makes the operators; False if that fails."""
+        before = len(self.problems)
+        for name, array in sorted(self.arrays.items()):
+            if array.dtype != np.float64 or not np.isfinite(array).all():
+                self.problem(f"frozen/network.safetensors, {name}", "expected finite float64 numbers")
+        entries = self.layout.get("ops")
+        if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+            raise Unreadable("frozen/network.json: ops is no list of operators")
+        names = [entry.get("name") for entry in entries]
+        if len(set(map(str, names))) != len(names) or not all(isinstance(name, str) for name in names):
+            self.problem("frozen/network.json, ops", f"names are not unique: {names}")
+        if len(self.problems) > before:
+            return False
+        self.names, self.ops, used = ["input", *names], [], set()
+        for entry in entries:
+            self.ops.append(self._operator(entry, used))
+        kind: Any = self.layout.get("head")
+        try:
+            need(kind in HEADS, f"heads of type {kind!r} cannot be checked")
+            fields = {name: self._array(f"head/{name}", used) for name in HEADS[kind].arrays}
+            self.head = HEADS[kind](fields)
+            shape = self.ops[0].in_shape if self.ops[0] else ()
+            std = {name: self._array(f"input_{name}", used) for name in ("mean", "std")}
+            if shape:
+                self.ops.insert(0, Normalize({**std, "in_shape": list(shape)}))
+        except Unproved as error:
+            self.problem(f"frozen/network.json, head ({kind}) or input", str(error))
+        for name in sorted(set(self.arrays) - used):
+            self.problem(f"frozen/network.safetensors, {name}", "an array that no operator has")
+        if len(self.problems) > before:
+            return False
+        self.in_shape = self.ops[0].in_shape
+        chain = [*zip(self.names, self.ops, strict=True), ("head", self.head)]
+        for (name, op), (after, following) in zip(chain[:-1], chain[1:], strict=True):
+            if tuple(op.out_shape) != tuple(following.in_shape):
+                self.problem(
+                    f"frozen/network.json, {after}", f"takes {following.in_shape}, but {name} gives {op.out_shape}"
+                )
+        return len(self.problems) == before
+
+    def _array(self, name: str, used: set) -> np.ndarray:
+        need(name in self.arrays, f"the array {name} is missing")
+        used.add(name)
+        return self.arrays[name]
+
+    def _operator(self, entry: dict, used: set):
+        name = entry["name"]
+        kind: Any = entry.get("type")
+        try:
+            need(isinstance(kind, str) and kind in OPERATORS, f"operators of type {kind!r} cannot be checked")
+            cls = OPERATORS[kind]
+            settings = {key: value for key, value in entry.items() if key not in ("name", "type")}
+            need(
+                set(settings) == set(cls.settings),
+                f"expected the fields {sorted(cls.settings)}, got {sorted(settings)}",
+            )
+            return cls({**settings, **{field: self._array(f"ops/{name}/{field}", used) for field in cls.arrays}})
+        except Unproved as error:
+            self.problem(f"frozen/network.json, {name} ({kind})", str(error))
+            return None
+
+    # Bounds
+
+    def prove_layers(self) -> None:
+        """Every operator's claimed Lipschitz constant, and their product."""
+        rows = self.document.get("layers")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise Unreadable("certificate.json: layers is no list of rows")
+        kinds = [type(op).__name__ for op in self.ops]
+        if [(row.get("name"), row.get("type")) for row in rows] != list(zip(self.names, kinds, strict=True)):
+            self.problem("certificate.json, layers", "not the operators of the frozen network, in their order")
+            rows = []
+        self.product: Any = Fraction(1)
+        for op, name, row in zip(self.ops, self.names, rows, strict=False):
+            place = f"certificate.json, layers, {name} ({row['type']})"
+            details = row.get("details")
+            try:
+                claim = finite(row.get("bound"), "bound")
+                need(isinstance(details, dict), "details are missing")
+                op.claim = Fraction(claim)
+                with np.errstate(all="ignore"):
+                    proved = op.proves(op.claim, str(row.get("method")), details)
+                need(proved, f"the bound {claim!r} cannot be proved ({row.get('method')})")
+                self.product *= op.claim
+            except Unproved as error:
+                self.problem(place, str(error))
+                self.product = None
+                break
+        if not rows:
+            self.product = None
+        if self.product is not None:
+            self.facts.append(f"{len(rows)} layers: every bound proved, product {float_up(self.product):.6g}")
+
+    def prove_constants(self) -> None:
+        """The table margin_lipschitz: not below what is proved."""
+        self.table: Any = None
+        try:
+            with np.errstate(all="ignore"):
+                self.head_table = self.head.prove(self.document.get("head"))
+        except Unproved as error:
+            self.problem(f"certificate.json, head ({type(self.head).__name__})", str(error))
+            return
+        k = self.head.classes
+        table: Any = self.document.get("margin_lipschitz")
+        square = isinstance(table, list) and len(table) == k and all(isinstance(r, list) and len(r) == k for r in table)
+        values: Any = [[number(v) for v in row] for row in table] if square else []
+        if not square or any(v is None or v < 0 for row in values for v in row):
+            self.problem("certificate.json, margin_lipschitz", f"expected {k} x {k} finite numbers, not negative")
+            return
+        if self.product is None:
+            return
+        self.scale = float_up(self.product)
+        stored = np.array(values)
+        with np.errstate(all="ignore"):
+            enough = stored >= np.nextafter(self.scale * self.head_table, np.inf)
+        enough |= self.head_table == 0
+        short = []
+        for i, j in np.argwhere(~enough & ~np.eye(k, dtype=bool)).tolist():
+            high = float(self.head_table[i, j])
+            if not (math.isfinite(high) and Fraction(values[i][j]) >= self.product * Fraction(high)):
+                short.append((i, j))
+        if short and not self._prove_transformed(stored, short):
+            return
+        self.table = stored
+        above = stored[~np.eye(k, dtype=bool)]
+        if above.size:
+            self.facts.append(f"Lipschitz constants of logit differences: {above.min():.6g} to {above.max():.6g}")
+
+    def _prove_transformed(self, stored: np.ndarray, short: list) -> bool:
+        """Whether the constants that are below the product of norms are proved."""
+        if self.document.get("liplt") is not None:
+            try:
+                with np.errstate(all="ignore"):
+                    found = LoopTransformation(self.ops[1:], self.names[1:], self.head, self.document["liplt"])
+                    scale = np.nextafter(float_up(self.ops[0].claim), np.inf)
+                    table = np.nextafter(found.table(self.head.classes) * scale, np.inf)
+            except Unproved as error:
+                self.problem("certificate.json, liplt", str(error))
+                return False
+            unproved = [(i, j) for i, j in short if not table[i, j] <= stored[i, j]]
+            for i, j in unproved:
+                message = f"{float(stored[i, j])!r}, but only {float(table[i, j])!r} is proved by LipLT"
+                self.problem(f"certificate.json, margin_lipschitz[{i}][{j}]", message)
+            if not unproved:
+                self.facts.append(f"LipLT: {len(found.chains)} norms of chains proved")
+            return not unproved
+        for i, j in short:
+            needed = float_up(self.product * Fraction(float(self.head_table[i, j])))
+            message = f"{float(stored[i, j])!r}, but only {needed!r} is proved"
+            self.problem(f"certificate.json, margin_lipschitz[{i}][{j}]", message)
+        return False
+
+    # Images
+
+    def check_rows(self) -> None:
+        """The form of every row, and the relation of radius, margin and constant (§8)."""
+        self.rows: Any = self.document.get("images")
+        if not isinstance(self.rows, list) or not all(isinstance(row, dict) for row in self.rows):
+            raise Unreadable("certificate.json: images is no list of rows")
+        k, data = self.head.classes, self.document.get("data")
+        self.data = data if isinstance(data, dict) else {}
+        if type(self.data.get("num_images")) is not int or self.data["num_images"] != len(self.rows):
+            self.problem(
+                "certificate.json, data", f"num_images {self.data.get('num_images')!r}, but {len(self.rows)} rows"
+            )
+        self.good = np.zeros(len(self.rows), bool)
+        for index, row in enumerate(self.rows):
+            place = f"certificate.json, images[{index}]"
+            integers = [row.get(name) for name in ("label", "prediction", "rival")]
+            margin, radius = row.get("margin"), number(row.get("radius"))
+            if not all(type(n) is int for n in integers) or (margin is not None and number(margin) is None):
+                self.problem(place, "label, prediction, rival or margin is not a number")
+                continue
+            label, p, rival = integers
+            if radius is None or radius < 0 or not 0 <= label < 2**31 or not (0 <= p < k and 0 <= rival < k):
+                self.problem(place, "label, prediction, rival or radius is out of range")
+                continue
+            if rival == p and k > 1:
+                self.problem(place, "the rival is the prediction")
+                continue
+            self.good[index] = True
+            if isinstance(self.head, MLPHead) or self.table is None or k == 1:
+                continue
+            wanted = radius_of(-math.inf if margin is None else float(margin), float(self.table[p, rival]))
+            if radius != wanted:
+                self.good[index] = False
+                self.problem(place, f"radius {radius!r}, but margin and constant give {wanted!r}")
+
+    def check_images(self) -> None:
+        """What is claimed of the images whose pixels are there."""
+        expected = {"indices": (np.int64, 1), "labels": (np.int64, 1), "pixels": (np.uint8, 1 + len(self.in_shape))}
+        if isinstance(self.head, MLPHead):
+            forms = (np.int64, 1), (np.int64, 1), (np.float32, 2)
+            expected |= dict(zip(("minorant_images", "minorant_rivals", "minorant_points"), forms, strict=True))
+        if {name: (a.dtype, a.ndim) for name, a in self.images.items()} != {
+            name: (np.dtype(dtype), ndim) for name, (dtype, ndim) in expected.items()
+        }:
+            self.problem("images.safetensors", f"expected the arrays {sorted(expected)} with their types")
+            return
+        indices, labels, pixels = (self.images[name] for name in ("indices", "labels", "pixels"))
+        wanted = sample_indices(self.frozen_sha256, str(self.data.get("sha256")), self.rows)
+        if indices.tolist() != wanted or type(self.sample.get("num_images")) is not int:
+            self.problem("images.safetensors, indices", "not the images that the certificate's hashes draw")
+            return
+        scale = self.data.get("pixel_max")
+        fits = (
+            len(labels) == len(pixels) == len(wanted) == self.sample["num_images"] and pixels.shape[1:] == self.in_shape
+        )
+        if type(scale) is not int or not 1 <= scale <= 255 or not fits or pixels.max(initial=0) > scale:
+            self.problem(
+                "images.safetensors", f"labels or pixels do not fit the network, pixel_max {scale!r}, or the indices"
+            )
+            return
+        self._check_fingerprint(pixels, labels, len(wanted))
+        for place, index in enumerate(wanted):
+            if self.rows[index].get("label") != int(labels[place]):
+                self.problem(
+                    f"certificate.json, images[{index}]",
+                    f"label {self.rows[index].get('label')!r}, not {labels[place]}",
+                )
+        if self.table is None or not self.good[wanted].all():
+            return
+        size = max(1, min(256, CHUNK // max(math.prod(op.out_shape) for op in self.ops)))
+        batches = [range(start, min(start + size, len(wanted))) for start in range(0, len(wanted), size)]
+
+        def run(batch):
+            chosen = list(batch)
+            return self._check_batch([wanted[i] for i in chosen], pixels[chosen] / np.float64(scale))
+
+        for found in in_threads(run, batches):
+            for index, message in found:
+                self.problem(f"certificate.json, images[{index}]", message)
+        part = "all" if len(wanted) == len(self.rows) else f"{len(wanted)} (drawn by hash) of"
+        radii = [row["radius"] for row in self.rows if row["prediction"] == row["label"]]
+        largest = f", largest certified radius {max(radii):.6g}" if radii else ""
+        self.facts.append(f"{part} {len(self.rows)} images evaluated again{largest}")
+
+    def _check_fingerprint(self, pixels: np.ndarray, labels: np.ndarray, count: int) -> None:
+        """data.sha256, where it is the hash of exactly these pixels and labels."""
+        if self.sample.get("is_split") is not True:
+            self.facts.append("the images are not tied to the data set's hash")
+            return
+        digest = hashlib.sha256(f"pixel_max {self.data['pixel_max']}\n".encode())
+        for array in (pixels, labels.astype("<i4")):
+            digest.update(f"{array.dtype.str} {array.shape}\n".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        whole = count == len(self.rows) == self.data.get("of")
+        if not whole or digest.hexdigest() != self.data.get("sha256"):
+            self.problem("certificate.json, data", "sha256 is not that of the pixels and labels")
+
+    def _check_batch(self, indices: list[int], x: np.ndarray) -> list[tuple[int, str]]:
+        """Proves the rows of images (b, *in_shape) in [0, 1]: the class at the image and its radius (§7, §8, §11)."""
+        error = np.full(len(x), FLOOR)
+        for op in self.ops:
+            y = op.apply(x)
+            local = op.local(x, y) + FLOOR * (1 + lengths(x))
+            error = (max(float_up(op.claim), FLOOR) * error + local) * (1 + rounding(8))
+            x = y
+        logits, own = self.head.evaluate(x)
+        own = own + FLOOR * (1 + lengths(x))[:, None]
+        rows = [self.rows[index] for index in indices]
+        p = np.array([row["prediction"] for row in rows])
+        batch = np.arange(len(rows))
+        gaps = logits[batch, p][:, None] - logits
+
+        def slack(feature_error):
+            total = self.head_table[p] * feature_error[:, None] + own + own[batch, p][:, None]
+            return total * (1 + rounding(8)) + rounding(2) * np.abs(gaps)
+
+        low, high = np.nextafter(gaps - slack(error), -np.inf), np.nextafter(gaps + slack(error), np.inf)
+        low, found = np.where(np.isnan(low), -np.inf, low), []
+        others = np.arange(self.head.classes)
+        for place, (index, row) in enumerate(zip(indices, rows, strict=True)):
+            rivals, radius, rival = others[others != p[place]], row["radius"], row["rival"]
+            beaten = [i for i in rivals if high[place, i] < 0]
+            if beaten:
+                found.append((index, f"prediction {p[place]}, but class {beaten[0]} has a larger logit"))
+            if len(rivals) == 0:
+                continue
+            if row["margin"] is not None and not row["margin"] <= low[place, rival]:
+                found.append((index, f"margin {row['margin']!r}, but only {float(low[place, rival])!r} can be proved"))
+            if isinstance(self.head, MLPHead) or radius == 0:
+                continue
+            proved = {int(i): radius_of(float(low[place, i]), float(self.table[p[place], i])) for i in rivals}
+            short = min(proved, key=proved.__getitem__)
+            if not radius <= proved[short]:
+                found.append(
+                    (index, f"radius {radius!r}, but against class {short} only {proved[short]!r} can be proved")
+                )
+            possible = [float(high[place, i]) / max(float(self.table[p[place], i]), 1e-300) for i in rivals]
+            if not proved[rival] <= min(possible) * (1 + 1e-9):
+                found.append((index, f"rival {rival}, but class {short} limits the radius"))
+        if isinstance(self.head, MLPHead):
+            near = np.nextafter(gaps - slack(np.zeros_like(error)), -np.inf)
+            found += self._check_mlp(indices, x, error, near, p)
+        return found
+
+    def _check_mlp(self, indices, features, error, margins, p) -> list[tuple[int, str]]:
+        """Radii of an MLP head: f_p > f_i on a ball around the computed features, for every rival i (§11.7)."""
+        radii = np.array([self.rows[index]["radius"] for index in indices])
+        reach = (error + self.scale * radii * (1 + rounding(2))) * (1 + rounding(4))
+        shape = len(indices), self.head.classes
+        open_ = np.broadcast_to(radii[:, None] > 0, shape).copy()
+        open_[np.arange(len(indices)), p] = False
+        # By the constant that holds everywhere, by the minorant at the image, by the minorant at a stored point.
+        open_ &= ~(margins > self.head_table[p] * reach[:, None] * (1 + rounding(4)) + FLOOR)
+        places, rivals = np.nonzero(open_)
+        if len(places):
+            a, q = features[places], p[places]
+            holds = self.head.positive_within(a, a, q, rivals, self.head.coarse[q, rivals], reach[places])
+            open_[places[holds], rivals[holds]] = False
+        stored = {
+            (int(image), int(rival)): row
+            for row, (image, rival) in enumerate(
+                zip(self.images["minorant_images"], self.images["minorant_rivals"], strict=True)
+            )
+        }
+        places, rivals = np.nonzero(open_)
+        known = [(indices[j], int(i)) in stored for j, i in zip(places, rivals, strict=True)]
+        places, rivals = places[known], rivals[known]
+        if len(places):
+            points = self.images["minorant_points"]
+            rows = [stored[indices[j], int(i)] for j, i in zip(places, rivals, strict=True)]
+            b, q = points[rows].astype(np.float64), p[places]
+            m = [
+                min(self.head.fine.get((c, i), math.inf), self.head.coarse[c, i])
+                for c, i in zip(q, rivals, strict=True)
+            ]
+            holds = self.head.positive_within(features[places], b, q, rivals, np.array(m), reach[places])
+            open_[places[holds], rivals[holds]] = False
+        return [
+            (indices[j], f"radius {float(radii[j])!r} cannot be proved against class {np.flatnonzero(open_[j])[0]}")
+            for j in np.flatnonzero(open_.any(axis=1))
+        ]
+
+    # The report
+
+    def check_report(self) -> None:
+        """report.json: what it derives from the certificate."""
+        rows, report = getattr(self, "rows", None), self.report or {}
+        if rows is None or not getattr(self, "good", np.zeros(1, bool)).all():
+            return
+        right = np.array([row["label"] == row["prediction"] for row in rows], bool)
+        radii = np.array([row["radius"] for row in rows], np.float64)
+        if report.get("frozen_sha256") != self.frozen_sha256:
+            self.problem("report.json, frozen_sha256", "of another network")
+        if type(report.get("num_images")) is not int or report["num_images"] != len(rows):
+            self.problem("report.json, num_images", f"{report.get('num_images')!r}, but {len(rows)} rows")
+        if len(rows) == 0:
+            return
+        if number(report.get("clean_accuracy")) != float(np.mean(right)):
+            self.problem(
+                "report.json, clean_accuracy", f"{report.get('clean_accuracy')!r}, not {float(np.mean(right))!r}"
+            )
+        stated, certified = report.get("radii"), report.get("certified_accuracy")
+        if not isinstance(stated, list) or not isinstance(certified, dict) or any(number(r) is None for r in stated):
+            self.problem("report.json", "radii or certified_accuracy is missing")
+            return
+        wanted = {f"{r:.6g}": float(np.mean(right & (radii > r))) for r in stated}
+        for key in sorted(set(certified) | set(wanted)):
+            if key not in wanted or number(certified.get(key)) != wanted[key]:
+                self.problem(
+                    f"report.json, certified_accuracy[{key}]", f"{certified.get(key)!r}, not {wanted.get(key)!r}"
+                )
+
+
+def radius_of(margin: float, constant: float) -> float:
+    """margin / constant, one float towards 0; 0 for a margin that is not positive, the largest float for constant 0."""
+    if not margin > 0:
+        return 0.0
+    return LARGEST if constant == 0 else min(math.nextafter(margin / constant, 0.0), LARGEST)
+
+
+def sample_indices(frozen_sha256: str, data_sha256: str, rows: list) -> list[int]:
+    """The rows whose images are looked at: all of up to SAMPLE, else those with the least SHA-256 of seed and index."""
+    if len(rows) <= SAMPLE:
+        return list(range(len(rows)))
+    text = "\n".join(("lipjax-sample", frozen_sha256, data_sha256, json.dumps(rows, sort_keys=True)))
+    seed = hashlib.sha256(text.encode()).digest()
+    order = sorted((hashlib.sha256(seed + i.to_bytes(8, "little")).digest(), i) for i in range(len(rows)))
+    return sorted(i for _, i in order[:SAMPLE])
+
+
+def check(directory: str | os.PathLike) -> tuple[int, list[str]]:
+    """Checks one run's directory. Returns: the exit code and the lines to print."""
+    start = time.monotonic()
+    if np.float64(5e-324) * np.float64(1.0) == 0:
+        return 2, ["this process flushes subnormal numbers to zero, against what the proofs assume (§0)"]
+    try:
+        found = Check(pathlib.Path(directory))
+        found.run()
+    except Unreadable as error:
+        return 2, [str(error)]
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError, MemoryError) as error:
+        # Never accepted: some value is not of the type that its place demands.
+        return 2, [f"{directory}: malformed ({type(error).__name__}: {error})"]
+    if found.problems:
+        shown = found.problems[:100]
+        more = len(found.problems) - len(shown)
+        return 1, [*shown, *([f"... and {more} more"] if more else [])]
+    return 0, [*found.facts, f"proved in {time.monotonic() - start:.1f} s"]
+
+
+def directories(root: str | os.PathLike) -> list[pathlib.Path]:
+    """The directory itself, or its seed_<n> folders where several runs share it."""
+    root = pathlib.Path(root).expanduser()
+    seeds = sorted((path.parent for path in root.glob("seed_*/certificate.json")), key=lambda p: (len(p.name), p.name))
+    return [root] if (root / "certificate.json").exists() or not seeds else seeds
+
+
+def run(root: str | os.PathLike) -> int:
+    """Checks the run, or the runs, of a directory and prints what was found. Returns: the exit code."""
+    codes = []
+    for directory in directories(root):
+        code, lines = check(directory)
+        verdict = {0: "proved", 1: "NOT PROVED", 2: "Error"}[code]
+        stream = sys.stdout if code == 0 else sys.stderr
+        for line in lines if code == 2 else [f"{directory}: {verdict}", *(f"  {line}" for line in lines)]:
+            print(f"Error: {line}" if code == 2 else line, file=stream)
+        codes.append(code)
+    return 1 if 1 in codes else max(codes)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Proves a certificate of lipjax again, with NumPy alone.")
+    parser.add_argument("directory", help="a run: frozen/, certificate.json and images.safetensors")
+    return run(parser.parse_args(argv).directory)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

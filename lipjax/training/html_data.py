@@ -1,0 +1,306 @@
+"""What an HTML report is about: the files that certify and attack leave in a run's directory, read and checked."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from lipjax import operators
+from lipjax.errors import UserError
+from lipjax.frozen import FrozenNetwork
+from lipjax.training.data.prepared import PREPARED, find_prepared, resolve_data_dir
+from lipjax.training.html_parts import down
+from lipjax.training.report import radius_key
+
+FORMAT, ATTACK_FORMAT = "lipjax-certificate", "lipjax-attack"
+
+# Singular values of a layer are computed up to this many multiplications: one dense matrix of side 2048.
+_MOST_PRODUCTS = 2048**3
+_ATTACK_ARRAYS = ("index", "image", "label", "prediction", "radius", "point", "distance")
+_REORDERINGS = (operators.Bias, operators.Flatten, operators.PadChannels, operators.SpaceToDepth)
+
+
+@dataclasses.dataclass(frozen=True)
+class CertifiedRun:
+    """One run, its fields those that a page shows.
+
+    Attributes:
+      certificate: certificate.json. report: report.json. metrics: the lines of metrics.jsonl.
+      labels, predictions, radii: (n,) of all certified images.
+      attack: the arrays of attack.npz, None without one. attack_notes: attack.json, None without one.
+      smallest: the least singular value of layers by name, as text, where something is known about it.
+      class_names: empty where they are not known.
+    """
+
+    certificate: dict
+    report: dict
+    metrics: list[dict]
+    labels: np.ndarray
+    predictions: np.ndarray
+    radii: np.ndarray
+    attack: dict[str, np.ndarray] | None
+    attack_notes: dict | None
+    smallest: dict[str, str]
+    class_names: tuple[str, ...]
+
+    def class_name(self, label: int) -> str:
+        return self.class_names[label] if 0 <= label < len(self.class_names) else f"class {label}"
+
+
+def read_run(directory: pathlib.Path) -> CertifiedRun:
+    """Reads the directory of a certified run; metrics.jsonl, frozen/ and the files of an attack may be missing.
+
+    Raises: UserError if another file is missing, or one is damaged, of another format or of another certificate.
+    """
+    certify = f"Certify the run again: python -m lipjax certify {directory}"
+    certificate, report = (_read_json(directory / name, certify) for name in ("certificate.json", "report.json"))
+    if certificate.get("format") != FORMAT:
+        raise UserError(
+            f"{directory / 'certificate.json'}: expected the format {FORMAT!r}, got {certificate.get('format')!r}. "
+            f"{certify}"
+        )
+    try:
+        labels, predictions, radii = _check_certificate(certificate)
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(f"{directory / 'certificate.json'} lacks what a report shows ({error!r}). {certify}") from error
+    try:
+        _check_report(report, certificate, len(labels))
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(f"{directory / 'report.json'} does not fit the certificate ({error}). {certify}") from error
+    attack = f"Attack the run again: python -m lipjax attack {directory}"
+    notes = _read_notes(directory / "attack.json", certificate, len(labels), attack)
+    report = report if notes is None else _with_attack(report, notes)
+    return CertifiedRun(
+        certificate,
+        report,
+        _read_metrics(directory / "metrics.jsonl"),
+        labels,
+        predictions,
+        radii,
+        _read_attack(directory / "attack.npz", predictions, radii, attack),
+        notes,
+        _smallest_singular_values(directory / "frozen", certificate, certify),
+        _class_names(certificate),
+    )
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _read_json(path: pathlib.Path, remedy: str) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing. {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}). {remedy}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged (expected a JSON object, got {type(found).__name__}). {remedy}")
+    return found
+
+
+def _numbers(values, kinds: str) -> np.ndarray:
+    """A list of numbers as an array. Raises: ValueError for other things, or a dtype whose kind is not in `kinds`."""
+    array = np.array(values)
+    if array.dtype.kind not in kinds or not np.isfinite(array).all():
+        raise ValueError(f"expected finite numbers, got {array.dtype}")
+    return array
+
+
+def _check_certificate(certificate: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels, predictions and radii of the images; raises what a missing or misshapen field leads to."""
+    rows = certificate["images"]
+    if not rows:
+        raise ValueError("no image")
+    labels, predictions = (_numbers([row[name] for row in rows], "i") for name in ("label", "prediction"))
+    radii = _numbers([row["radius"] for row in rows], "if").astype(np.float64)
+    expected = {
+        **dict.fromkeys(("claim", "frozen_sha256", "precision", "platform"), str),
+        **dict.fromkeys(("seed", "step"), int),
+        **dict.fromkeys(("data", "config", "versions"), dict),
+        "layers": list,
+    }
+    for name, kind in expected.items():
+        if not isinstance(certificate[name], kind):
+            raise TypeError(f"{name}: expected {kind.__name__}, got {type(certificate[name]).__name__}")
+    _check_row(certificate["data"], ("name", "sha256"), ("num_images", "of"))
+    for name, group in certificate["config"].items():
+        if name in ("data", "loss", "model", "optimizer") and not isinstance(group, dict):
+            raise TypeError(f"config.{name}: expected a group of fields, got {type(group).__name__}")
+    for row in certificate["layers"]:
+        known = [name for name in ("estimate", "gap") if name in row]
+        _check_row(row, ("name", "type", "method"), ("bound",), known)
+    liplt = certificate.get("liplt")
+    if liplt is not None:
+        _check_row(liplt, (), ("total", "product"))
+        for row in liplt["layers"]:
+            _check_row(row, ("name",), ("bound", "product"))
+        for row in liplt["chains"]:
+            _check_row(row, ("start", "end", "method"), ("bound",))
+    return labels, predictions, radii
+
+
+def _check_row(row: dict, texts: Sequence[str], numbers: Sequence[str], optional: Sequence[str] = ()) -> None:
+    """Raises: what missing or misshapen fields lead to; an optional one may also be null."""
+    _numbers([row[name] for name in (*numbers, *(n for n in optional if row[n] is not None))], "if")
+    for name in texts:
+        if not isinstance(row[name], str):
+            raise TypeError(f"{name}: expected a text, got {type(row[name]).__name__}")
+
+
+def _check_report(report: dict, certificate: dict, num_images: int) -> None:
+    """Raises: what a missing or misshapen field leads to, or ValueError if the report is not of this certificate."""
+    if (report["frozen_sha256"], report["num_images"]) != (certificate["frozen_sha256"], num_images):
+        raise ValueError("it is about another network or other images")
+    radii = _numbers(report["radii"], "if")
+    if radii.ndim != 1 or not radii.size or not (radii > 0).all():
+        raise ValueError("expected positive radii")
+    maps = [report[name][radius_key(r)] for r in radii for name in ("certified_accuracy", "attacked_accuracy")]
+    fractions = _numbers([report["clean_accuracy"], *maps], "if")
+    attacked = report["num_attacked_images"]
+    if not ((fractions >= 0).all() and (fractions <= 1).all() and attacked in range(1, num_images + 1)):
+        raise ValueError("expected accuracies from 0 to 1, under attack of some of the images")
+    if type(report["seed"]) is not int:
+        raise TypeError("expected a seed")
+
+
+def _read_metrics(path: pathlib.Path) -> list[dict]:
+    """The lines of metrics.jsonl, none without the file; a last line that is half written is left out."""
+    if not path.exists():
+        return []
+    lines, found = path.read_text(encoding="utf-8", errors="replace").splitlines(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line, parse_constant=_refuse)
+            if type(row["step"]) is not int or not isinstance(row["split"], str):
+                raise ValueError("expected a step and a split")
+            found.append(row)
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            if number < len(lines):
+                raise UserError(
+                    f"{path} is damaged in line {number} ({error}). Mend the line, or move the file away for a report "
+                    "without training curves."
+                ) from error
+    return found
+
+
+def _read_notes(path: pathlib.Path, certificate: dict, num_images: int, remedy: str) -> dict | None:
+    """attack.json, None if there is none."""
+    if not path.exists():
+        return None
+    notes = _read_json(path, remedy)
+    if notes.get("format") != ATTACK_FORMAT:
+        raise UserError(f"{path}: expected the format {ATTACK_FORMAT!r}, got {notes.get('format')!r}. {remedy}")
+    if notes.get("frozen_sha256") != certificate["frozen_sha256"]:
+        raise UserError(f"{path} is of another network than the certificate. {remedy}")
+    try:
+        gate, search = notes["gate"], notes["lipschitz"]
+        _check_row(notes, (), ("num_images",))
+        fractions = _numbers([0, *notes["attacked_accuracy"].values()], "if")
+        if not ((fractions >= 0).all() and (fractions <= 1).all() and notes["num_images"] <= num_images):
+            raise ValueError("expected accuracies from 0 to 1, of some of the images")
+        _check_row(gate, (), ("num_images", "violations"), ("closest_ratio",))
+        if search is not None:
+            known = ("largest_ratio", "whole_lower", "whole_proved")
+            _check_row(search, (), ("num_pairs", "violations"), known)
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(f"{path} lacks what a report shows ({error!r}). {remedy}") from error
+    return notes
+
+
+def _with_attack(report: dict, notes: dict) -> dict:
+    """The report with the accuracies of a later attack, where they say more: on more images, or lower ones."""
+    own, other = report["attacked_accuracy"], notes["attacked_accuracy"]
+    if not own.keys() <= other.keys() or notes["num_images"] < report["num_attacked_images"]:
+        return report
+    same = notes["num_images"] == report["num_attacked_images"]
+    found = {key: min(value, other[key]) if same else other[key] for key, value in own.items()}
+    return report | {"attacked_accuracy": found, "num_attacked_images": notes["num_images"]}
+
+
+def _read_attack(path: pathlib.Path, predictions, radii, remedy: str) -> dict[str, np.ndarray] | None:
+    if not path.exists():
+        return None
+    try:
+        # np.load leaves a file open that it opened itself and finds damaged.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in _ATTACK_ARRAYS}
+        index, images = arrays["index"].astype(np.int64), arrays["image"]
+        if images.ndim != 4 or arrays["point"].shape != images.shape or 0 in images.shape[1:]:
+            raise ValueError(f"images {images.shape} and points {arrays['point'].shape}")
+        if any(arrays[name].shape != (len(images),) for name in _ATTACK_ARRAYS if name not in ("image", "point")):
+            raise ValueError("expected one number per image")
+        fits = ((index >= 0) & (index < len(radii))).all() and (
+            np.array_equal(arrays["prediction"], predictions[index])
+            and np.allclose(arrays["radius"].astype(np.float64), radii[index], rtol=1e-6, atol=0)
+        )
+    except (ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({error}). {remedy}") from error
+    if not fits:
+        raise UserError(f"{path} is of another certificate: its predictions or radii differ. {remedy}")
+    return arrays
+
+
+def _smallest_singular_values(directory: pathlib.Path, certificate: dict, remedy: str) -> dict[str, str]:
+    """Least singular values by layer: of dense matrices, frequency blocks and reorderings by the SVD in float64.
+
+    A truncated exponential of a skew map J has at least 1 - |J|^(p+1) / (p+1)!, by its remainder.
+    """
+    found = {}
+    for row in certificate["layers"]:
+        details = row.get("details") or {}
+        norm, terms = details.get("skew_norm"), details.get("num_terms")
+        if row["type"] == "ConvExponential" and finite(norm) and norm > 0 and type(terms) is int and terms >= 1:
+            remainder = math.exp(min(0.0, (terms + 1) * math.log(norm) - math.lgamma(terms + 2)))
+            if remainder < 1:
+                found[row["name"]] = f"≥ {down(1 - remainder)}"
+    if not (directory / "network.json").exists():
+        return found
+    frozen = FrozenNetwork.load(directory)
+    if frozen.sha256() != certificate["frozen_sha256"]:
+        raise UserError(f"{directory} holds another network than the one that was certified. {remedy}")
+    network = frozen.network
+    found["input"] = f"{1 / float(np.max(network.input_std)):.6g}"
+    for name, op in zip(network.names, network.ops, strict=True):
+        if isinstance(op, _REORDERINGS):
+            found[name] = "1"
+            continue
+        blocks = []
+        if isinstance(op, operators.Dense):
+            blocks = [np.asarray(op.matrix)[None]]
+        elif isinstance(op, operators.CircularConv):
+            paired = np.asarray(op.paired)
+            blocks = [np.asarray(op.fixed), paired[:, 0] + 1j * paired[:, 1]]
+        products = sum(block.size * min(block.shape[1:]) for block in blocks)
+        if 0 < products <= _MOST_PRODUCTS:
+            least = min(np.linalg.svd(block, compute_uv=False).min() for block in blocks if len(block))
+            found[name] = f"{least:.6g}"
+    return found
+
+
+def _class_names(certificate: dict) -> tuple[str, ...]:
+    """Names of the classes as the data set's own files give them, if those are here."""
+    name: Any = certificate["data"]["name"]
+    config = certificate["config"].get("data", {})
+    try:
+        if name in PREPARED:
+            folder = find_prepared(name, resolve_data_dir(config.get("data_dir", "")))
+            return tuple((folder / "label.labels.txt").read_text().splitlines()) if folder else ()
+        if config.get("name") == "folder":
+            folders = pathlib.Path(config["path"]).expanduser().iterdir()
+            return tuple(sorted(f.name for f in folders if f.is_dir() and not f.name.startswith(".")))
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    return ()
+
+
+def finite(value: Any) -> TypeGuard[float]:
+    """Whether a JSON value is a number."""
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,345 @@
+"""python -m lipjax report: one self-contained HTML page about a certified run."""
+
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lipjax.errors import UserError
+from lipjax.training.html_data import CertifiedRun, finite, read_run
+from lipjax.training.html_figures import (
+    accuracy_curve,
+    num_certified,
+    radius_histogram,
+    training_loss,
+    validation_curves,
+)
+from lipjax.training.html_parts import (
+    DASH,
+    Markup,
+    definitions,
+    document,
+    down,
+    flat,
+    folded,
+    join,
+    percent,
+    png,
+    section,
+    table,
+    tag,
+    up,
+)
+from lipjax.training.report import float32_line, radius_key, radius_label, summarize
+
+FILE_NAME = "report.html"
+
+
+def write_reports(directories: Sequence[pathlib.Path]) -> list[pathlib.Path]:
+    """Writes report.html into every run's directory; above several runs another one, which lists them.
+
+    Returns: the files, the one to open first at the front.
+    Raises: UserError if a file is missing, damaged or of another format; nothing is written then.
+    """
+    runs = [read_run(directory) for directory in directories]
+    if any(run.report["radii"] != runs[0].report["radii"] for run in runs):
+        raise UserError(
+            f"The runs in {directories[0].parent} are certified at different radii, so no table fits them: certify "
+            f"them alike, with python -m lipjax certify {directories[0].parent}."
+        )
+    pages = {path / FILE_NAME: _run_page(run) for path, run in zip(directories, runs, strict=True)}
+    if len(runs) > 1:
+        links = [f"{directory.name}/{FILE_NAME}" for directory in directories]
+        pages = {directories[0].parent / FILE_NAME: _index_page(runs, links), **pages}
+    for path, text in pages.items():
+        _write(path, text)
+    return list(pages)
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    """Writes a file atomically: the old one or the whole new one is there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _run_page(run: CertifiedRun) -> str:
+    title = _title(run)
+    parts = (_header, _claim, _accuracies, _examples, _attack, _layers, _liplt, _training, _provenance)
+    return document(title, tag("h1", title), *(part(run) for part in parts))
+
+
+def _index_page(runs: list[CertifiedRun], links: list[str]) -> str:
+    title = f"{_title(runs[0])}, {len(runs)} seeds"
+    summary: Any = summarize([run.report for run in runs])["summary"]
+    keys = [radius_key(radius) for radius in runs[0].report["radii"]]
+    columns = [("seed", ""), ("clean", "number")]
+    columns += [(f"{kind} at {radius_label(r)}", "number") for r in runs[0].report["radii"] for kind in _KINDS]
+    rows = []
+    for run, link in zip(runs, links, strict=True):
+        cells = [run.report["clean_accuracy"]]
+        cells += [run.report[f"{kind}_accuracy"][key] for key in keys for kind in _KINDS]
+        rows.append([tag("a", f"seed {run.report['seed']}", href=link), *(f"{100 * cell:.2f} %" for cell in cells)])
+    spreads = [summary["clean_accuracy"], *(summary[f"{kind}_accuracy"][key] for key in keys for kind in _KINDS)]
+    rows.append(["mean ± sd", *(f"{100 * s['mean']:.2f} ± {100 * s['sd']:.2f} %" for s in spreads)])
+    caption = "Certified accuracies are proved; those under attack are upper bounds. Each seed has a report of its own."
+    return document(title, tag("h1", title), tag("p", _described(runs[0])), table(caption, columns, rows))
+
+
+_KINDS = ("certified", "attacked")
+
+
+def _title(run: CertifiedRun) -> str:
+    model = run.certificate["config"].get("model", {}).get("name", "network")
+    return f"Certified robustness of {model} on {run.certificate['data']['name']}"
+
+
+def _described(run: CertifiedRun) -> str:
+    """What was trained, in a sentence, from the fields that this config has."""
+    config = run.certificate["config"]
+    model, loss = config.get("model", {}), config.get("loss", {})
+    said = [f"{name} {model[name]}" for name in ("depth", "width", "layer", "activation", "head") if name in model]
+    text = ", ".join([str(model.get("name", "network")), *said])
+    text += f"; trained on {run.certificate['data']['name']}"
+    text += f" with the loss {loss['name']}" if "name" in loss else ""
+    text += f" for {config['num_epochs']} epochs" if "num_epochs" in config else ""
+    return text + "."
+
+
+def _header(run: CertifiedRun) -> Markup:
+    total, radius = len(run.labels), run.report["radii"][0]
+    attacked = run.report["attacked_accuracy"][radius_key(radius)]
+    num_attacked = run.report["num_attacked_images"]
+    of = "" if num_attacked == total else f", of the first {num_attacked} images"
+    tiles = (
+        ("clean accuracy", percent(int(np.sum(run.predictions == run.labels)), total), f"of {total} test images"),
+        ("certified accuracy", percent(num_certified(run, radius), total), f"proved, at radius {radius_label(radius)}"),
+        ("under attack", f"{100 * attacked:.2f} %", f"upper bound, at radius {radius_label(radius)}{of}"),
+    )
+    cells = (
+        tag("li", tag("span", name, class_="muted"), tag("strong", value), tag("span", what, class_="muted"))
+        for name, value, what in tiles
+    )
+    seed, step = run.certificate["seed"], run.certificate["step"]
+    return join(
+        tag("p", f"{_described(run)} Seed {seed}, checkpoint of step {step}."), tag("ul", *cells, class_="tiles")
+    )
+
+
+def _float32(found: Any) -> str:
+    if not isinstance(found, dict) or "error" in found:
+        return "Not covered: running the network in float32, which adds a rounding error of its own."
+    try:
+        return f"{float32_line(found)} This is beside the claim, and assumes: {found['assumptions']}"
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"report.json: its part on float32 is damaged ({error!r}). Certify the run again.") from error
+
+
+def _claim(run: CertifiedRun) -> Markup:
+    data = run.certificate["data"]
+    points = (
+        f"Proved for {data['num_images']} of the {data['of']} test images of {data['name']}, and for no others. "
+        "An image counts as certified at ε if it is classified correctly and its radius is greater than ε.",
+        f"Included: {run.certificate['precision']}.",
+        _float32(run.report.get("float32")),
+        "Not covered: lower precision; changes that are not small in the l2 norm of the pixels, such as shifts and "
+        "rotations.",
+        "Accuracies under attack are no proofs but upper bounds: all other images are misclassified, or a search found "
+        "an image of another class within the radius. Numbers called estimates prove nothing.",
+    )
+    quoted = tag("blockquote", tag("p", run.certificate["claim"]))
+    return section("What is claimed", quoted, tag("ul", *(tag("li", point) for point in points)))
+
+
+def _accuracies(run: CertifiedRun) -> Markup:
+    total, attacked = len(run.labels), run.report["num_attacked_images"]
+
+    def cell(count, of):
+        return join(percent(count, of), " ", tag("small", f"{count} / {of}"))
+
+    correct = run.predictions == run.labels
+    rows = [["0 (clean)", cell(int(np.sum(correct)), total), cell(int(np.sum(correct[:attacked])), attacked)]]
+    for radius in run.report["radii"]:
+        survived = round(run.report["attacked_accuracy"][radius_key(radius)] * attacked)
+        rows.append([radius_label(radius), cell(num_certified(run, radius), total), cell(survived, attacked)])
+    columns = [("l2 radius", ""), ("certified (proved)", "number"), ("under attack (upper bound)", "number")]
+    caption = "Accuracy on the test set; radii in pixels from 0 to 1."
+    if attacked != total:
+        caption += f" The attack ran on the first {attacked} images."
+    figures = tag("div", accuracy_curve(run), radius_histogram(run), class_="figures")
+    return section("Accuracy", table(caption, columns, rows), figures)
+
+
+def _examples(run: CertifiedRun) -> Markup:
+    title = "Images and their nearest adversarial ones"
+    if run.attack is None:
+        text = "No images are stored with this run. This command attacks it and stores some:"
+        command = tag("pre", tag("code", "python -m lipjax attack DIR"))
+        return section(title, tag("p", text), command)
+    names = ("index", "image", "radius", "point", "distance")
+    rows = zip(*(run.attack[name] for name in names), strict=True)
+    text = (
+        "Inside its proved radius no image of another class exists; the nearest one that a search found lies further "
+        "out. The bar shows how much of that distance is proved. Changes are enlarged, around grey."
+    )
+    return section(title, tag("p", text), tag("ul", *(_card(run, *row) for row in rows), class_="cards"))
+
+
+def _card(run: CertifiedRun, index, image, radius, point, distance) -> Markup:
+    label, prediction = int(run.labels[index]), int(run.predictions[index])
+    pictures = [("image", image, f"test image {index}: {run.class_name(label)}")]
+    text, bar = f"Proved radius {down(float(radius))}; no adversarial image was found.", None
+    if np.isfinite(point).all() and distance > 0:
+        change = point.astype(np.float64) - image
+        gain = 0.5 / max(float(np.abs(change).max()), 1e-12)
+        title = f"change ×{gain:.1f}" if gain < 10 else f"change ×{gain:.0f}"
+        pictures += [
+            ("adversarial", point, f"the nearest adversarial image found for image {index}"),
+            (title, 0.5 + gain * change, "the change, enlarged around grey"),
+        ]
+        text = f"Proved radius {down(float(radius))}; adversarial at {distance:.4g}."
+        share = 100 * min(1.0, float(radius) / float(distance))
+        filled = tag("span", style=f"width: {share:.1f}%")
+        bar = tag("div", filled, class_="bar", role="img", aria_label=f"{share:.0f} % of the distance is proved")
+    shown = (
+        tag("figure", tag("img", src=png(pixels), alt=alternative), tag("figcaption", caption))
+        for caption, pixels, alternative in pictures
+    )
+    verdict = tag("span", f", taken for {run.class_name(prediction)}", class_="muted") if label != prediction else None
+    heading = tag("h3", f"Image {index}: {run.class_name(label)}", verdict)
+    return tag("li", heading, tag("div", *shown, class_="trio"), tag("p", text), bar)
+
+
+def _attack(run: CertifiedRun) -> Markup | None:
+    """What attack.json says about attempts to break certificates and bounds."""
+    if run.attack_notes is None:
+        return None
+    gate, search = run.attack_notes["gate"], run.attack_notes["lipschitz"]
+    pairs = [
+        ("images attacked inside their radius", gate["num_images"]),
+        ("certificates found false", gate["violations"]),
+        ("nearest change of class / radius", DASH if gate["closest_ratio"] is None else f"{gate['closest_ratio']:.4f}"),
+    ]
+    if search is not None:
+        found, of_all = search["largest_ratio"], (search["whole_lower"], search["whole_proved"])
+        pairs += [
+            ("Lipschitz bounds found false", search["violations"]),
+            (
+                f"largest constant found / proved, of {search['num_pairs']} logit differences",
+                DASH if found is None else f"{found:.4f}",
+            ),
+        ]
+        if None not in of_all:
+            pairs.append(("constant of all logits: found, proved", f"{down(of_all[0])}, {up(of_all[1])}"))
+    text = (
+        "A search tried to change classes inside the certified radii, and to find two images that the network maps "
+        "further apart than the proved Lipschitz constants allow. Ratios near 1 mean tight certificates."
+    )
+    return section("Attempts to break the certificate", tag("p", text), definitions(pairs))
+
+
+def _layers(run: CertifiedRun) -> Markup:
+    rows = run.certificate["layers"]
+    plain = [row for row in rows if row["bound"] == 1 and row["method"].startswith("exact")]
+
+    def entry(row):
+        estimate, gap = (row.get(field) for field in ("estimate", "gap"))
+        return [
+            row["name"],
+            row["type"],
+            up(row["bound"]),
+            f"{estimate:.6g}" if finite(estimate) else DASH,
+            f"{gap:.1e}" if finite(gap) else DASH,
+            run.smallest.get(row["name"], DASH),
+            row["method"],
+        ]
+
+    columns = [
+        ("layer", ""),
+        ("operator", ""),
+        ("σ max ≤ (proved)", "number"),
+        ("σ max (estimate)", "number"),
+        ("gap", "number"),
+        ("σ min", "number"),
+        ("proof of the bound", "long"),
+    ]
+    product = up(math.prod(row["bound"] for row in rows))
+    text = (
+        f"Proved bounds of the norms of all {len(rows)} layers before the head, rounded up; their product is "
+        f"{product}. Estimates are by power iteration and may be low; gap is bound / estimate − 1. σ min is the least "
+        "singular value, by the SVD in float64 where it was computed; with ≥, from the remainder of the exponential."
+    )
+    constants = run.certificate.get("margin_lipschitz")
+    try:
+        table_of = np.array(constants, np.float64)
+        pairs = table_of[~np.eye(len(table_of), dtype=bool)]
+    except (ValueError, TypeError, IndexError):
+        pairs = np.empty(0)
+    if pairs.size and np.isfinite(pairs).all():
+        text += (
+            f" The proved constants of logit differences, head included and per pixel unit, go from "
+            f"{up(pairs.min())} to {up(pairs.max())}."
+        )
+    main = [entry(row) for row in rows if row not in plain]
+    content = [tag("p", text), table("Layers whose norm was proved", columns, main)]
+    if plain:
+        kinds = ", ".join(sorted({row["type"] for row in plain}))
+        summary = f"Layers of constant 1 by what they are: {len(plain)} ({kinds})"
+        content.append(folded(summary, table("Layers of constant 1", columns, [entry(row) for row in plain])))
+    return section("Layers", *content)
+
+
+def _liplt(run: CertifiedRun) -> Markup | None:
+    report = run.certificate.get("liplt")
+    if report is None:
+        return None
+    text = (
+        f"Proved Lipschitz constants from the normalised input, rounded up. Of the whole output: "
+        f"{up(report['total'])} by LipLT, {up(report['product'])} by the product of norms."
+    )
+    constants = [[row["name"], up(row["bound"]), up(row["product"])] for row in report["layers"]]
+    columns = [("up to", ""), ("LipLT", "number"), ("product of norms", "number")]
+    chains = [[row["start"], row["end"], up(row["bound"]), row["method"]] for row in report["chains"]]
+    chain_columns = [("from", ""), ("to", ""), ("norm ≤ (proved)", "number"), ("proof of the bound", "long")]
+    return section(
+        "LipLT",
+        tag("p", text),
+        table("Constants up to each activation", columns, constants),
+        folded(f"{len(chains)} chains of linear layers", table("Norms of linear chains", chain_columns, chains)),
+    )
+
+
+def _training(run: CertifiedRun) -> Markup | None:
+    figures = [made for made in (training_loss(run), validation_curves(run)) if made is not None]
+    return section("Training", tag("div", *figures, class_="figures")) if figures else None
+
+
+def _provenance(run: CertifiedRun) -> Markup:
+    certificate = run.certificate
+    data = certificate["data"]
+    where = (
+        ("frozen network", tag("code", certificate["frozen_sha256"])),
+        (f"test images ({data['name']})", tag("code", data["sha256"])),
+        ("seed", certificate["seed"]),
+        ("step", certificate["step"]),
+        ("certificate", f"schema {certificate.get('schema', DASH)}"),
+        ("platform", certificate["platform"]),
+        ("versions", ", ".join(f"{name} {version}" for name, version in certificate["versions"].items())),
+    )
+    content = [
+        tag("p", "Hashes are SHA-256. This command proves the bounds again, without lipjax and JAX:"),
+        tag("pre", tag("code", "python -m lipjax check DIR")),
+        tag("p", "DIR is the folder with certificate.json and frozen/.", class_="muted"),
+        definitions(where),
+        folded("Config", definitions(flat(certificate["config"]))),
+    ]
+    return section("Where this comes from", *content)
