@@ -4,8 +4,9 @@
 Run: python train.py --config=configs/cifar100_recipe.py --workdir=DIR
 We measured: not yet run. Reported, by power iteration: accuracy 62.1 %, certified at 36/255
 50.1 %, 72/255 38.5 %, 108/255 29.0 %, with 768 generated images beside the 256 real ones of every step, and
-RandAugment. There is no source of generated images and no RandAugment here yet; without generated images others
-report 53.0, 40.2, 28.3 and 19.2 % for this net.
+RandAugment. There is no source of generated images and no RandAugment here yet; a secondary source prints
+53.0, 40.2, 28.3 and 19.2 % for this net, presumably without generated images. A part of the training images
+is held out here for validation.
 """
 
 from lipjax.training.config import default_config

@@ -1,6 +1,7 @@
 """python -m lipjax certify WORKDIR: what is proved about a trained run."""
 
 import argparse
+import os
 import pathlib
 import sys
 
@@ -12,7 +13,7 @@ from lipjax.errors import UserError, run_command
 
 def run_directories(workdir: str) -> list[pathlib.Path]:
     """The runs in a directory: itself, or its seed_* folders."""
-    root = pathlib.Path(workdir).expanduser()
+    root = pathlib.Path(os.path.expanduser(workdir))
     if (root / "config.json").exists():
         return [root]
     seeds = sorted((path.parent for path in root.glob("seed_*/config.json")), key=lambda p: (len(p.name), p.name))
@@ -81,7 +82,7 @@ def attack(arguments) -> None:
 
 
 def check(arguments) -> int:
-    """Proves the certificates of a directory again, without JAX."""
+    """Proves the certificates of a directory again, by NumPy alone."""
     from lipjax import checker
 
     return checker.run(arguments.workdir)

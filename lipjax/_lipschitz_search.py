@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ _POOL = 32
 _FIRST, _LAST = 1.0, 1e-2
 # Distances at which the quotient is evaluated: near, it is the gradient's norm; far, less is lost to rounding.
 _CONFIRMED = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-# Computed logits are taken to be off by at most this much of the largest one, which is far more than float64 errs.
+# Where nothing is known of the errors of computed logits, they are taken to be this much of the largest one.
 _ROUNDING = 1e-13
 
 
@@ -32,6 +33,8 @@ def unit(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
 @dataclasses.dataclass(frozen=True)
 class LipschitzSearch:
     """Lower bounds of Lipschitz constants, each the float64 quotient at two explicit points, less its rounding error.
+
+    They are bounds if that error was: see `lipschitz_lower_bound`, `evaluate`.
 
     Attributes:
       pairs: (p, 2), the classes i < j that were searched.
@@ -63,7 +66,7 @@ def lipschitz_lower_bound(
     pairs: np.ndarray | None = None,
     seed: int = 0,
     batch_size: int = 128,
-    evaluate: Callable[[np.ndarray], np.ndarray] | None = None,
+    evaluate: Callable[[np.ndarray], Any] | None = None,
 ) -> LipschitzSearch:
     """Searches |d(x) - d(y)| / |x - y| for large values, d = logit_i - logit_j, and likewise of all logits.
 
@@ -77,8 +80,9 @@ def lipschitz_lower_bound(
       network: a pytree that is called on pixels (b, ...), differentiable, such as a Network in float32.
       images: (n, ...), of which up to 32 are used, evenly spread. num_steps: at least 1. num_starts: of each pair.
       pairs: (p, 2), i < j. Default: all of up to 10 classes; of more the 45 that are most often the two largest logits.
-      evaluate: (b, ...) float64 pixels -> (b, k) float64 logits, for the quotients; by default the network itself,
-        which then must be float64.
+      evaluate: (b, ...) float64 pixels -> (b, k) float64 logits, for the quotients, or these and bounds (b, k) of
+        their errors, which are subtracted; by default the network itself, which then must be float64. Without bounds
+        1e-13 of the largest logit is subtracted, which may be too little where large numbers cancel.
     Raises: ValueError if there is no image, for counts below 1, and for logits that are not float64.
     """
     if len(images) == 0 or num_steps < 1 or num_starts < 1 or batch_size < 2:
@@ -223,16 +227,21 @@ def _quotients(ends: np.ndarray, pairs: np.ndarray, batch_size: int, evaluate) -
     for start in range(0, len(flat), batch_size):
         part = flat[start : start + batch_size]
         filled = np.pad(part, [(0, batch_size - len(part) if start else 0)] + [(0, 0)] * (flat.ndim - 1))
-        parts.append(np.asarray(evaluate(filled))[: len(part)])
-    logits = np.concatenate(parts)
+        found = evaluate(filled)
+        logits, errors = (np.asarray(a) for a in (found if isinstance(found, tuple) else (found, 0.0)))
+        if not isinstance(found, tuple):
+            errors = np.broadcast_to(_ROUNDING * np.abs(logits).max(axis=1, keepdims=True), logits.shape)
+        parts.append((logits[: len(part)], errors[: len(part)]))
+    logits, errors = (np.concatenate(column) for column in zip(*parts, strict=True))
     if logits.dtype != np.float64:
         raise ValueError(f"Expected float64 logits for the quotients, got {logits.dtype}: give `evaluate`.")
-    logits = logits.reshape(len(ends), 2, -1)
-    change, size = logits[:, 0] - logits[:, 1], np.abs(logits).max(axis=(1, 2))
-    rows = np.arange(len(pairs))
+    logits, errors = (a.reshape(len(ends), 2, -1) for a in (logits, errors))
+    # Subtracting two logits, and two changes, rounds, too.
+    change, error = logits[:, 0] - logits[:, 1], errors.sum(axis=1) + 2.0**-51 * np.abs(logits).sum(axis=1)
+    rows, (i, j) = np.arange(len(pairs)), pairs.T
     apart = np.empty(len(ends))
-    apart[:-1] = np.abs(change[rows, pairs[:, 0]] - change[rows, pairs[:, 1]]) - 4 * _ROUNDING * size[:-1]
-    apart[-1] = np.sqrt((change[-1] ** 2).sum()) - 2 * _ROUNDING * np.sqrt(logits.shape[2]) * size[-1]
+    apart[:-1] = np.abs(change[rows, i] - change[rows, j]) - error[rows, i] - error[rows, j]
+    apart[-1] = np.sqrt((change[-1] ** 2).sum()) - np.sqrt((error[-1] ** 2).sum()) * (1 + 1e-9)
     distance = np.sqrt(((ends[:, 0] - ends[:, 1]) ** 2).reshape(len(ends), -1).sum(1))
     found = apart / np.where(distance > 0, distance, np.inf) * (1 - 1e-12)
     return np.where(np.isfinite(found), found, -np.inf)

@@ -344,6 +344,10 @@ def attack_within(
       max_{i != label} logit_i - logit_label, in the network's precision: positive where the class is another.
     """
     attack = _Attack(num_steps, method, restarts, objective, num_targets, box)
+    if not (np.asarray(radii) >= 0).all():
+        raise ValueError("Expected radii of at least 0, got negative ones or NaN.")
+    if box is not None:  # nothing in the box is further away; a certificate's largest number is infinite in float32
+        radii = np.minimum(radii, (box[1] - box[0]) * np.prod(images.shape[1:]) ** 0.5)
     points, margins = np.array(images), np.full(len(images), -np.inf)
     for rows, count, x, y in _batches(images, labels, batch_size):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), rows.start), 2**31 - 1)

@@ -277,6 +277,8 @@ def conv_below(kernel: np.ndarray, axes: tuple[Axis, Axis], method: str, details
 
     Raises: Unproved for a method or grid that proves nothing.
     """
+    if limit < 0:
+        return False
     keep = np.zeros(kernel.shape[:2], bool)
     keep[np.ix_(axes[0].used, axes[1].used)] = True
     kernel = np.where(keep[:, :, None, None], kernel, 0.0)
@@ -1325,6 +1327,8 @@ class Chain:
         of s I - G bounded: lambda_max(G) <= s + |s I - G - F F^T|_F. An entry of that difference is a sum of `terms`
         products, which errs by gamma (|s I - G| + |F| |F|^T), in norm at most gamma (|s I - G|_F + |F|_F^2).
         """
+        if limit < 0:
+            return False
         count, side = self.shape[0], self.side // self.shape[0]
         blocks: dict[tuple[int, int], np.ndarray] = {}
         errors = np.empty(self.side)
@@ -1456,17 +1460,14 @@ class LoopTransformation:
         for row in rows:
             need(isinstance(row, dict) and isinstance(row.get("details"), dict), f"chain {row!r}")
             pair = places.get(row.get("start")), places.get(row.get("end"))
-            need(
-                None not in pair and number(row.get("bound")) is not None,
-                f"chain {row.get('start')!r} {row.get('end')!r}",
-            )
-            stated[pair] = row
+            place = f"chain from {row.get('start')!r} to {row.get('end')!r}"
+            need(None not in pair and pair not in stated, f"{place}: no chain of this network, or stated twice")
+            stated[pair] = row, Fraction(finite(row.get("bound"), f"{place}: bound"))
         pairs = sorted(((j, k) for k in range(1, n + 1) for j in range(k)), key=lambda pair: pair[1] - pair[0])
         for j, k in pairs:
             place = f"chain from {self.names[j]} to {self.names[k]}"
             need((j, k) in stated, f"{place} is missing")
-            row = stated[j, k]
-            limit = Fraction(float(row["bound"]))
+            row, limit = stated[j, k]
             ops = [op for segment in self.segments[j:k] for op in segment]
             parts = [self.chains[j, s] * self.chains[s, k] for s in range(j + 1, k)]
             product = math.prod((op.claim for op in ops), start=Fraction(1))
@@ -1475,6 +1476,7 @@ class LoopTransformation:
             self.chains[j, k] = limit
 
     def _composed(self, ops: list, method: str, details: dict, limit: Fraction) -> bool:
+        need(limit >= 0, "a negative bound")  # those below look at its square
         need(bool(ops) and all(op.spread() is not None for op in ops), "an operator that cannot be composed")
         chain = Chain(ops)
         if method.startswith("composed circular kernel; "):
@@ -1556,12 +1558,20 @@ def read_bytes(path: pathlib.Path) -> bytes:
         raise Unreadable(f"{path} cannot be read ({error})") from error
 
 
+def unique(pairs: list) -> dict:
+    """A JSON object. Raises: ValueError if a key is there twice: other readers might take the other value."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
 def read_json(path: pathlib.Path) -> dict:
     def refuse(text):
         raise ValueError(f"{text} is no number")
 
     try:
-        document = json.loads(read_bytes(path).decode(), parse_constant=refuse)
+        document = json.loads(read_bytes(path).decode(), parse_constant=refuse, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise Unreadable(f"{path} is damaged ({error})") from error
     if not isinstance(document, dict):
@@ -1588,7 +1598,7 @@ class Check:
     """The check of one directory: `problems` and, for the summary, `facts`."""
 
     def __init__(self, directory: pathlib.Path):
-        self.directory, self.problems, self.facts = directory, [], []
+        self.directory, self.problems, self.facts, self.undecided = directory, [], [], []
         frozen = directory / "frozen"
         self.layout, self.document = read_json(frozen / "network.json"), read_json(directory / "certificate.json")
         expect_schema(frozen / "network.json", self.layout, NETWORK_FORMAT, NETWORK_SCHEMA)
@@ -1811,6 +1821,9 @@ class Check:
         self.good = np.zeros(len(self.rows), bool)
         for index, row in enumerate(self.rows):
             place = f"certificate.json, images[{index}]"
+            if set(row) != {"label", "prediction", "rival", "margin", "radius"}:
+                self.problem(place, f"expected label, prediction, rival, margin and radius, got {sorted(row)}")
+                continue
             integers = [row.get(name) for name in ("label", "prediction", "rival")]
             margin, radius = row.get("margin"), number(row.get("radius"))
             if not all(type(n) is int for n in integers) or (margin is not None and number(margin) is None):
@@ -1875,10 +1888,15 @@ class Check:
         for found in in_threads(run, batches):
             for index, message in found:
                 self.problem(f"certificate.json, images[{index}]", message)
-        part = "all" if len(wanted) == len(self.rows) else f"{len(wanted)} (drawn by hash) of"
+        part, rest = "all", ""
+        if len(wanted) < len(self.rows):
+            part = f"{len(wanted)} (drawn by hash) of"
+            rest = "; of the others only that radius, margin and constants fit"
+        if self.undecided:
+            self.facts.append(f"{len(self.undecided)} images whose class cannot be decided (ties), with radius 0")
         radii = [row["radius"] for row in self.rows if row["prediction"] == row["label"]]
         largest = f", largest certified radius {max(radii):.6g}" if radii else ""
-        self.facts.append(f"{part} {len(self.rows)} images evaluated again{largest}")
+        self.facts.append(f"{part} {len(self.rows)} images evaluated again{largest}{rest}")
 
     def _check_fingerprint(self, pixels: np.ndarray, labels: np.ndarray, count: int) -> None:
         """data.sha256, where it is the hash of exactly these pixels and labels."""
@@ -1917,6 +1935,8 @@ class Check:
         others = np.arange(self.head.classes)
         for place, (index, row) in enumerate(zip(indices, rows, strict=True)):
             rivals, radius, rival = others[others != p[place]], row["radius"], row["rival"]
+            if not all(low[place, i] >= 0 for i in rivals):
+                self.undecided.append(index)  # list.append is atomic
             beaten = [i for i in rivals if high[place, i] < 0]
             if beaten:
                 found.append((index, f"prediction {p[place]}, but class {beaten[0]} has a larger logit"))
@@ -1932,7 +1952,10 @@ class Check:
                 found.append(
                     (index, f"radius {radius!r}, but against class {short} only {proved[short]!r} can be proved")
                 )
-            possible = [float(high[place, i]) / max(float(self.table[p[place], i]), 1e-300) for i in rivals]
+            constants = [float(self.table[p[place], i]) for i in rivals]
+            possible = [
+                float(high[place, i]) / c if c > 0 else math.inf for i, c in zip(rivals, constants, strict=True)
+            ]
             if not proved[rival] <= min(possible) * (1 + 1e-9):
                 found.append((index, f"rival {rival}, but class {short} limits the radius"))
         if isinstance(self.head, MLPHead):
@@ -1982,6 +2005,12 @@ class Check:
 
     def check_report(self) -> None:
         """report.json: what it derives from the certificate."""
+        counted = [i for i in self.undecided if self.rows[i]["label"] == self.rows[i]["prediction"]]
+        if counted:
+            self.problem(
+                "report.json, clean_accuracy",
+                f"{len(counted)} images count as correct whose class is not proved, first images[{min(counted)}]",
+            )
         rows, report = getattr(self, "rows", None), self.report or {}
         if rows is None or not getattr(self, "good", np.zeros(1, bool)).all():
             return
@@ -2047,10 +2076,10 @@ def check(directory: str | os.PathLike) -> tuple[int, list[str]]:
 
 
 def directories(root: str | os.PathLike) -> list[pathlib.Path]:
-    """The directory itself, or its seed_<n> folders where several runs share it."""
-    root = pathlib.Path(root).expanduser()
-    seeds = sorted((path.parent for path in root.glob("seed_*/certificate.json")), key=lambda p: (len(p.name), p.name))
-    return [root] if (root / "certificate.json").exists() or not seeds else seeds
+    """The directory itself if it holds a certificate or no runs, and its seed_<n> folders, complete or not."""
+    root = pathlib.Path(os.path.expanduser(root))
+    seeds = sorted((path for path in root.glob("seed_*") if path.is_dir()), key=lambda p: (len(p.name), p.name))
+    return [root, *seeds] if (root / "certificate.json").exists() or not seeds else seeds
 
 
 def run(root: str | os.PathLike) -> int:
@@ -2061,6 +2090,8 @@ def run(root: str | os.PathLike) -> int:
         verdict = {0: "proved", 1: "NOT PROVED", 2: "Error"}[code]
         stream = sys.stdout if code == 0 else sys.stderr
         for line in lines if code == 2 else [f"{directory}: {verdict}", *(f"  {line}" for line in lines)]:
+            # What a file says is shown so that it cannot pass for a line of ours.
+            line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
             print(f"Error: {line}" if code == 2 else line, file=stream)
         codes.append(code)
     return 1 if 1 in codes else max(codes)

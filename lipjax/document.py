@@ -21,8 +21,7 @@ IMAGES = "images.safetensors"
 def sample_indices(frozen_sha256: str, data_sha256: str, rows: list[dict]) -> np.ndarray:
     """Which images' pixels lie beside a certificate, ascending: all of at most SAMPLE, otherwise so many.
 
-    Drawn by SHA-256 from the frozen network, the data and every row of the certificate: whoever writes a false row
-    cannot choose whether it is looked at.
+    Drawn by SHA-256 from the frozen network, the data and every row of the certificate: a change of any row draws anew.
     """
     if len(rows) <= SAMPLE:
         return np.arange(len(rows))

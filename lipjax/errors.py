@@ -1,4 +1,4 @@
-"""The two errors that users meet: a mistake in what they gave, and a claim that cannot be proved."""
+"""The errors that users meet: a mistake in what they gave, a claim that cannot be proved, and one that is false."""
 
 import sys
 from collections.abc import Callable
@@ -15,14 +15,22 @@ class NotCertifiable(ValueError):
     """A layer or network has no proved bound; the message names the layer and the reason."""
 
 
+class Refuted(RuntimeError):
+    """A claim that was thought to be proved is false: a mistake in lipjax. The command line exits with code 1."""
+
+
 def run_command(command: Callable[[], object], interrupted: str) -> int:
     """Runs a command of the command line; what the user can mend ends as one message on stderr.
 
     Args: command: without arguments. interrupted: the message after Ctrl-C.
-    Returns: the exit code: 0, 2 for a user's error or a claim without proof, 130 after Ctrl-C. Other errors pass.
+    Returns: the exit code: 0, 1 for a refuted claim, 2 for a user's error or a claim without proof, 130 after Ctrl-C.
+      Other errors pass.
     """
     try:
         command()
+    except Refuted as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
     except (UserError, NotCertifiable, OSError) as error:  # OSError: a full disk, a directory without permission
         print(f"Error: {error}", file=sys.stderr)
         return 2

@@ -394,6 +394,8 @@ def write_arrays(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         safetensors.numpy.save_file(arrays, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -340,6 +340,9 @@ def _liresnet(state_dict: dict, options: dict) -> tuple[LiResNet, list[_Entry]]:
     sizes = {"depth": 12, "width": 128, "input_size": 32, "num_classes": 10, "out_dim": 2048, "mlp_depth": 8}
     given = _known_options("liresnet", options, {**sizes, "use_lln": True, "num_lc_iter": 10, "act_name": "MinMax"})
     _choose(given, "act_name", {"MinMax": "maxmin"})
+    wrong = [name for name in sizes if type(given[name]) is not int or given[name] < 1]
+    if wrong:
+        raise ValueError(f"Expected positive integers for {wrong}, got {[given[name] for name in wrong]}.")
     depth, width, side, features = given["depth"], given["width"], given["input_size"], given["out_dim"]
     patch = round((width / 3) ** 0.5)
     stems = {32: (5, 2, 2), 64: (5, 2, 2), 224: (patch, patch, 0)}

@@ -460,7 +460,13 @@ def true_as_prediction(f):
     f.write(report=False)
 
 
+def unknown_field(f):
+    f.rows[0]["nonce"] = 3
+    f.write()
+
+
 SORTED = {
+    unknown_field: "certificate.json, images[0]: expected label",
     flip_bit: "network.safetensors, ops/conv/kernel",
     flip_bit_of_layout: "network.json, sha256",
     larger_weights: "layers, conv (Conv): the bound",
@@ -622,7 +628,43 @@ def other_slope(f):
     f.write()
 
 
+def scale_constants(f, factor):
+    f.certificate["margin_lipschitz"] = [[factor * value for value in row] for row in f.constants]
+    f.set_radii()
+    f.write()
+
+
+def negative_chain(f):
+    row = f.certificate["liplt"]["chains"][0]
+    row |= {"bound": -1.01 * row["bound"], "method": "Cholesky of the banded Gram matrix of the composition"}
+    scale_constants(f, 1e-9)
+
+
+def lower_chain(f):
+    f.certificate["liplt"]["chains"][1]["bound"] *= 0.99
+    scale_constants(f, 0.999)
+
+
+def lower_transformed_constants(f):
+    scale_constants(f, 0.999)
+
+
+def chain_left_out(f):
+    f.certificate["liplt"]["chains"].pop(2)
+    f.write()
+
+
+def chain_stated_twice(f):
+    f.certificate["liplt"]["chains"] += [dict(f.certificate["liplt"]["chains"][0], bound=0.0)]
+    f.write()
+
+
 ELEMENTWISE = {
+    negative_chain: "is not a number of at least 0",
+    lower_chain: "certificate.json, liplt: chain from",
+    lower_transformed_constants: "certificate.json, margin_lipschitz",
+    chain_left_out: "is missing",
+    chain_stated_twice: "stated twice",
     steeper_slope: "network.json, leaky (LeakyReLU): negative_slope",
     other_slope: "certificate.json, ",
 }
@@ -673,6 +715,7 @@ def edit(path, old, new):
         (lambda d: edit(d / "certificate.json", '"schema": 2', '"schema": 1'), "expected format .* schema 2"),
         (lambda d: edit(d / "frozen/network.json", '"schema": 1', '"schema": 9'), "schema 1, got"),
         (lambda d: edit(d / "certificate.json", '"bound": 1.0', '"bound": NaN'), "NaN is no number"),
+        (lambda d: edit(d / "certificate.json", '"schema": 2', '"schema": 2, "schema": 2'), "a key is there twice"),
         (lambda d: edit(d / "certificate.json", '"images": [', '"images": 3, "others": ['), "images is no list"),
         (lambda d: edit(d / "frozen/network.json", '"ops": [', '"ops": 3, "others": ['), "ops is no list"),
     ],
@@ -684,6 +727,27 @@ def test_unreadable_files_are_one_error(runs, tmp_path, capsys, damage, message)
     captured = capsys.readouterr()
     assert captured.out == "" and len(captured.err.splitlines()) == 1 and captured.err.startswith("Error: ")
     assert re.search(message, captured.err)
+
+
+def test_a_class_that_cannot_be_proved_does_not_count_as_correct(tmp_path):
+    """Two translations by 2^120 cancel exactly, but not in float64."""
+    shape = (1, 2, 1)
+    shift = jnp.full(1, 2.0**120)
+    ops = [
+        ("up", operators.Bias(shift, shape)),
+        ("down", operators.Bias(-shift, shape)),
+        ("f", operators.Flatten(shape)),
+    ]
+    write_run(tmp_path, make_network(ops, operators.LinearHead(jnp.eye(2), jnp.asarray([100.0, 0.0]))))
+    f = Forger(tmp_path)
+    assert all(row["radius"] == 0 for row in f.rows)
+    for row in f.rows:
+        row["prediction"], row["rival"], row["label"] = 1, 0, 1
+    f.images["labels"][:] = 1
+    f.certificate["data"]["sha256"] = fingerprint(f.images["pixels"], f.images["labels"])
+    f.write()
+    code, lines = checker.check(tmp_path)
+    assert code == 1 and any("whose class is not proved" in line for line in lines), lines
 
 
 def test_the_command_line(runs, tmp_path, capsys):
@@ -698,6 +762,10 @@ def test_the_command_line(runs, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "seed_0: proved" in captured.out and "seed_1: NOT PROVED" in captured.err
     assert command_line.main(["check", str(tmp_path / "nowhere")]) == 2
+    assert command_line.main(["check", "~nobody-of-this-name/run"]) == 2
+    (tmp_path / "seed_1" / "certificate.json").unlink()  # a run without one is not passed over
+    assert command_line.main(["check", str(tmp_path)]) == 2
+    assert "seed_1/certificate.json is missing" in capsys.readouterr().err
 
 
 def test_the_file_runs_alone(runs, tmp_path):

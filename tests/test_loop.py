@@ -9,6 +9,7 @@ import pytest
 from training_helpers import (  # noqa: F401  quick_compiles is a fixture
     differing,
     final_state,
+    interrupt_at,
     made_up_images,
     npz_file,
     quick_compiles,
@@ -32,23 +33,6 @@ def metric_lines(directory):
 def latest_step(directory):
     with Checkpointer(directory / "checkpoints", read_only=True) as checkpointer:
         return checkpointer.latest_step()
-
-
-def interrupt_at(monkeypatch, step, error=KeyboardInterrupt):
-    """Makes training raise instead of running the given step (counted from 0)."""
-    original = Run.batch_runner
-
-    def batch_runner(self, first_step):
-        train_batch = original(self, first_step)
-
-        def interrupted(state, at, epsilon):
-            if at == step:
-                raise error
-            return train_batch(state, at, epsilon)
-
-        return interrupted
-
-    monkeypatch.setattr(Run, "batch_runner", batch_runner)
 
 
 # Nine steps in three epochs, saved after 2, 3, 4, 6, 8 and 9: the first is the middle of an epoch, the second its end.

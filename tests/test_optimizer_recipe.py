@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training_helpers import quick_compiles, tiny_config  # noqa: F401  quick_compiles is a fixture
+from training_helpers import final_state, interrupt_at, quick_compiles, tiny_config  # noqa: F401  a fixture
 
 from lipjax.training import optimizer
 from lipjax.training.loop import Run, load_best, train
@@ -124,7 +124,7 @@ def test_training_the_head_alone_under_lookahead_moves_nothing_else():
 
 @pytest.mark.x64_off
 def test_what_is_kept_as_the_best_is_the_slow_parameters(tmp_path):
-    """Also of a run that was stopped between two epochs and went on, and that started from another run."""
+    """Also where another run starts from it."""
     changes = {"optimizer.lookahead_period": 2, "optimizer.name": "nadam", "num_epochs": 2}
     config = tiny_config(**changes)  # three steps an epoch
     run = train(config, tmp_path / "first", 0)
@@ -146,3 +146,24 @@ def test_what_is_kept_as_the_best_is_the_slow_parameters(tmp_path):
         state, _ = train_batch(state, i, schedule)
     # Adam's steps are at most about the rate: the slow parameters are near those it started from, not near 0.
     assert differ(state.params, variables["params"]) < 0.5 and differ(state.params, state.opt_state.slow) < 1e-6
+
+
+@pytest.mark.x64_off
+def test_between_epochs_the_slow_parameters_count_and_a_run_goes_on_as_it_was(tmp_path, monkeypatch):
+    """Three steps an epoch, a synchronisation after every third one, a checkpoint at step 4; nothing is validated."""
+    changes = {"optimizer.lookahead_period": 3, "optimizer.name": "nadam", "data.validation_fraction": 0.0}
+    config = tiny_config(**changes)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "stopped", 0)
+    variables, state, step = load_best(tmp_path / "stopped", Run(config, 0))
+    assert step == 4
+    pairs = list(zip(*map(jax.tree.leaves, (variables["params"], state.opt_state.slow, state.params)), strict=True))
+    assert all(np.array_equal(found, slow) for found, slow, _ in pairs)
+    assert any(not np.array_equal(found, fast) for found, _, fast in pairs)  # control
+    for name in ("stopped", "whole"):
+        train(config, tmp_path / name, 0)
+    ends = [final_state(tmp_path / name, config) for name in ("stopped", "whole")]
+    keys = [jax.tree.leaves((end.params, end.opt_state)) for end in ends]
+    assert all(np.array_equal(a, b) for a, b in zip(*keys, strict=True))

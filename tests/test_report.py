@@ -151,6 +151,8 @@ def test_the_line_about_float32_never_rounds_a_bound_down():
         line = reports.float32_line(found)
         assert largest <= float(re.search(r"proved below (\S+);", line)[1]) <= 1.11 * largest
         assert "first 7 images" in line and "1.3e-06 off" in line and "5 of 6 radii" in line and "90.0 %" in line
+    overflow = {**found, "gap": {"largest": None}}
+    assert "logits that are not finite, proved below" in reports.float32_line(overflow)
     nothing = {**found, "bound": {"largest": None}, "ball": {"float32": 0, "certified": 0, "median_ratio": None}}
     assert reports.float32_line(nothing).endswith("no error bound; 0 of 0 radii are proved for float32, too.")
 

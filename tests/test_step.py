@@ -290,10 +290,12 @@ def test_the_triangle_peaks_at_two_fifths_and_ends_at_zero():
 def test_weight_decay_of_weights_spares_biases_angles_and_the_mlp_head():
     params = {"conv": {"kernel": jnp.ones((1, 1, 2, 2)), "bias": jnp.ones(2)}, "head": {"w1": jnp.ones((2, 2))}}
     params["conv"]["activation"] = {"theta": jnp.ones(1)}
+    params["stack"] = {name: jnp.ones((3, 2)) for name in ("bias", "gamma")} | {"weight": jnp.ones((3, 2, 2))}
     for which, expected in (("all", [True, True, True, False]), ("weights", [True, False, False, False])):
         mask = optimizer.decay_mask(which)(params)
         found = [mask["conv"]["kernel"], mask["conv"]["bias"], mask["head"]["w1"], mask["conv"]["activation"]["theta"]]
         assert found == expected
+        assert mask["stack"] == {"bias": which == "all", "gamma": which == "all", "weight": True}
 
 
 def test_training_the_head_alone_moves_nothing_else():

@@ -119,3 +119,20 @@ def differing(left, right) -> list[str]:
     assert [path for path, _ in left] == [path for path, _ in right]
     pairs = [(path, plain(a), plain(b)) for (path, a), (_, b) in zip(left, right, strict=True)]
     return [jax.tree_util.keystr(p) for p, a, b in pairs if a.dtype != b.dtype or a.tobytes() != b.tobytes()]
+
+
+def interrupt_at(monkeypatch, step, error=KeyboardInterrupt):
+    """Makes training raise instead of running the given step (counted from 0)."""
+    original = Run.batch_runner
+
+    def batch_runner(self, first_step):
+        train_batch = original(self, first_step)
+
+        def interrupted(state, at, epsilon):
+            if at == step:
+                raise error
+            return train_batch(state, at, epsilon)
+
+        return interrupted
+
+    monkeypatch.setattr(Run, "batch_runner", batch_runner)

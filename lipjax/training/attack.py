@@ -59,7 +59,7 @@ def attack_run(
     Writes attack.json and attack.npz into workdir.
     Returns: what attack.json holds.
     Raises: UserError for files that are missing, damaged or do not fit each other, and for other images than those
-      that were certified; RuntimeError if a certificate or a bound is false, as `falsify.falsify`.
+      that were certified; Refuted if a certificate or a bound is false, as `falsify.falsify`.
     """
     workdir, console = pathlib.Path(workdir), console or Console()
     document, certificate, lipschitz, layers = read_claims(workdir)

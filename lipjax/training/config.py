@@ -240,7 +240,7 @@ def load_config(workdir: str | os.PathLike) -> tuple[Any, int]:
         raise UserError(
             f"{workdir} holds no training run ({path.name} is missing): give the --workdir of one."
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged or of another version ({error}).") from error
     loaded.lock()
     validate(loaded)

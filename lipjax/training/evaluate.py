@@ -56,7 +56,7 @@ def certify_run(workdir: str | os.PathLike, config, seed: int, run: Run | None =
     and certified_accuracy.png.
     Returns: the report.
     Raises: UserError without a usable checkpoint or data set; NotCertifiable if a layer has no proved bound;
-      RuntimeError if the attack finds a certificate or a Lipschitz bound to be false, before any of the reports is
+      Refuted if the attack finds a certificate or a Lipschitz bound to be false, before any of the reports is
       written.
     """
     workdir, console = pathlib.Path(workdir), console or Console()
@@ -64,7 +64,6 @@ def certify_run(workdir: str | os.PathLike, config, seed: int, run: Run | None =
     run = Run(config, seed, sharding.make_mesh(1, config.batch_size)) if run is None else run
     variables, state, step = load_best(workdir, run)
     network = lipjax.freeze(run.model, variables)
-    network.save(workdir / "frozen")
     options, pixel_max = config.certify, run.dataset.pixel_max
     images, labels = test_images(run.dataset, options.num_images, options.batch_size)
     console.print(f"Certifying {len(labels)} test images with the checkpoint of step {step} ...")
@@ -81,6 +80,8 @@ def certify_run(workdir: str | os.PathLike, config, seed: int, run: Run | None =
     report["float32"] = _float32(network, certificate, images[:FLOAT32_IMAGES] / np.float64(pixel_max), options)
     # Those of LipLT are of whole chains of layers.
     vectors = state.lip["vectors"] if config.lipschitz == "product" else None
+    # Only what the attack has not refuted replaces an older network and its certificate.
+    network.save(workdir / "frozen")
     whole = not isinstance(run.dataset, StreamDataset) and len(labels) == run.dataset.size("test")
     write_certificate(
         workdir,

@@ -15,6 +15,7 @@ from rich.table import Table
 from lipjax import attacks, bounds, spectral
 from lipjax.attacks import AttackResult, LipschitzSearch
 from lipjax.certify import Certificate, write_json
+from lipjax.errors import Refuted
 from lipjax.frozen import FrozenNetwork, float64_on_cpu
 from lipjax.operators import LinearHead, MLPHead
 from lipjax.training.report import radius_key, radius_label
@@ -25,8 +26,6 @@ EXAMPLES = 16
 _FURTHER = (2.0, 4.0, 8.0)
 # The search is within this part of a radius; what it finds is moved to within the other one where float32 left it.
 _WITHIN, _CONFIRMED = 1 - 1e-6, 1 - 1e-9
-# A class counts as another if it leads by this part of the largest logit: far more than float64 errs by.
-_CLEAR = 1e-11
 # Only images whose float32 margin came this near to zero, as a part of their own and of the largest one, are confirmed.
 _NEAR_OWN, _NEAR_LARGEST = 1e-2, 1e-4
 _LIPSCHITZ_STEPS, _LIPSCHITZ_BATCH = 30, 128
@@ -68,7 +67,7 @@ class Findings:
 
     Attributes:
       attack: the nearest image of another class than the reported one, as found at the radii, in float32.
-      num_inside: images that were attacked inside their own certified radius.
+      num_inside: images that were attacked inside their own certified radius; not those that overflow in float32.
       closest: the least distance / radius of an image of another class, confirmed in float64, and its index; None
         if none was found.
       search: lower bounds of the Lipschitz constants; None without steps.
@@ -111,6 +110,17 @@ def logits64(network: FrozenNetwork, points: np.ndarray, batch_size: int) -> np.
     return np.concatenate(parts)
 
 
+def logits_and_errors(network: FrozenNetwork, points: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (n, k) in float64 for pixels of any value, and bounds (n, k) of their errors (docs/soundness.md, 7)."""
+    head, rows = network.network.head, network.lipschitz_report()
+    logits, _, error, own = network._run(points, tuple(row.bound for row in rows), batch_size)
+    if isinstance(head, LinearHead):
+        constants = np.linalg.norm(head.matrix, axis=1)
+    else:  # softplus is 1-Lipschitz
+        constants = np.linalg.norm(head.w2, axis=1) * spectral.matrix_norm_bound(np.asarray(head.w1)).value
+    return logits, (constants * (1 + 1e-9) * error[:, None] + own) * (1 + 1e-9)
+
+
 def _column(values: np.ndarray, images: np.ndarray) -> np.ndarray:
     """Values of which there is one per image, shaped so that they broadcast over images."""
     return values.reshape(-1, *(1,) * (images.ndim - 1))
@@ -132,7 +142,7 @@ def falsify(
       certificate: of these images and perhaps more. lipschitz: (k, k), the proved constants of logit differences.
       whole: the proved constant of all logits, as `whole_bound`. images: (n, ...) uint8. workdir: where
         counterexample.npz goes.
-    Raises: RuntimeError if a certificate or a Lipschitz bound is false, after writing counterexample.npz and nothing
+    Raises: Refuted if a certificate or a Lipschitz bound is false, after writing counterexample.npz and nothing
       else.
     """
     # Searches need not be exact: single precision, on whatever accelerator there is.
@@ -149,7 +159,7 @@ def falsify(
             num_steps=min(settings.steps, _LIPSCHITZ_STEPS),
             seed=settings.seed,
             batch_size=max(2, min(settings.batch_size, _LIPSCHITZ_BATCH)),
-            evaluate=lambda z: logits64(network, z, settings.batch_size),
+            evaluate=lambda z: logits_and_errors(network, z, settings.batch_size),
         )
         _check_lipschitz(search, lipschitz, whole, pathlib.Path(workdir))
     return Findings(attack, subject.num_inside, subject.closest(attack), search)
@@ -197,8 +207,10 @@ class _Subject:
         # Towards the largest logit another search ends in local maxima; the nearest class is the certificate's rival.
         options |= {"objective": "targeted_margin", "targets": self.rivals}
         towards, other_margins = attacks.attack_within(*subject, **options)
-        larger = ~(other_margins <= margins)
+        larger = (other_margins > margins) | np.isnan(margins)
         points, margins = np.where(_column(larger, points), towards, points), np.where(larger, other_margins, margins)
+        # Where the network overflows in float32, nothing has been searched.
+        self.num_inside = int(np.sum((self.radii > 0) & np.isfinite(margins)))
         own = np.where(np.isfinite(self.margins), np.abs(self.margins), 0.0)
         far = margins < -(_NEAR_OWN * own + _NEAR_LARGEST * own.max())
         return points, ~far & (self.radii > 0)
@@ -212,9 +224,9 @@ class _Subject:
             shrink = np.minimum(1.0, _CONFIRMED * radii / np.where(size > 0, size, 1.0))
             delta *= _column(shrink, delta)
         moved = np.clip(exact + delta, 0.0, 1.0)
-        logits = logits64(self.network, moved, self.settings.batch_size)
-        own = logits[np.arange(len(rows)), self.predictions[rows]]
-        changed = logits.max(axis=1) - own > _CLEAR * np.abs(logits).max(axis=1)
+        logits, errors = logits_and_errors(self.network, moved, self.settings.batch_size)
+        place = np.arange(len(rows)), self.predictions[rows]
+        changed = (logits - errors).max(axis=1, initial=-np.inf) > logits[place] + errors[place]
         return moved, attacks.lengths(moved, exact), changed
 
     def closest(self, attack: AttackResult) -> tuple[float, int] | None:
@@ -231,7 +243,7 @@ class _Subject:
 
 
 def _check_certificates(subject: _Subject, attack: AttackResult, points, inside, workdir: pathlib.Path) -> None:
-    """Raises: RuntimeError if an image has another class in float64 at a distance below its certified radius."""
+    """Raises: Refuted if an image has another class in float64 at a distance below its certified radius."""
     near = np.flatnonzero(attack.distances < subject.radii)
     rows = np.concatenate([np.flatnonzero(inside), near])
     points = np.concatenate([points[inside], attack.points[near]])
@@ -241,14 +253,14 @@ def _check_certificates(subject: _Subject, attack: AttackResult, points, inside,
         index, first = np.unique(rows[broken], return_index=True)
         path = workdir / "counterexample.npz"
         save_arrays(path, index=index, image=subject.exact(index), point=moved[broken][first])
-        raise RuntimeError(
+        raise Refuted(
             f"A certificate is false: {len(index)} images change class inside their certified radius ({path}). "
             "Please report this."
         )
 
 
 def _check_lipschitz(search: LipschitzSearch, lipschitz, whole: float | None, workdir: pathlib.Path) -> None:
-    """Raises: RuntimeError if two points are mapped further apart than a proved constant allows."""
+    """Raises: Refuted if two points are mapped further apart than a proved constant allows."""
     proved = lipschitz[search.pairs[:, 0], search.pairs[:, 1]]
     path = workdir / "counterexample.npz"
     broken = np.flatnonzero(search.lower > proved)
@@ -260,7 +272,7 @@ def _check_lipschitz(search: LipschitzSearch, lipschitz, whole: float | None, wo
     else:
         return
     what = f"{len(broken)} of logit differences" if len(broken) else "that of all logits"
-    raise RuntimeError(
+    raise Refuted(
         f"A Lipschitz bound is false: {what}; two points are mapped further apart ({path}). Please report this."
     )
 

@@ -70,7 +70,7 @@ def read_run(directory: pathlib.Path) -> CertifiedRun:
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{directory / 'certificate.json'} lacks what a report shows ({error!r}). {certify}") from error
     try:
-        _check_report(report, certificate, len(labels))
+        _check_report(report, certificate, labels == predictions, radii)
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{directory / 'report.json'} does not fit the certificate ({error}). {certify}") from error
     attack = f"Attack the run again: python -m lipjax attack {directory}"
@@ -155,8 +155,9 @@ def _check_row(row: dict, texts: Sequence[str], numbers: Sequence[str], optional
             raise TypeError(f"{name}: expected a text, got {type(row[name]).__name__}")
 
 
-def _check_report(report: dict, certificate: dict, num_images: int) -> None:
+def _check_report(report: dict, certificate: dict, correct: np.ndarray, proved: np.ndarray) -> None:
     """Raises: what a missing or misshapen field leads to, or ValueError if the report is not of this certificate."""
+    num_images = len(correct)
     if (report["frozen_sha256"], report["num_images"]) != (certificate["frozen_sha256"], num_images):
         raise ValueError("it is about another network or other images")
     radii = _numbers(report["radii"], "if")
@@ -167,6 +168,10 @@ def _check_report(report: dict, certificate: dict, num_images: int) -> None:
     attacked = report["num_attacked_images"]
     if not ((fractions >= 0).all() and (fractions <= 1).all() and attacked in range(1, num_images + 1)):
         raise ValueError("expected accuracies from 0 to 1, under attack of some of the images")
+    counted = {radius_key(r): float(np.mean(correct & (proved > r))) for r in radii}
+    stated = {key: report["certified_accuracy"][key] for key in counted}
+    if (report["clean_accuracy"], stated) != (float(np.mean(correct)), counted):
+        raise ValueError("its accuracies are not those of the certificate's rows")
     if type(report["seed"]) is not int:
         raise TypeError("expected a seed")
 

@@ -272,7 +272,10 @@ def _layers(run: CertifiedRun) -> Markup:
         ("σ min", "number"),
         ("proof of the bound", "long"),
     ]
-    product = up(math.prod(row["bound"] for row in rows))
+    total = 1.0
+    for row in rows:
+        total = math.nextafter(total * row["bound"], math.inf)
+    product = up(total)
     text = (
         f"Proved bounds of the norms of all {len(rows)} layers before the head, rounded up; their product is "
         f"{product}. Estimates are by power iteration and may be low; gap is bound / estimate − 1. σ min is the least "

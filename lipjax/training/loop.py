@@ -350,7 +350,11 @@ def load_best(workdir: str | os.PathLike, run: Run):
     with Checkpointer(pathlib.Path(workdir) / "checkpoints", best_metric=METRIC, read_only=True) as checkpointer:
         state, meta = checkpointer.restore_best(run.abstract_state)
     check_same_run(workdir, meta, run.config, run.seed, run.data_identity)
-    return {"params": state.params, COLLECTION: state.lip}, state, int(state.step)
+    step, params = int(state.step), state.params
+    period = run.config.optimizer.lookahead_period
+    if period and step % run.steps_per_epoch and step >= min(period, run.steps_per_epoch):
+        params = state.opt_state.slow  # between epochs those that are trained are the fast ones
+    return {"params": params, COLLECTION: state.lip}, state, step
 
 
 __all__ = ["Run", "check_same_run", "load_best", "plain", "train"]

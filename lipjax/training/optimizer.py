@@ -70,8 +70,9 @@ def lookahead(
     """Every `period` steps and at the end of every epoch: slow <- slow + rate (params - slow), params <- slow.
 
     The parameters that are trained are the fast ones. Since every epoch ends with a synchronisation, those that are
-    validated, kept as the best and certified are the slow ones. The first synchronisation sets slow to the parameters.
-    In `optax.lookahead` parameters are pairs, and it does not synchronise at the end of an epoch.
+    validated and kept as the best are the slow ones; of a checkpoint between epochs `loop.load_best` takes these.
+    The first synchronisation sets slow to the parameters. In `optax.lookahead` parameters are pairs, and it does not
+    synchronise at the end of an epoch.
 
     Source: Zhang et al. 2019, arXiv:1907.08610; start and end of the epoch as in the recipe's code (timm's Lookahead).
     """
@@ -127,7 +128,8 @@ def decay_mask(which: str):
         name = path[-1].key
         if name.startswith("theta") or name == "alpha":
             return False
-        return which == "all" or (leaf.ndim > 1 and name not in ("w1", "w2"))
+        # The bias and gamma of a stack are (layers, width).
+        return which == "all" or (leaf.ndim > 1 and name not in ("w1", "w2", "bias", "gamma"))
 
     return lambda params: jax.tree_util.tree_map_with_path(decays, params)
 

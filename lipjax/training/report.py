@@ -100,12 +100,13 @@ def print_table(report: dict, console: Console | None = None) -> None:
 
 def float32_line(found: dict) -> str:
     """What `deployment.deployment_report` found, in one sentence."""
-    bound, ball = found["bound"]["largest"], found["ball"]
+    bound, gap, ball = found["bound"]["largest"], found["gap"]["largest"], found["ball"]
     # 5 % more, so that rounding to two digits does not go below.
     proved = "no error bound" if bound is None else f"proved below {1.05 * bound:.2g}"
+    measured = "logits that are not finite" if gap is None else f"logits {gap:.2g} off at most"
     kept = "" if ball["median_ratio"] is None else f", the median at {100 * ball['median_ratio']:.1f} % of its length"
     return (
-        f"In float32 (first {found['num_images']} images): logits {found['gap']['largest']:.2g} off at most, {proved}; "
+        f"In float32 (first {found['num_images']} images): {measured}, {proved}; "
         f"{ball['float32']} of {ball['certified']} radii are proved for float32, too{kept}."
     )
 
