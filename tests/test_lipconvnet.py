@@ -201,8 +201,9 @@ def training_config(**changes):
     options = {k.removeprefix("model."): v for k, v in changes.items() if k.startswith("model.")}
     with config.unlocked():
         config.model = ConfigDict(
-            {"name": "lipconvnet", **SMALL, "input_mean": (0.5,), "input_std": (1.0,), "head": "lln", **options}
+            {"name": "lipconvnet", **SMALL, **BLOCK, "input_mean": (0.5,), "input_std": (1.0,), "head": "lln", **options}
         )
+        config.certify.attack_steps = 0  # tests/test_falsify.py attacks
     return config.lock()
 
 
@@ -248,7 +249,8 @@ def test_a_head_is_trained_on_frozen_features(tmp_path):
         assert all(jax.tree.leaves(same)) == (name != "head"), name
     # Heads of other shapes start afresh; other layers are refused.
     other = training_config(**{**changes, "model.head": "mlp", "model.head_features": 6})
-    assert loop.Run(other, 0).fresh_state().params["head"]["w1"].shape == (6, 64)
+    features = before.params["head"]["matrix"].shape[1]
+    assert loop.Run(other, 0).fresh_state().params["head"]["w1"].shape == (6, features)
     with pytest.raises(UserError, match="other layers than config.model"):
         loop.Run(training_config(**{**changes, "model.width": 6}), 0).fresh_state()
     with pytest.raises(UserError, match="split them by another seed"):

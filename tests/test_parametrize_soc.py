@@ -291,7 +291,7 @@ def test_training_a_layer_in_single_precision_keeps_its_promise(key):
     assert values[-1] < values[0] - 1e-3 and vectors["u1"].dtype == jnp.float32
     kernel, _ = kernel_of(raw, vectors, 0)
     assert ConvExponential(kernel, (5, 5, 6), 12).bound().value == 1.0
-    norms = [norm for norm, _ in ConvExponential(kernel, (5, 5, 6), 12)._skew_norm_bounds(np.asarray(kernel, float))]
+    norms = [norm for norm, *_ in ConvExponential(kernel, (5, 5, 6), 12)._skew_norm_bounds(np.asarray(kernel, float))]
     assert 0.7 * 3 * 0.99 < min(norms[:2]) < 0.7 * 3 * 1.05
     # Without the normalisation the same raw kernel may have any norm.
     free = ConvExponential(conv.skew_kernel(raw) * 10, (5, 5, 6), 12)
