@@ -201,7 +201,15 @@ def training_config(**changes):
     options = {k.removeprefix("model."): v for k, v in changes.items() if k.startswith("model.")}
     with config.unlocked():
         config.model = ConfigDict(
-            {"name": "lipconvnet", **SMALL, **BLOCK, "input_mean": (0.5,), "input_std": (1.0,), "head": "lln", **options}
+            {
+                "name": "lipconvnet",
+                **SMALL,
+                **BLOCK,
+                "input_mean": (0.5,),
+                "input_std": (1.0,),
+                "head": "lln",
+                **options,
+            }
         )
         config.certify.attack_steps = 0  # tests/test_falsify.py attacks
     return config.lock()
