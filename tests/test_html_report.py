@@ -274,9 +274,14 @@ def test_text_stays_text(tmp_path):
 
 def test_several_runs_get_an_index(tmp_path):
     directories = [write_run(tmp_path / f"seed_{seed}", seed=seed) for seed in (3, 4)]
-    report = json.loads((directories[1] / "report.json").read_text())
-    report["certified_accuracy"]["0.75"] = 0.5
+    report, certificate = (json.loads((directories[1] / f"{n}.json").read_text()) for n in ("report", "certificate"))
+    rows = [row for row in certificate["images"] if row["label"] == row["prediction"]]
+    for row in sorted((row for row in rows if row["radius"] > 0.75), key=lambda row: row["radius"])[:4]:
+        row["radius"] = 0.75  # 10 of 20 images are left beyond it
+    for r in report["radii"]:
+        report["certified_accuracy"][f"{r:.6g}"] = sum(row["radius"] > r for row in rows) / len(certificate["images"])
     (directories[1] / "report.json").write_text(json.dumps(report))
+    (directories[1] / "certificate.json").write_text(json.dumps(certificate))
     assert __main__.main(["report", str(tmp_path)]) == 0
     page = Page((tmp_path / "report.html").read_text())
     assert page.references == ["seed_3/report.html", "seed_4/report.html"]
