@@ -195,8 +195,9 @@ def test_a_page_says_what_is_proved_and_stands_alone(tmp_path):
         "relu 3.25 4.5",
         "input relu 3.125 dense",
         "Image 0: class 0 , taken for class 1",
-        "Proved radius 0.25; adversarial at 0.625.",
-        "Proved radius 0.375; no adversarial image was found.",
+        "Proved radius 0.25; another class at 0.625.",
+        "Proved radius 0.375; no image of another class was found.",
+        "another class at 0.4375.",
         "change ×4.0",
         "1.2345",
         "0.8125",
@@ -251,6 +252,17 @@ def test_float32_is_told_beside_the_claim(directory, capsys):
     path.write_text(json.dumps(report | {"float32": {"bound": 1}}))
     assert __main__.main(["report", str(directory)]) == 2
     assert "part on float32 is damaged" in capsys.readouterr().err
+
+
+def test_an_attack_without_steps_replaces_none(directory):
+    write_attack(directory)
+    notes = json.loads((directory / "attack.json").read_text())
+    for steps, shown in ((20, "65.00 %"), (0, "60.00 %")):
+        changed = notes | {"steps": steps, "num_images": 20, "attacked_accuracy": {"0.141176": 0.7, "0.75": 0.65}}
+        (directory / "attack.json").write_text(json.dumps(changed))
+        write_reports([directory])
+        text = (directory / "report.html").read_text()
+        assert (shown in Page(text).text) and ("65.00 %" in Page(text).text) == (steps > 0)
 
 
 def test_text_stays_text(tmp_path):

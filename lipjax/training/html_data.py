@@ -223,6 +223,8 @@ def _read_notes(path: pathlib.Path, certificate: dict, num_images: int, remedy: 
 def _with_attack(report: dict, notes: dict) -> dict:
     """The report with the accuracies of a later attack, where they say more: on more images, or lower ones."""
     own, other = report["attacked_accuracy"], notes["attacked_accuracy"]
+    if notes.get("steps") == 0:  # nothing was attacked
+        return report
     if not own.keys() <= other.keys() or notes["num_images"] < report["num_attacked_images"]:
         return report
     same = notes["num_images"] == report["num_attacked_images"]

@@ -197,16 +197,18 @@ def _examples(run: CertifiedRun) -> Markup:
 def _card(run: CertifiedRun, index, image, radius, point, distance) -> Markup:
     label, prediction = int(run.labels[index]), int(run.predictions[index])
     pictures = [("image", image, f"test image {index}: {run.class_name(label)}")]
-    text, bar = f"Proved radius {down(float(radius))}; no adversarial image was found.", None
+    text, bar = f"Proved radius {down(float(radius))}; no image of another class was found.", None
+    # What leads away from a wrong class may have the right one.
+    kind = "adversarial" if label == prediction else "another class"
     if np.isfinite(point).all() and distance > 0:
         change = point.astype(np.float64) - image
         gain = 0.5 / max(float(np.abs(change).max()), 1e-12)
         title = f"change ×{gain:.1f}" if gain < 10 else f"change ×{gain:.0f}"
         pictures += [
-            ("adversarial", point, f"the nearest adversarial image found for image {index}"),
+            (kind, point, f"the nearest image of another class than the reported one found for image {index}"),
             (title, 0.5 + gain * change, "the change, enlarged around grey"),
         ]
-        text = f"Proved radius {down(float(radius))}; adversarial at {distance:.4g}."
+        text = f"Proved radius {down(float(radius))}; {kind} at {distance:.4g}."
         share = 100 * min(1.0, float(radius) / float(distance))
         filled = tag("span", style=f"width: {share:.1f}%")
         bar = tag("div", filled, class_="bar", role="img", aria_label=f"{share:.0f} % of the distance is proved")
