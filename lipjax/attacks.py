@@ -256,6 +256,8 @@ class _Attack:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"Expected a method of {METHODS}, got {self.method!r}.")
+        if self.num_steps < 0:
+            raise ValueError(f"Expected num_steps of at least 0, got {self.num_steps}.")
 
     def __call__(self, network, x, y, epsilon, key, targets):
         attack = pgd_l2 if self.method == "pgd" else apgd_l2
@@ -342,6 +344,7 @@ def attack_within(
       for "targeted_margin", the rival of each.
     Returns: for each image the point (n, ...) within its radius at which the margin was largest, and that margin (n,),
       max_{i != label} logit_i - logit_label, in the network's precision: positive where the class is another.
+    Raises: ValueError as `attack_l2`, and for radii that are negative or NaN.
     """
     attack = _Attack(num_steps, method, restarts, objective, num_targets, box)
     if not (np.asarray(radii) >= 0).all():

@@ -1,5 +1,6 @@
 """Certified radii and accuracies, and the certificate as a document."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -7,7 +8,7 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -327,16 +328,25 @@ def image_rows(certificate: Certificate, labels=None) -> list[dict]:
     return rows
 
 
-def write_json(path: str | os.PathLike, document: dict) -> None:
-    """Writes JSON atomically: the old file or the whole new one is there. Floats keep all their digits; NaN raises."""
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Gives a temporary path to write; what lies there then replaces `path`, or nothing does if the block raises.
+
+    The old file or the whole new one is there, also after a power failure.
+    """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w") as file:
-            json.dump(document, file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, document: dict) -> None:
+    """Writes JSON atomically. Floats keep all their digits; NaN raises ValueError."""
+    with replacing(path) as temporary, open(temporary, "w") as file:
+        json.dump(document, file, indent=1, allow_nan=False)
+        file.write("\n")

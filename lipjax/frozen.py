@@ -19,7 +19,7 @@ import safetensors.numpy
 
 from lipjax import bounds, operators
 from lipjax._mlp import MLPCertifier
-from lipjax.certify import Certificate, certify_margins, write_json
+from lipjax.certify import Certificate, certify_margins, replacing, write_json
 from lipjax.errors import NotCertifiable, UserError
 from lipjax.network import Network, check_network
 
@@ -390,15 +390,8 @@ class FrozenNetwork:
 
 def write_arrays(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
     """Writes a safetensors file; it appears whole or not at all."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         safetensors.numpy.save_file(arrays, temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _rebuild(document: dict, arrays: dict[str, np.ndarray]) -> Network:

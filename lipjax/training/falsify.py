@@ -14,9 +14,9 @@ from rich.table import Table
 
 from lipjax import attacks, bounds, spectral
 from lipjax.attacks import AttackResult, LipschitzSearch
-from lipjax.certify import Certificate, write_json
+from lipjax.certify import Certificate, replacing, write_json
 from lipjax.errors import Refuted
-from lipjax.frozen import FrozenNetwork, float64_on_cpu
+from lipjax.frozen import FrozenNetwork
 from lipjax.operators import LinearHead, MLPHead
 from lipjax.training.report import radius_key, radius_label
 
@@ -91,23 +91,6 @@ def whole_bound(head, rows: list[bounds.LayerBound]) -> float | None:
     for matrix in factors:
         total = math.nextafter(total * spectral.matrix_norm_bound(np.asarray(matrix)).value, math.inf)
     return total
-
-
-@jax.jit
-def _logits(network, x):
-    return network(x)
-
-
-def logits64(network: FrozenNetwork, points: np.ndarray, batch_size: int) -> np.ndarray:
-    """Logits (n, k) in float64 for pixels of any value: what a finding is confirmed by, not a proof."""
-    parts = [np.empty((0, network.num_classes))]
-    with float64_on_cpu():
-        arrays = jax.tree.map(jnp.asarray, network.network)
-        for start in range(0, len(points), batch_size):
-            part = points[start : start + batch_size]
-            filling = [(0, batch_size - len(part) if start else 0)] + [(0, 0)] * (points.ndim - 1)
-            parts.append(np.asarray(_logits(arrays, jnp.asarray(np.pad(part, filling))))[: len(part)])
-    return np.concatenate(parts)
 
 
 def logits_and_errors(network: FrozenNetwork, points: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -279,15 +262,8 @@ def _check_lipschitz(search: LipschitzSearch, lipschitz, whole: float | None, wo
 
 def save_arrays(path: pathlib.Path, **arrays) -> None:
     """Writes an .npz file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
 
 
 def of_labels(findings: Findings, predictions: np.ndarray, labels: np.ndarray) -> AttackResult:
@@ -303,7 +279,7 @@ def write_findings(
     workdir, count = pathlib.Path(workdir), min(EXAMPLES, len(images))
     subject = _Subject(network, None, certificate, images[:count], pixel_max, settings)
     attack, rows = findings.attack, np.arange(count)
-    logits = logits64(network, attack.points[:count].astype(np.float64), settings.batch_size)
+    logits = network(attack.points[:count], settings.batch_size)
     found = np.isfinite(attack.distances[:count]) & (np.argmax(logits, axis=1) != subject.predictions)
     save_arrays(
         workdir / "attack.npz",

@@ -1,13 +1,13 @@
 """python -m lipjax report: one self-contained HTML page about a certified run."""
 
 import math
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from lipjax.certify import replacing
 from lipjax.errors import UserError
 from lipjax.training.html_data import CertifiedRun, finite, read_run
 from lipjax.training.html_figures import (
@@ -60,16 +60,8 @@ def write_reports(directories: Sequence[pathlib.Path]) -> list[pathlib.Path]:
 
 
 def _write(path: pathlib.Path, text: str) -> None:
-    """Writes a file atomically: the old one or the whole new one is there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _run_page(run: CertifiedRun) -> str:
