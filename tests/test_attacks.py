@@ -285,3 +285,61 @@ def test_of_many_classes_the_likeliest_pairs_are_searched():
     expected = {tuple(sorted(row)) for row in np.argsort(-logits, axis=1)[:, :2].tolist()}
     assert {tuple(pair) for pair in found.pairs.tolist()} == expected
     assert np.isnan(found.table(12)).sum() == 12 * 11 - 2 * len(expected)
+
+
+def hilly(x, xp):
+    a, b = x[..., 0], x[..., 1]
+    return xp.sin(4 * a) + 0.7 * xp.cos(5 * b) + 0.3 * a * b
+
+
+def trace_of_auto_pgd(image, start, epsilon, num_steps, fired):
+    """Algorithm 1 of arXiv:2003.01690 in the plane, from its description: the best point. Counts halvings by cause."""
+
+    def gradient(x):
+        slope = np.array([4 * np.cos(4 * x[0]) + 0.3 * x[1], -3.5 * np.sin(5 * x[1]) + 0.3 * x[0]])
+        return slope / np.linalg.norm(slope)
+
+    def project(x):
+        return image + (x - image) * min(1.0, epsilon / np.linalg.norm(x - image))
+
+    value = functools.partial(hilly, xp=np)
+    x, previous, best, length = start, start, start, 2 * epsilon
+    marks, last_mark, best_at_mark, halved, gains = attacks.checkpoints(num_steps), 0, value(start), False, 0
+    for k in range(1, num_steps + 1):
+        weight = 1.0 if k == 1 else 0.75
+        ahead = project(x + length * gradient(x))
+        previous, x = x, project(x + weight * (ahead - x) + (1 - weight) * (x - previous))
+        gains += value(x) > value(previous)
+        best = x if value(x) > value(best) else best
+        if k in marks:
+            few, stuck = gains < 0.75 * (k - last_mark), not halved and value(best) <= best_at_mark
+            halved = few or stuck
+            fired["few"] += few and not stuck
+            fired["stuck"] += stuck and not few
+            last_mark, best_at_mark, gains = k, value(best), 0
+            length, x = (length / 2, best) if halved else (length, x)
+    return best
+
+
+@pytest.mark.parametrize("epsilon", [0.3, 1.5])
+def test_auto_pgd_is_the_published_algorithm(epsilon):
+    @jax.tree_util.register_static
+    class Hilly:
+        def __call__(self, x):
+            value = hilly(x.reshape(len(x), 2), jnp)
+            return jnp.stack([jnp.zeros_like(value), value], axis=1)
+
+    images, key, num_steps = jnp.asarray(np.random.default_rng(3).normal(size=(40, 2, 1, 1))), jax.random.key(5), 40
+    labels = jnp.zeros(40, jnp.int32)
+    attack = jax.jit(lambda x: attacks.apgd_l2(Hilly(), x, labels, epsilon, key, num_steps=num_steps, box=None))
+    found = np.asarray(attack(images)).reshape(40, 2)
+    # The random starts, as both attacks draw them.
+    own = jax.random.fold_in(key, 0)
+    noise = attacks.unit(jax.random.normal(own, images.shape, images.dtype))
+    shares = jax.random.uniform(jax.random.fold_in(own, 1), (40,), images.dtype)
+    starts = np.asarray(images + noise * shares[:, None, None, None] * epsilon).reshape(40, 2)
+    fired = {"few": 0, "stuck": 0}
+    flat = np.asarray(images).reshape(40, 2)
+    expected = [trace_of_auto_pgd(a, b, epsilon, num_steps, fired) for a, b in zip(flat, starts, strict=True)]
+    np.testing.assert_allclose(found, np.array(expected), atol=1e-9)
+    assert fired["few"] > 0 and fired["stuck"] > 0  # control: each condition halved a step by itself
