@@ -21,6 +21,7 @@ from shapes import SHAPES
 
 from lipjax import bounds
 from lipjax.models import get_model
+from lipjax.nn import COLLECTION
 from lipjax.training import optimizer as optimizers
 from lipjax.training import sharding, step
 
@@ -44,7 +45,7 @@ def parts(config):
     whole = jax.jit(step.make_train_step(model, optimizer, config, mesh, 255))
 
     def build(params):
-        return model.apply({"params": params}, method="build")
+        return model.apply({"params": params, COLLECTION: state.lip}, method="build")
 
     network = jax.jit(build)(state.params)
     schedule = optimizers.loss_schedule(config.loss, config.loss.weight_start_epoch, config.num_epochs)
