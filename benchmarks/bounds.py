@@ -12,15 +12,14 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import runpy
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from lanczos import lanczos_norm
 from rich.console import Console
 from rich.table import Table
-from scipy.sparse.linalg import LinearOperator, eigsh
 from shapes import SHAPES
 
 import lipjax
@@ -91,18 +90,6 @@ def small_table(console: Console) -> None:
         norm, bound = dense_norm(op), op.bound()
         table.add_row(name, f"{norm:.12g}", f"{bound.value:.12g}", f"{bound.value / norm - 1:.1e}", bound.method)
     console.print(table)
-
-
-def lanczos_norm(op) -> float:
-    """The operator's norm by Lanczos to 1e-7: converged, but no bound."""
-    with float64_on_cpu():
-        op = jax.tree.map(jnp.asarray, op)
-        size = int(np.prod(op.in_shape))
-        gram = jax.jit(lambda x: op.adjoint(op(x.reshape(1, *op.in_shape))).reshape(-1))
-        options: dict[str, Any] = {"matvec": lambda x: np.asarray(gram(jnp.asarray(x))), "dtype": np.float64}
-        start = np.random.default_rng(0).normal(size=size)
-        search: dict[str, Any] = {"k": 1, "ncv": 40, "tol": 1e-7, "v0": start, "return_eigenvectors": False}
-        return float(eigsh(LinearOperator((size, size), **options), **search)[0]) ** 0.5
 
 
 def whole_network(console: Console, path: str) -> None:

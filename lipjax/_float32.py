@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -76,8 +77,15 @@ def locals_of(network: Network, rows: list[LayerBound]) -> list[Local]:
 
     Args: rows: of `bounds.operator_bounds`. Raises: NotCertifiable naming the layer of which no bound is known.
     """
-    found, terms = [], 0
-    ops = (network.normalize, *network.ops)
+    return _locals((network.normalize, *network.ops), rows)[0]
+
+
+def _locals(ops: Sequence, rows: list[LayerBound], terms: int = 0) -> tuple[list[Local], int]:
+    """The bounds of operators in turn, and of how many terms the sum is that a bias behind them may join.
+
+    terms: of the sum that a bias before them may join.
+    """
+    found = []
     for row, op in zip(rows, ops, strict=True):
         if type(op) not in _local.registry:  # a subclass may compute something else
             raise NotCertifiable(
@@ -94,9 +102,20 @@ def locals_of(network: Network, rows: list[LayerBound]) -> list[Local]:
             continue
         local = found[i]
         found[i] = dataclasses.replace(local, absolute=local.absolute * copies, relative=local.relative * copies)
-        if isinstance(ops[i], _FOLDS):
-            copies *= math.sqrt(2) * ROOM
-    return found
+        copies = _copies_before(ops[i], copies)
+    return found, terms
+
+
+def _copies_before(op, copies: float) -> float:
+    """The factor of what operators before this one add, from that of what it adds itself."""
+    if isinstance(op, operators.Residual):
+        inner = copies
+        for part in reversed(op.ops):
+            inner = _copies_before(part, inner)
+        return max(copies, inner)  # no product stands beside the sum
+    if isinstance(op, _SUMS):
+        return 1.0
+    return copies * math.sqrt(2) * ROOM if isinstance(op, _FOLDS) else copies
 
 
 def _fits(part) -> bool:
@@ -225,6 +244,37 @@ def _(op, row: LayerBound, terms: int) -> Local:
     # The rounding of the operator, then that of its directions.
     roundings = {operators.Householder: 32 + 3, operators.Householder2: 128 + 5, operators.ProjectionPool: 16 + 2}
     return _pointwise(op, relative=gamma32(roundings[type(op)]), gain=64.0)
+
+
+@_local.register
+def _(op: operators.Residual, row: LayerBound, terms: int) -> Local:
+    # Of what has been computed so far, for an input x: the exact value is at most offset + gain |x| long, its error at
+    # most absolute + relative |x|.
+    offset, gain, absolute, relative = 0.0, 1.0, 0.0, 0.0
+    highest, steepest = 0.0, 1.0
+    parts, terms = _locals(op.ops, row.parts, terms)
+    for part, bound, local in zip(op.ops, row.parts, parts, strict=True):
+        longest, reach = (offset + absolute) * ROOM, (gain + relative) * ROOM
+        highest = max(highest, local.offset + local.gain * longest)
+        steepest = max(steepest, local.gain * reach)
+        absolute = (bound.bound * absolute + local.absolute + local.slope * longest) * ROOM
+        relative = (bound.bound * relative + local.slope * reach) * ROOM
+        offset, gain = (bound.bound * offset + _at_zero(part, local)) * ROOM, bound.bound * gain * ROOM
+    # The sum: the input may join a sum before it, as a bias does.
+    longest, reach = (offset + absolute) * ROOM, (1 + gain + relative) * ROOM
+    absolute += gamma32(2) * longest + _TINY * math.sqrt(math.prod(op.in_shape))
+    relative += gamma32(terms + 8) + gamma32(4) + gamma32(2) * reach + _TINY
+    offset, gain = highest + longest, (steepest + reach) * ROOM
+    return Local(absolute * ROOM, relative * ROOM, offset=offset, gain=gain, terms=terms)
+
+
+def _at_zero(op, local: Local) -> float:
+    """Bound of the length of an operator's value at 0."""
+    if isinstance(op, operators.Bias | operators.Normalize):
+        return local.offset
+    if hasattr(op, "slope"):  # all elementwise activations are at most 1 there
+        return math.sqrt(math.prod(op.in_shape)) * ROOM
+    return 0.0  # linear, or homogeneous
 
 
 class HeadConstants:

@@ -5,6 +5,7 @@ for linear maps with elementwise activations between them.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lipjax import _liplt, _liplt_bound, spectral
+from lipjax import _liplt, _liplt_bound, _spread, spectral
 from lipjax._liplt import ResidualBlock
 from lipjax._liplt_bound import ChainBound, LayerConstant, LipLTReport
 from lipjax.errors import NotCertifiable
 from lipjax.network import Network
-from lipjax.operators import Dense, LinearHead
+from lipjax.operators import Dense, LinearHead, Residual
+from lipjax.operators.grid import on_grid as _on_grid
 
 Vectors = dict[str, Float[Array, "..."]]
 
@@ -29,26 +31,70 @@ def _needs_estimate(op) -> bool:
     return hasattr(op, "estimate") and not getattr(op, "nonexpansive", False)
 
 
+def _estimated(name: str, op) -> list[tuple[str, Any]]:
+    """The operators whose norms an operator's estimate is made of, and the names of their vectors."""
+    parts = [(f"{name}/{i}", part) for i, part in enumerate(op.ops)] if isinstance(op, Residual) else [(name, op)]
+    return [(label, part) for label, part in parts if _needs_estimate(part)]
+
+
 def init_vectors(network: Network, key: PRNGKeyArray) -> Vectors:
-    """Random unit start vectors of the power iterations, by operator name, for operators that need an `estimate`."""
+    """Random unit start vectors of the power iterations, by operator name, for operators that need an `estimate`.
+
+    Those of the operators of a `Residual` are named after it and their place: "block/0".
+    """
     vectors = {}
     for i, (name, op) in enumerate(zip(network.names, network.ops, strict=True)):
-        if _needs_estimate(op):
-            v = jax.random.normal(jax.random.fold_in(key, i), op.in_shape, network.input_std.dtype)
-            vectors[name] = v / jnp.linalg.norm(v)
+        drawn = jax.random.fold_in(key, i)
+        for j, (label, part) in enumerate(_estimated(name, op)):
+            v = jax.random.normal(jax.random.fold_in(drawn, j) if j else drawn, part.in_shape, network.input_std.dtype)
+            vectors[label] = v / jnp.linalg.norm(v)
     return vectors
 
 
 def norm_estimates(network: Network, vectors: Vectors, num_iters: int) -> tuple[dict[str, Float[Array, ""]], Vectors]:
     """Differentiable estimates of the operators' norms, by name, and the vectors to start from next time.
 
-    Operators that are made to have a norm of at most 1 are left out.
+    Operators that are made to have a norm of at most 1 are left out. That of a `Residual` is 1 + the product of its
+    operators' norms.
     """
-    sigmas, advanced = {}, {}
-    for name, op in zip(network.names, network.ops, strict=True):
-        if _needs_estimate(op):
-            sigmas[name], advanced[name] = op.estimate(vectors[name], num_iters)
-    return sigmas, advanced
+    parts = [_estimated(name, op) for name, op in zip(network.names, network.ops, strict=True)]
+    tasks = {label: (part, vectors[label]) for label, part in itertools.chain(*parts)}
+    results = {}
+    for labels in _alike(tasks):
+        of_labels = _spread.each(lambda task: task[0].estimate(task[1], num_iters), [tasks[label] for label in labels])
+        results |= dict(zip(labels, of_labels, strict=True))
+    sigmas = {}
+    for name, op, estimated in zip(network.names, network.ops, parts, strict=True):
+        found = [results[label][0] for label, _ in estimated]
+        if isinstance(op, Residual):
+            sigmas[name] = 1 + math.prod(found) * _slopes(op.ops) * jnp.ones((), network.input_std.dtype)
+        elif found:
+            sigmas[name] = found[0]
+    return sigmas, {label: results[label][1] for label in tasks}
+
+
+def _alike(tasks: dict[str, Any]) -> list[list[str]]:
+    """Names of pytrees, together if they have the same structure (types and metadata), shapes and dtypes."""
+    groups: dict[Any, list[str]] = {}
+    for name, task in tasks.items():
+        leaves, structure = jax.tree.flatten(task)
+        kind = structure, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+        groups.setdefault(kind, []).append(name)
+    return list(groups.values())
+
+
+def _slopes(ops: Sequence) -> float:
+    """The product of the Lipschitz constants of elementwise activations."""
+    return math.prod((max(map(abs, op.slope)) for op in ops if hasattr(op, "slope")), start=1.0)
+
+
+def on_grid(network: Network) -> Network:
+    """What norm estimates take in the place of a network so that they tend to the norms that are proved.
+
+    Zero-padded convolutions on maps that are not small become the circulants of their proofs, of which the one with the
+    least norm counts. The result is for estimates (`init_vectors`, `feature_lipschitz_estimate`) and cannot be applied.
+    """
+    return dataclasses.replace(network, ops=tuple(map(_on_grid, network.ops)))
 
 
 def feature_lipschitz_estimate(network: Network, vectors: Vectors, num_iters: int) -> tuple[Float[Array, ""], Vectors]:
@@ -57,8 +103,7 @@ def feature_lipschitz_estimate(network: Network, vectors: Vectors, num_iters: in
     Args, returns: as `margin_lipschitz_estimate`, with a scalar.
     """
     sigmas, vectors = norm_estimates(network, vectors, num_iters)
-    slopes = math.prod(max(map(abs, op.slope)) for op in network.ops if hasattr(op, "slope"))
-    return math.prod(sigmas.values()) * slopes / jnp.min(network.input_std), vectors
+    return math.prod(sigmas.values()) * _slopes(network.ops) / jnp.min(network.input_std), vectors
 
 
 def margin_lipschitz_estimate(
@@ -89,6 +134,16 @@ class LayerBound:
     method: str
     details: dict
     sigma: float | None = None
+
+    @property
+    def parts(self) -> "list[LayerBound]":
+        """Those of a `Residual`'s operators, in order; none for other operators."""
+        return [LayerBound(f"{self.name}/{i}", **part) for i, part in enumerate(self.details.get("parts", ()))]
+
+    @property
+    def norms(self) -> float | tuple[float, ...]:
+        """`bound`; of a `Residual` those of its operators, with which errors pass through them."""
+        return tuple(part.bound for part in self.parts) if "parts" in self.details else self.bound
 
 
 def operator_bounds(network: Network) -> list[LayerBound]:
@@ -301,6 +356,7 @@ __all__ = [
     "margin_lipschitz_bound",
     "margin_lipschitz_estimate",
     "norm_estimates",
+    "on_grid",
     "operator_bounds",
     "product_bound",
 ]

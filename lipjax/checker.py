@@ -1,5 +1,7 @@
 """Checks a frozen network and its certificate again, with NumPy and safetensors alone: python checker.py DIRECTORY.
 
+With --data FILE all images of a large data set are evaluated again, with --images N as many.
+
 DIRECTORY holds frozen/network.json, frozen/network.safetensors, certificate.json and images.safetensors, as
 docs/certificates.md describes them; report.json is checked where it is there. Exit code 0: everything is proved.
 1: something is not, with the place of every mismatch. 2: a file is missing, damaged or of another schema. Nothing is
@@ -25,6 +27,8 @@ import math  # noqa: E402
 import pathlib  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
+import zipfile  # noqa: E402
+import zlib  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 from fractions import Fraction  # noqa: E402
 from typing import Any  # noqa: E402
@@ -491,6 +495,7 @@ class Operator:
     paired: np.ndarray
     std: np.ndarray
     block: Any
+    ops: Any
     channels: Any
     negative_slope: Any
     num_terms: Any
@@ -534,6 +539,11 @@ class Operator:
     def local(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Bound (b,) on |computed - exact value at the stored x|, but for underflow. y: the computed value."""
         return np.zeros(len(x))
+
+    def evaluate(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The computed value, and its `local`."""
+        y = self.apply(x)
+        return y, self.local(x, y)
 
 
 def fits(array: np.ndarray) -> bool:
@@ -1083,6 +1093,43 @@ class Softplus(Elementwise):
         return GUARD * lengths(softplus_error(y))
 
 
+class Residual(Operator):
+    """x + g(x), g the operators `ops` in turn, each with a claim of its own (§6, §7)."""
+
+    settings = ("ops",)
+
+    def prepare(self):
+        need(bool(self.ops), "expected at least one operator")
+        self.in_shape = shape = tuple(self.ops[0].in_shape)
+        for i, op in enumerate(self.ops):
+            need(tuple(op.in_shape) == shape, f"operator {i} takes {op.in_shape}, but gets {shape}")
+            shape = tuple(op.out_shape)
+        need(shape == self.in_shape, f"{shape} cannot be added to {self.in_shape}")
+
+    def proves(self, claim, method, details):
+        rows: Any = details.get("parts")
+        need(isinstance(rows, list) and len(rows) == len(self.ops), "details state no bounds of its operators")
+        product = Fraction(1)
+        for i, (op, row) in enumerate(zip(self.ops, rows, strict=True)):
+            place, stated = f"operator {i} ({type(op).__name__})", isinstance(row, dict)
+            need(stated and isinstance(row.get("details"), dict), f"{place}: its details are missing")
+            need(row.get("type") == type(op).__name__, f"{place}: stated of a {row.get('type')!r}")
+            op.claim = Fraction(finite(row.get("bound"), f"{place}: bound"))
+            proved = op.proves(op.claim, str(row.get("method")), row["details"])
+            need(proved, f"{place}: the bound {row.get('bound')!r} cannot be proved ({row.get('method')})")
+            product *= op.claim
+        return claim >= 1 + product
+
+    def evaluate(self, x):
+        y, error = x, np.zeros(len(x))
+        for op in self.ops:
+            z, local = op.evaluate(y)
+            local = local + FLOOR * (1 + lengths(y))
+            y, error = z, (max(float_up(op.claim), FLOOR) * error + local) * (1 + rounding(8))
+        total = x + y
+        return total, (error + 2.0**-53 * GUARD * lengths(total)) * (1 + rounding(4))
+
+
 OPERATORS = {
     cls.__name__: cls
     for cls in (
@@ -1101,6 +1148,7 @@ OPERATORS = {
         PadChannels,
         ProjectionPool,
         ReLU,
+        Residual,
         Sigmoid,
         Softplus,
         SpaceToDepth,
@@ -1588,6 +1636,32 @@ def read_arrays(path: pathlib.Path) -> tuple[dict[str, np.ndarray], str]:
         raise Unreadable(f"{path} is damaged ({error})") from error
 
 
+def read_split(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (n, ...), uint8, and labels (n,) of the data set that a certificate is about."""
+    pairs = ("test_images", "test_labels"), ("images", "labels"), ("pixels", "labels")
+    if path.suffix == ".npz":
+        read_bytes(path)
+        try:
+            with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+                names = file.files
+                found = next(([file[name] for name in pair] for pair in pairs if set(pair) <= set(names)), None)
+        except (ValueError, TypeError, OSError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+            raise Unreadable(f"{path} is damaged ({error})") from error
+    else:
+        arrays, _ = read_arrays(path)
+        names = sorted(arrays)
+        found = next(([arrays[name] for name in pair] for pair in pairs if set(pair) <= set(names)), None)
+    if found is None:
+        raise Unreadable(f"{path}: expected the arrays {' or '.join(' and '.join(p) for p in pairs)}, got {names}")
+    pixels, labels = found
+    if pixels.dtype != np.uint8 or labels.dtype.kind not in "iu" or labels.shape != pixels.shape[:1]:
+        raise Unreadable(
+            f"{path}: expected uint8 images and integer labels, one for each, got {pixels.dtype} {pixels.shape} and "
+            f"{labels.dtype} {labels.shape}"
+        )
+    return pixels, labels
+
+
 def expect_schema(path: pathlib.Path, document: dict, form: str, schema: int) -> None:
     if document.get("format") != form or type(document.get("schema")) is not int or document["schema"] != schema:
         found = f"{document.get('format')!r}, {document.get('schema')!r}"
@@ -1595,9 +1669,13 @@ def expect_schema(path: pathlib.Path, document: dict, form: str, schema: int) ->
 
 
 class Check:
-    """The check of one directory: `problems` and, for the summary, `facts`."""
+    """The check of one directory: `problems` and, for the summary, `facts`.
 
-    def __init__(self, directory: pathlib.Path):
+    count: of how many images everything is computed again; default: all whose pixels are at hand. data: a file of
+    the whole data set.
+    """
+
+    def __init__(self, directory: pathlib.Path, count: float | None = None, data: str | os.PathLike | None = None):
         self.directory, self.problems, self.facts, self.undecided = directory, [], [], []
         frozen = directory / "frozen"
         self.layout, self.document = read_json(frozen / "network.json"), read_json(directory / "certificate.json")
@@ -1610,6 +1688,26 @@ class Check:
         self.sample, (self.images, self.images_sha256) = sample, read_arrays(directory / "images.safetensors")
         report = directory / "report.json"
         self.report = read_json(report) if report.exists() else None
+        self.split, self.source = None if data is None else read_split(pathlib.Path(data)), data
+        self.count = self._count(count)
+
+    def _count(self, asked: float | None) -> int:
+        """How many images are evaluated again. Raises: Unreadable if more are asked for than can be."""
+        rows, held = self.document.get("images"), len(self.images.get("indices", ()))
+        total = len(rows) if isinstance(rows, list) else 0
+        here = held if self.split is None else total
+        count = here if asked is None else int(min(asked, total))
+        if count > here:
+            raise Unreadable(
+                f"{self.directory / 'images.safetensors'} holds {here} of {total} images: for more, give --data a file "
+                "with the whole data set"
+            )
+        if count > held and self.layout.get("head") == "MLPHead":
+            raise Unreadable(
+                f"radii of an MLP head rest on minorants, which {self.directory / 'images.safetensors'} holds for "
+                f"{held} images: give --images {held} at most"
+            )
+        return count
 
     def problem(self, place: str, message: str) -> None:
         self.problems.append(f"{place}: {message}")
@@ -1702,17 +1800,28 @@ class Check:
         name = entry["name"]
         kind: Any = entry.get("type")
         try:
-            need(isinstance(kind, str) and kind in OPERATORS, f"operators of type {kind!r} cannot be checked")
-            cls = OPERATORS[kind]
-            settings = {key: value for key, value in entry.items() if key not in ("name", "type")}
-            need(
-                set(settings) == set(cls.settings),
-                f"expected the fields {sorted(cls.settings)}, got {sorted(settings)}",
-            )
-            return cls({**settings, **{field: self._array(f"ops/{name}/{field}", used) for field in cls.arrays}})
+            return self._make({key: value for key, value in entry.items() if key != "name"}, f"ops/{name}", used)
         except Unproved as error:
             self.problem(f"frozen/network.json, {name} ({kind})", str(error))
             return None
+
+    def _make(self, entry: dict, prefix: str, used: set):
+        """The operator of an entry without its name; its arrays are named after the prefix."""
+        kind: Any = entry.get("type")
+        need(isinstance(kind, str) and kind in OPERATORS, f"operators of type {kind!r} cannot be checked")
+        cls = OPERATORS[kind]
+        settings = {key: value for key, value in entry.items() if key != "type"}
+        need(
+            set(settings) == set(cls.settings),
+            f"expected the fields {sorted(cls.settings)}, got {sorted(settings)}",
+        )
+        if cls is Residual:
+            parts = settings["ops"]
+            need(isinstance(parts, list), "ops is no list of operators")
+            for part in parts:
+                need(isinstance(part, dict) and part.get("type") != kind, "an operator that cannot stand in a residual")
+            return cls({"ops": [self._make(part, f"{prefix}/{i}", used) for i, part in enumerate(parts)]})
+        return cls({**settings, **{field: self._array(f"{prefix}/{field}", used) for field in cls.arrays}})
 
     # Bounds
 
@@ -1876,21 +1985,28 @@ class Check:
                     f"certificate.json, images[{index}]",
                     f"label {self.rows[index].get('label')!r}, not {labels[place]}",
                 )
-        if self.table is None or not self.good[wanted].all():
+        if self.split is not None:
+            held = pixels, wanted
+            pixels, labels = self.split
+            pixels = pixels[..., None] if pixels.ndim == len(self.in_shape) else pixels
+            if not self._check_split(pixels, labels, *held):
+                return
+        chosen = sample_indices(self.frozen_sha256, str(self.data.get("sha256")), self.rows, self.count)
+        places = chosen if self.split is not None else np.searchsorted(wanted, chosen).tolist()
+        if self.table is None or not self.good[chosen].all():
             return
         size = max(1, min(256, CHUNK // max(math.prod(op.out_shape) for op in self.ops)))
-        batches = [range(start, min(start + size, len(wanted))) for start in range(0, len(wanted), size)]
+        batches = [slice(start, start + size) for start in range(0, len(chosen), size)]
 
         def run(batch):
-            chosen = list(batch)
-            return self._check_batch([wanted[i] for i in chosen], pixels[chosen] / np.float64(scale))
+            return self._check_batch(chosen[batch], pixels[places[batch]] / np.float64(scale))
 
         for found in in_threads(run, batches):
             for index, message in found:
                 self.problem(f"certificate.json, images[{index}]", message)
         part, rest = "all", ""
-        if len(wanted) < len(self.rows):
-            part = f"{len(wanted)} (drawn by hash) of"
+        if len(chosen) < len(self.rows):
+            part = f"{len(chosen)} (drawn by hash) of"
             rest = "; of the others only that radius, margin and constants fit"
         if self.undecided:
             self.facts.append(f"{len(self.undecided)} images whose class cannot be decided (ties), with radius 0")
@@ -1901,22 +2017,37 @@ class Check:
     def _check_fingerprint(self, pixels: np.ndarray, labels: np.ndarray, count: int) -> None:
         """data.sha256, where it is the hash of exactly these pixels and labels."""
         if self.sample.get("is_split") is not True:
-            self.facts.append("the images are not tied to the data set's hash")
+            if self.split is None:
+                self.facts.append("the images are not tied to the data set's hash")
             return
-        digest = hashlib.sha256(f"pixel_max {self.data['pixel_max']}\n".encode())
-        for array in (pixels, labels.astype("<i4")):
-            digest.update(f"{array.dtype.str} {array.shape}\n".encode())
-            digest.update(np.ascontiguousarray(array).data)
         whole = count == len(self.rows) == self.data.get("of")
-        if not whole or digest.hexdigest() != self.data.get("sha256"):
+        if not whole or fingerprint(pixels, labels, self.data["pixel_max"]) != self.data.get("sha256"):
             self.problem("certificate.json, data", "sha256 is not that of the pixels and labels")
+
+    def _check_split(self, pixels: np.ndarray, labels: np.ndarray, sample: np.ndarray, indices: list[int]) -> bool:
+        """Whether a file of the whole data set has data.sha256, the rows' labels and the sample's pixels."""
+        before, scale = len(self.problems), self.data["pixel_max"]
+        digest = fingerprint(pixels, labels, scale)
+        if digest != self.data.get("sha256") or len(labels) != self.data.get("of"):
+            message = f"{len(labels)} images with SHA-256 {digest}, but the certificate is about "
+            self.problem(str(self.source), f"{message}{self.data.get('of')!r} with {self.data.get('sha256')!r}")
+        elif pixels.shape[1:] != self.in_shape or len(labels) < len(self.rows) or pixels.max(initial=0) > scale:
+            self.problem(str(self.source), f"images {pixels.shape} do not fit the network or the rows")
+        elif not np.array_equal(pixels[indices], sample):
+            self.problem("images.safetensors, pixels", f"not those of {self.source}")
+        else:
+            for index in np.flatnonzero(labels[: len(self.rows)] != [row.get("label") for row in self.rows]).tolist():
+                place = f"certificate.json, images[{index}]"
+                self.problem(place, f"label {self.rows[index].get('label')!r}, not {labels[index]}")
+            self.facts.append("the images are those of the data set's hash")
+        return len(self.problems) == before
 
     def _check_batch(self, indices: list[int], x: np.ndarray) -> list[tuple[int, str]]:
         """Proves the rows of images (b, *in_shape) in [0, 1]: the class at the image and its radius (§7, §8, §11)."""
         error = np.full(len(x), FLOOR)
         for op in self.ops:
-            y = op.apply(x)
-            local = op.local(x, y) + FLOOR * (1 + lengths(x))
+            y, local = op.evaluate(x)
+            local = local + FLOOR * (1 + lengths(x))
             error = (max(float_up(op.claim), FLOOR) * error + local) * (1 + rounding(8))
             x = y
         logits, own = self.head.evaluate(x)
@@ -2045,23 +2176,35 @@ def radius_of(margin: float, constant: float) -> float:
     return LARGEST if constant == 0 else min(math.nextafter(margin / constant, 0.0), LARGEST)
 
 
-def sample_indices(frozen_sha256: str, data_sha256: str, rows: list) -> list[int]:
-    """The rows whose images are looked at: all of up to SAMPLE, else those with the least SHA-256 of seed and index."""
-    if len(rows) <= SAMPLE:
+def fingerprint(pixels: np.ndarray, labels: np.ndarray, scale: int) -> str:
+    """SHA-256 of the images and labels of a data set and of the pixel value that means 1."""
+    digest = hashlib.sha256(f"pixel_max {scale}\n".encode())
+    for array in (pixels, labels.astype("<i4")):
+        digest.update(f"{array.dtype.str} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def sample_indices(frozen_sha256: str, data_sha256: str, rows: list, count: int | None = None) -> list[int]:
+    """The rows whose images are looked at: `count` (SAMPLE) with the least SHA-256 of seed and index, if not all."""
+    count = SAMPLE if count is None else count
+    if len(rows) <= count:
         return list(range(len(rows)))
     text = "\n".join(("lipjax-sample", frozen_sha256, data_sha256, json.dumps(rows, sort_keys=True)))
     seed = hashlib.sha256(text.encode()).digest()
     order = sorted((hashlib.sha256(seed + i.to_bytes(8, "little")).digest(), i) for i in range(len(rows)))
-    return sorted(i for _, i in order[:SAMPLE])
+    return sorted(i for _, i in order[:count])
 
 
-def check(directory: str | os.PathLike) -> tuple[int, list[str]]:
-    """Checks one run's directory. Returns: the exit code and the lines to print."""
+def check(
+    directory: str | os.PathLike, images: float | None = None, data: str | os.PathLike | None = None
+) -> tuple[int, list[str]]:
+    """Checks one run's directory; images, data: as `Check`. Returns: the exit code and the lines to print."""
     start = time.monotonic()
     if np.float64(5e-324) * np.float64(1.0) == 0:
         return 2, ["this process flushes subnormal numbers to zero, against what the proofs assume (§0)"]
     try:
-        found = Check(pathlib.Path(directory))
+        found = Check(pathlib.Path(directory), images, data)
         found.run()
     except Unreadable as error:
         return 2, [str(error)]
@@ -2082,11 +2225,11 @@ def directories(root: str | os.PathLike) -> list[pathlib.Path]:
     return [root, *seeds] if (root / "certificate.json").exists() or not seeds else seeds
 
 
-def run(root: str | os.PathLike) -> int:
+def run(root: str | os.PathLike, images: float | None = None, data: str | os.PathLike | None = None) -> int:
     """Checks the run, or the runs, of a directory and prints what was found. Returns: the exit code."""
     codes = []
     for directory in directories(root):
-        code, lines = check(directory)
+        code, lines = check(directory, images, data)
         verdict = {0: "proved", 1: "NOT PROVED", 2: "Error"}[code]
         stream = sys.stdout if code == 0 else sys.stderr
         for line in lines if code == 2 else [f"{directory}: {verdict}", *(f"  {line}" for line in lines)]:
@@ -2097,10 +2240,27 @@ def run(root: str | os.PathLike) -> int:
     return 1 if 1 in codes else max(codes)
 
 
+def number_of_images(text: str) -> float:
+    """The argument of --images: a positive integer, or all."""
+    if text == "all":
+        return math.inf
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"expected a positive number or all, got {text!r}")
+    return float(text)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Proves a certificate of lipjax again, with NumPy alone.")
     parser.add_argument("directory", help="a run: frozen/, certificate.json and images.safetensors")
-    return run(parser.parse_args(argv).directory)
+    parser.add_argument(
+        "--images",
+        type=number_of_images,
+        metavar="N|all",
+        help="how many are evaluated again, drawn by hash (default: all whose pixels are at hand)",
+    )
+    parser.add_argument("--data", metavar="FILE", help="npz or safetensors: test_images and test_labels, all of them")
+    arguments = parser.parse_args(argv)
+    return run(arguments.directory, arguments.images, arguments.data)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 from lipjax import conv, operators
 from lipjax._float32 import LARGEST, LEAST, ROOM, UNIT_ROUNDOFF, HeadConstants, gamma32, locals_of
 from lipjax.certify import Certificate, radius_of
-from lipjax.frozen import _FLOOR, FrozenNetwork, _check_arithmetic, _finish, _propagate, float64_on_cpu
+from lipjax.frozen import _FLOOR, FrozenNetwork, _check_arithmetic, _finish, _propagate, advance, float64_on_cpu
 from lipjax.network import Network
 from lipjax.operators.softplus import softplus_of
 
@@ -42,14 +42,14 @@ def _propagate_conv(op, norm, error, x):
     return *_propagate(op, norm, error, x), operators.norm_per_image(sums)
 
 
-def _observe(op, norm, error, x):
+def _observe(op, norms, error, x):
     """The operator's output in float64, the bound of its error, and |x| and | |A||x| | for `Local`."""
     images, weighted = np.asarray(x).reshape(len(x), -1), np.zeros(len(x))
     length = np.linalg.norm(images, axis=1)
     if isinstance(op, operators.Conv):
-        x, error, weighted = _propagate_conv(op, norm, error, x)
+        x, error, weighted = _propagate_conv(op, norms, error, x)
     else:
-        x, error = _propagate(op, norm, error, x)
+        x, error = advance(op, norms, error, x)
     if isinstance(op, operators.Dense):
         weighted = np.linalg.norm(np.abs(images) @ np.abs(op.matrix).T, axis=1)
     return x, error, length, np.asarray(weighted)
@@ -102,11 +102,11 @@ class _Analysis:
     def __init__(self, frozen: FrozenNetwork):
         """Raises: NotCertifiable naming the layer that has no proved norm or no bound of its float32 error."""
         network, rows = frozen.network, frozen.lipschitz_report()
-        self._frozen, self._norms = frozen, tuple(row.bound for row in rows)
+        self._frozen, self._rows = frozen, rows
         self._locals = locals_of(network, rows)
         self.head = HeadConstants(network.head)
         self.lipschitz, self.spread, self.reach = 1.0, gamma32(5), math.inf
-        for norm, local in zip(self._norms, self._locals, strict=True):
+        for norm, local in zip((row.bound for row in rows), self._locals, strict=True):
             self._limit(local.gain)
             self.spread = ((norm + local.slope) * self.spread + local.slope * self.lipschitz) * ROOM
             self.lipschitz *= norm * ROOM
@@ -135,11 +135,11 @@ class _Analysis:
         x, error64 = jnp.asarray(images), jnp.full(len(images), _FLOOR)
         flat = images.reshape(len(images), -1)
         error = (gamma32(5) * np.linalg.norm(flat, axis=1) + 4 * LEAST * math.sqrt(flat.shape[1])) * ROOM
-        for op, norm, local in zip((network.normalize, *network.ops), self._norms, self._locals, strict=True):
+        for op, row, local in zip((network.normalize, *network.ops), self._rows, self._locals, strict=True):
             distance = error + np.asarray(error64)
-            x, error64, length, weighted = _observe(op, norm, error64, x)
+            x, error64, length, weighted = _observe(op, row.norms, error64, x)
             largest = local.offset + local.gain * (length + distance)
-            error = norm * error + local.absolute + local.relative * length + local.slope * distance
+            error = row.bound * error + local.absolute + local.relative * length + local.slope * distance
             error = (error + local.weighted * weighted) * ROOM
             error = np.where(largest <= LARGEST, error, np.inf)
         logits, head64 = map(np.asarray, _finish(network.head, x))

@@ -92,6 +92,28 @@ def _propagate(op, norm, error, x):
 
 
 @jax.jit
+def _add(x, error, y, error_of_y):
+    """x + y, and a bound on its distance to the exact sum."""
+    total = x + y
+    size = operators.norm_per_image(total)
+    local = operators.gamma(2) * size + _FLOOR * (1 + size)
+    return total, (error + error_of_y + local) * (1 + operators.gamma(8))
+
+
+def advance(op, norms, error, x):
+    """`_propagate`, for any operator: those of a `Residual` one after another, each compiled on its own.
+
+    norms: of `LayerBound.norms`.
+    """
+    if not isinstance(op, operators.Residual):
+        return _propagate(op, norms, error, x)
+    y, error_of_y = x, error
+    for part, norm in zip(op.ops, norms, strict=True):
+        y, error_of_y = _propagate(part, norm, error_of_y, y)
+    return _add(x, error, y, error_of_y)
+
+
+@jax.jit
 def _finish(head, x):
     """Logits, and a bound on the head's own error of each."""
     floor = _FLOOR * (1 + operators.norm_per_image(x))
@@ -104,7 +126,7 @@ def _evaluate(network: Network, norms: tuple, x):
         raise ValueError("Certification runs in float64: an array of another type reached it.")
     error = jnp.full(x.shape[0], _FLOOR)
     for op, norm in zip((network.normalize, *network.ops), norms, strict=True):
-        x, error = _propagate(op, norm, error, x)
+        x, error = advance(op, norm, error, x)
     logits, head_error = _finish(network.head, x)
     return logits, x, error, head_error
 
@@ -254,8 +276,9 @@ class FrozenNetwork:
 
         Raises: UserError for other images.
         """
-        unasked = (0.0,) * (len(self.network.ops) + 1)  # norms serve the error bounds only
-        return self._run(self._check_images(images), unasked, batch_size)[0]
+        # Norms serve the error bounds only.
+        unasked = [(0.0,) * len(op.ops) if isinstance(op, operators.Residual) else 0.0 for op in self.network.ops]
+        return self._run(self._check_images(images), (0.0, *unasked), batch_size)[0]
 
     def margins(self, images, batch_size: int = 256) -> tuple[np.ndarray, np.ndarray]:
         """Predictions (n,) and lower bounds (n, k) of logit[prediction] - logit[i] in exact real arithmetic.
@@ -268,7 +291,7 @@ class FrozenNetwork:
 
     def _run_with_errors(self, images, batch_size: int) -> list[np.ndarray]:
         _check_arithmetic()
-        return self._run(self._check_images(images), tuple(row.bound for row in self._bounds), batch_size)
+        return self._run(self._check_images(images), tuple(row.norms for row in self._bounds), batch_size)
 
     def _lower_margins(self, predicted, logits, error, head_error) -> np.ndarray:
         """Lower bounds (n, k) of the margins, for features that are off by at most error (n,).
@@ -301,22 +324,18 @@ class FrozenNetwork:
         return self._mlp.certify(predicted, margins, features, error, head_margins, lipschitz)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All arrays by name: ops/<name>/<field>, head/<field>, input_mean, input_std."""
+        """All arrays by name: ops/<name>/<field>, head/<field>, input_mean, input_std.
+
+        Those of a `Residual`'s operators: ops/<name>/<place>/<field>.
+        """
+        parts = [(f"ops/{name}", op) for name, op in zip(self.network.names, self.network.ops, strict=True)]
         found = {}
-        for name, op in [*zip(self.network.names, self.network.ops, strict=True), (None, self.network.head)]:
-            prefix = "head" if name is None else f"ops/{name}"
-            for field in dataclasses.fields(op):
-                value = getattr(op, field.name)
-                if isinstance(value, np.ndarray):
-                    found[f"{prefix}/{field.name}"] = np.ascontiguousarray(value)
+        for prefix, op in [*parts, ("head", self.network.head)]:
+            found |= _arrays_of(prefix, op)
         return {**found, "input_mean": self.network.input_mean, "input_std": self.network.input_std}
 
     def _layout(self) -> dict:
-        ops = []
-        for name, op in zip(self.network.names, self.network.ops, strict=True):
-            static = {f.name: getattr(op, f.name) for f in dataclasses.fields(op)}
-            static = {k: v for k, v in static.items() if not isinstance(v, np.ndarray)}
-            ops.append({"name": name, "type": type(op).__name__, **static})
+        ops = [{"name": n, **_entry(op)} for n, op in zip(self.network.names, self.network.ops, strict=True)]
         return {"ops": ops, "head": type(self.network.head).__name__}
 
     def sha256(self) -> str:
@@ -394,17 +413,42 @@ def write_arrays(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None
         safetensors.numpy.save_file(arrays, temporary)
 
 
-def _rebuild(document: dict, arrays: dict[str, np.ndarray]) -> Network:
+def _arrays_of(prefix: str, part) -> dict[str, np.ndarray]:
+    found = {}
+    if isinstance(part, operators.Residual):
+        for i, op in enumerate(part.ops):
+            found |= _arrays_of(f"{prefix}/{i}", op)
+        return found
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if isinstance(value, np.ndarray):
+            found[f"{prefix}/{field.name}"] = np.ascontiguousarray(value)
+    return found
+
+
+def _entry(op) -> dict[str, Any]:
+    """The type of an operator and what it is made of beside arrays."""
+    if isinstance(op, operators.Residual):
+        return {"type": "Residual", "ops": [_entry(part) for part in op.ops]}
+    static = {f.name: getattr(op, f.name) for f in dataclasses.fields(op)}
+    return {"type": type(op).__name__, **{k: v for k, v in static.items() if not isinstance(v, np.ndarray)}}
+
+
+def _operator(entry: dict, prefix: str, arrays: dict[str, np.ndarray]):
     def tuples(value):
         return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-    ops = []
-    for entry in document["ops"]:
-        cls, prefix = operators.OPERATORS[entry["type"]], f"ops/{entry['name']}"
-        fields = {f.name: entry.get(f.name, arrays.get(f"{prefix}/{f.name}")) for f in dataclasses.fields(cls)}
-        # Some constructors take other arguments than the fields.
-        make: Any = getattr(cls, "rebuild", cls)
-        ops.append(make(**{name: tuples(value) for name, value in fields.items()}))
+    cls = operators.OPERATORS[entry["type"]]
+    if cls is operators.Residual:
+        return cls(tuple(_operator(part, f"{prefix}/{i}", arrays) for i, part in enumerate(entry["ops"])))
+    fields = {f.name: entry.get(f.name, arrays.get(f"{prefix}/{f.name}")) for f in dataclasses.fields(cls)}
+    # Some constructors take other arguments than the fields.
+    make: Any = getattr(cls, "rebuild", cls)
+    return make(**{name: tuples(value) for name, value in fields.items()})
+
+
+def _rebuild(document: dict, arrays: dict[str, np.ndarray]) -> Network:
+    ops = [_operator(entry, f"ops/{entry['name']}", arrays) for entry in document["ops"]]
     cls = operators.HEADS[document["head"]]
     head = cls(**{f.name: arrays[f"head/{f.name}"] for f in dataclasses.fields(cls)})
     names = tuple(entry["name"] for entry in document["ops"])

@@ -32,6 +32,9 @@ ROOM = Fraction(1, 2**32)
 SUPREMUM = "supremum of the truncated exponential on the imaginary axis"
 
 
+Embedding = tuple[tuple[int, int], tuple[int, int]]
+
+
 @dataclasses.dataclass(frozen=True)
 class NormBound:
     """A proved upper bound of a spectral norm.
@@ -145,12 +148,11 @@ def conv_norm_bound(
         return NormBound(0.0, "zero", {})
     scaled, exponent = _verified.scale_to_unit(kernel)
     taps = _symbol.polyphase(scaled, axes)
-    dense = math.prod(in_shape) <= _DENSE_SIDE and math.prod(kernel.shape[:3]) <= _DENSE_WINDOW
     with threadpool_limits(limits=1, user_api="blas"):
         if taps.shape[:2] == (1, 1):
             squared, details = _single(*_matrix_gram(taps[0, 0]))
             method = "Cholesky of the Gram matrix of the only block tap"
-        elif dense and padding != "CIRCULAR":
+        elif _is_dense(kernel.shape, in_shape) and padding != "CIRCULAR":
             squared, details = _single(*_symbol.dense_gram(scaled, axes))
             method = "Cholesky of the dense operator's Gram matrix"
         else:
@@ -174,16 +176,48 @@ def _axes(kernel: np.ndarray, in_shape: Sequence[int], strides: Any, padding: An
     return first, second
 
 
+def _is_dense(kernel_shape: Sequence[int], in_shape: Sequence[int]) -> bool:
+    return math.prod(in_shape) <= _DENSE_SIDE and math.prod(kernel_shape[:3]) <= _DENSE_WINDOW
+
+
+def _variants(axes: Sequence[_symbol.Axis], taps_shape: Sequence[int]) -> list[Embedding]:
+    """The embeddings to try. taps_shape: of `_symbol.polyphase`."""
+    least = axes[0].least_grid(), axes[1].least_grid()
+    moves = [q > 1 for q in taps_shape[:2]]
+    sides = [n if moving else 1 for n, moving in zip(least, moves, strict=True)]
+    # Frequencies, one of each pair +-omega.
+    count = (math.prod(sides) + math.prod(2 - n % 2 for n in sides)) // 2
+    cost = count * taps_shape[3] ** 3
+    if axes[0].circular or cost > _DEAR:
+        return [(least, (0, 0))]
+    grids = [least, (least[0] + 1, least[1] + 1)] if cost <= _CHEAP else [least]
+    free = [(0, 1) if moving else (0,) for moving in moves]
+    return [(grid, (t1, t2)) for grid in grids for t1 in free[0] for t2 in free[1]]
+
+
+def embeddings(
+    kernel_shape: Sequence[int], in_shape: Sequence[int], strides: Any, padding: Any
+) -> tuple[np.ndarray, list[Embedding]]:
+    """Which circulants `conv_norm_bound` bounds in the place of a zero-padded convolution: the least norm counts.
+
+    Args: as of `conv_norm_bound`, but for the kernel's shape. It is taken to have no zeros.
+    Returns: the taps that meet pixels, (kh, kw) bool; pairs (grid, twist) of numbers of blocks of `strides` pixels and
+      of flags per side whether a period changes the sign. None where the operator itself is bounded: small maps, a
+      single block tap, circular padding.
+    """
+    ones = np.ones(tuple(kernel_shape), bool)
+    axes = _axes(ones, in_shape, strides, padding)
+    kept = _symbol.without_idle_taps(ones, axes)
+    used = np.any(kept, axis=(2, 3))
+    if padding == "CIRCULAR" or _is_dense(kernel_shape, in_shape) or not used.any():
+        return used, []
+    taps = _symbol.polyphase(kept, axes)
+    return used, [] if taps.shape[:2] == (1, 1) else _variants(axes, taps.shape)
+
+
 def _embedding_bound(polynomial: _symbol.GramPolynomial, axes: Sequence[_symbol.Axis]) -> tuple[Fraction, dict]:
     """Least bound of the squared norm over several embeddings: every grid from the least up, twisted or not, holds."""
-    least = axes[0].least_grid(), axes[1].least_grid()
-    circular = axes[0].circular
-    cost = polynomial.family(least, (0, 0)).count * polynomial.side**3
-    variants = [(least, (0, 0))]
-    if not circular and cost <= _DEAR:
-        grids = [least, (least[0] + 1, least[1] + 1)] if cost <= _CHEAP else [least]
-        free = [(0, 1) if q > 1 else (0,) for q in polynomial.taps.shape[:2]]
-        variants = [(grid, (t1, t2)) for grid in grids for t1 in free[0] for t2 in free[1]]
+    variants = _variants(axes, polynomial.taps.shape)
     families = {variant: polynomial.family(*variant) for variant in variants}
     ranks = {variant: _verified.rank_members(family) for variant, family in families.items()}
     variants.sort(key=lambda variant: ranks[variant][1])

@@ -87,7 +87,24 @@ def elementwise_network():
     return make_network(ops, linear_head(rng, 3, 5))
 
 
-NETWORKS = {f.__name__: f for f in (sorted_network, many_operators, mlp_network, elementwise_network)}
+def residual_network():
+    rng = np.random.default_rng(6)
+    shape = (4, 3, 4)
+    branch = (
+        operators.Conv(draw(rng, 3, 3, 4, 4), shape),
+        operators.Bias(0.1 * rng.normal(size=4), shape),
+        operators.MaxMin(shape),
+    )
+    inner = operators.Dense(draw(rng, 5, 48)), operators.Softplus((5,)), operators.Dense(draw(rng, 48, 5))
+    ops = [
+        ("block", operators.Residual(branch)),
+        ("flat", operators.Flatten(shape)),
+        ("vectors", operators.Residual(inner)),
+    ]
+    return make_network(ops, linear_head(rng, 3, 48), 0.2, 0.5)
+
+
+NETWORKS = {f.__name__: f for f in (sorted_network, many_operators, mlp_network, elementwise_network, residual_network)}
 COUNT = 12
 
 
@@ -582,6 +599,90 @@ MANY = {
 }
 
 
+def lower_bound_of_block(f):
+    f.layer("block")["bound"] *= 1 - 1e-7
+    f.write()
+
+
+def lower_bound_inside(f):
+    row = f.layer("block")
+    row["details"]["parts"][0]["bound"] *= 1 - 1e-6
+    f.write()
+
+
+def part_left_out(f):
+    del f.layer("block")["details"]["parts"][2]
+    f.write()
+
+
+def other_part(f):
+    f.layer("vectors")["details"]["parts"][1]["type"] = "Tanh"
+    f.write()
+
+
+def part_that_is_no_number(f):
+    f.layer("vectors")["details"]["parts"][1]["bound"] = None
+    f.write()
+
+
+def larger_weights_inside(f):
+    f.arrays["ops/vectors/2/matrix"] *= 1 + 1e-6
+    f.write()
+
+
+def other_weights_inside(f):
+    f.arrays["ops/vectors/2/matrix"] *= -1
+    f.write()
+
+
+def bias_inside_of_another_shape(f):
+    f.arrays["ops/block/1/bias"] = f.arrays["ops/block/1/bias"][:2]
+    f.write()
+
+
+def array_missing_inside(f):
+    del f.arrays["ops/block/0/kernel"]
+    f.write()
+
+
+def operator_left_out_inside(f):
+    del f.op("vectors")["ops"][2]
+    del f.arrays["ops/vectors/2/matrix"]
+    f.write()
+
+
+def block_in_a_block(f):
+    f.op("vectors")["ops"][1] = {"type": "Residual", "ops": []}
+    f.write()
+
+
+def name_inside(f):
+    f.op("block")["ops"][2]["name"] = "act"
+    f.write()
+
+
+def ops_that_are_no_list(f):
+    f.op("block")["ops"] = 3
+    f.write()
+
+
+RESIDUAL = {
+    lower_bound_of_block: "layers, block (Residual): the bound",
+    lower_bound_inside: "layers, block (Residual): operator 0 (Conv): the bound",
+    part_left_out: "layers, block (Residual): details state no bounds",
+    other_part: "layers, vectors (Residual): operator 1 (Softplus): stated of a 'Tanh'",
+    part_that_is_no_number: "layers, vectors (Residual): operator 1 (Softplus): bound",
+    larger_weights_inside: "layers, vectors (Residual): operator 2 (Dense): the bound",
+    other_weights_inside: "certificate.json, images",
+    bias_inside_of_another_shape: "network.json, block (Residual): a bias of shape (2,)",
+    array_missing_inside: "network.json, block (Residual): the array ops/block/0/kernel is missing",
+    operator_left_out_inside: "network.json, vectors (Residual): (5,) cannot be added to (48,)",
+    block_in_a_block: "network.json, vectors (Residual): an operator that cannot stand",
+    name_inside: "network.json, block (Residual): expected the fields ['in_shape']",
+    ops_that_are_no_list: "network.json, block (Residual): ops is no list",
+}
+
+
 def raise_mlp_radii(f):
     for row in f.rows:
         row["radius"] *= 1 + 1e-8
@@ -675,6 +776,7 @@ TAMPERINGS = [
         ("many_operators", MANY),
         ("mlp_network", MLP),
         ("elementwise_network", ELEMENTWISE),
+        ("residual_network", RESIDUAL),
     )
     for forge, place in table.items()
 ]
@@ -805,6 +907,66 @@ def test_large_sets_are_sampled_by_hash(runs, tmp_path, monkeypatch):
     f.certificate["sample"]["is_split"] = True  # a part of a split is not the split
     f.write()
     assert any("certificate.json, data" in line for line in checker.check(tmp_path)[1])
+
+
+def test_as_many_images_as_asked_for_are_evaluated_again(runs, tmp_path, monkeypatch, capsys):
+    """Of a sample; of the whole data set, which must be the certificate's; a false row outside the sample is found."""
+    everything = safetensors.numpy.load_file(runs("sorted_network") / "images.safetensors")  # the same images
+    monkeypatch.setattr(checker, "SAMPLE", 5)
+    monkeypatch.setattr(document, "SAMPLE", 5)
+    for name in ("sorted_network", "mlp_network"):
+        write_run(tmp_path / name, NETWORKS[name]())
+    run = tmp_path / "sorted_network"
+    whole, other = str(tmp_path / "all.npz"), tmp_path / "other.safetensors"
+    np.savez(whole, test_images=everything["pixels"], test_labels=everything["labels"])
+
+    def check(*options, directory=run):
+        code = command_line.main(["check", str(directory), *options])
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    assert "3 (drawn by hash) of 12 images" in check("--images", "3")[1]
+    f = Forger(run)
+    subsets = [checker.sample_indices(f.certificate["frozen_sha256"], "x", f.rows, count) for count in (3, 5, 12)]
+    assert set(subsets[0]) < set(subsets[1]) and subsets[2] == list(range(12))
+    code, text = check("--images", "all")
+    assert code == 2 and "holds 5 of 12 images: for more, give --data" in text
+    code, text = check("--data", whole)
+    assert code == 0 and "all 12 images evaluated again" in text and "those of the data set's hash" in text
+    assert "7 (drawn by hash) of 12 images" in check("--data", whole, "--images", "7")[1]
+    code, text = check("--data", whole, directory=tmp_path / "mlp_network")
+    assert code == 2 and "--images 5 at most" in text
+
+    changed = everything["pixels"].copy()
+    changed[11, 0, 0, 0] ^= 1
+    safetensors.numpy.save_file({"pixels": changed, "labels": everything["labels"]}, other)
+    code, text = check("--data", str(other), "--images", "2")
+    assert code == 1 and "but the certificate is about 12 with" in text
+    wrong = {"expected the arrays": {"x": changed}, "one for each": {"images": changed, "labels": changed}}
+    for message, arrays in wrong.items():
+        np.savez(tmp_path / "wrong.npz", **arrays)
+        code, text = check("--data", str(tmp_path / "wrong.npz"))
+        assert code == 2 and message in text
+    (tmp_path / "wrong.npz").write_bytes(b"PK")
+    assert check("--data", str(tmp_path / "wrong.npz"))[0] == 2
+    assert check("--data", str(tmp_path / "none.npz"))[0] == 2
+    for text in ("0", "-1", "some"):
+        with pytest.raises(SystemExit):
+            check(f"--images={text}")
+
+    # Draws the sample anew until the raised margin lies outside: only the evaluation of all images finds it.
+    for row in range(12):
+        f = Forger(run)
+        f.set_margin(f.rows[row], 10 * f.rows[row]["margin"] + 1)
+        drawn = checker.sample_indices(f.certificate["frozen_sha256"], f.certificate["data"]["sha256"], f.rows)
+        if row not in drawn:
+            break
+    f.images["indices"] = np.array(drawn)
+    f.images |= {name: everything[name][drawn] for name in ("pixels", "labels")}
+    f.write()
+    assert check()[0] == 0
+    code, text = check("--data", whole)
+    assert code == 1 and f"images[{row}]: margin" in text
 
 
 def test_bounds_by_cholesky_are_neither_below_nor_far_above_the_norm():

@@ -175,6 +175,11 @@ def apply(op, x, dtype):
             return np.concatenate([x, zeros], -1)
         case operators.CropChannels():
             return x[..., : op.channels]
+        case operators.Residual():
+            y = x
+            for part in op.ops:
+                y = apply(part, y, dtype)
+            return x + y
         case operators.LinearHead():
             return product(x, of(op.matrix).T) + of(op.bias)
         case operators.MLPHead():
@@ -256,7 +261,36 @@ def elementwise(rng, scale):
     return (4, 4, 2), ops
 
 
-NETWORKS = {f.__name__: f for f in (convolutional, circulant, factored, elementwise)}
+def residual(rng, scale):
+    """Blocks that follow each other, that end in a sum, begin with a fold, and have a value at 0."""
+    shape, vectors = (4, 4, 4), (6,)
+    return (4, 4, 2), [
+        operators.Conv(draw(rng, 3, 3, 2, 4, scale=scale / 4), (4, 4, 2)),
+        operators.Residual(
+            (
+                operators.Conv(draw(rng, 3, 3, 4, 4, scale=scale / 6), shape),
+                operators.Bias(draw(rng, 4, scale=scale), shape),
+                operators.MaxMin(shape),
+            )
+        ),
+        operators.Residual((operators.MaxMin(shape), operators.Conv(draw(rng, 3, 3, 4, 4, scale=scale / 6), shape))),
+        operators.Bias(draw(rng, 4, scale=scale), shape),
+        operators.MaxMin(shape),
+        operators.Flatten(shape),
+        operators.Dense(draw(rng, 6, 64, scale=scale / 8)),
+        operators.Residual(
+            (
+                operators.Dense(draw(rng, 5, 6, scale=scale / 3)),
+                operators.Bias(draw(rng, 5, scale=scale), (5,)),
+                operators.Sigmoid((5,)),
+                operators.Dense(draw(rng, 6, 5, scale=scale / 3)),
+            )
+        ),
+        operators.MaxMin(vectors),
+    ]
+
+
+NETWORKS = {f.__name__: f for f in (convolutional, circulant, factored, elementwise, residual)}
 
 
 @functools.cache

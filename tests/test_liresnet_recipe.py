@@ -96,7 +96,13 @@ def test_a_whole_network_of_the_original(name):
     network = jax.jit(lambda v: model.apply(v, method="build"))(variables)
     features = jax.jit(lambda net, x: net.features(x))(network, x)
     assert relative(features, arrays["output/features_eval"]) < PARITY
-    assert relative(network.head(features), arrays["output/logits_eval"]) < PARITY
+    logits = network.head(features)
+    assert relative(logits, arrays["output/logits_eval"]) < PARITY
+    # By the rows that the head really applies: of length 1 where the last layer is normalised.
+    constants = arrays["output/sub_lipschitz_eval"] * network.head.pairwise_lipschitz()
+    assert relative(losses.bottom_logit(logits, constants, 36 / 255), arrays["output/trades_y_"][:, -1]) < PARITY
+    unit_rows = jnp.abs(jnp.linalg.norm(network.head.matrix, axis=1) - 1).max() < 1e-12
+    assert unit_rows == options.get("use_lln", True)
     depth, width = options["depth"], options["width"]
     starts = np.moveaxis(arrays["input/train_init_x/conv"].reshape(depth, width, 16, 16), 1, -1)
     vectors = {f"block_{i + 1:02d}/linear": jnp.asarray(starts[i]) for i in range(depth)}
@@ -131,15 +137,17 @@ def test_a_whole_network_of_the_original(name):
     assert relative(logits, arrays["output/logits_eval"]) > 1e-3  # control: batch means are not running means
 
 
-def test_the_proved_bound_of_an_imported_network_lies_closely_above_its_exact_norms():
-    arrays, state, options = state_dict()
+@pytest.mark.parametrize("name", NETS)
+def test_the_proved_bound_of_an_imported_network_lies_closely_above_its_exact_norms(name):
+    arrays, state, options = state_dict(name)
     model, variables = interop.from_torch("liresnet", state, **options)
     frozen = lipjax.freeze(model, variables)
     rows = {row.name: row.bound for row in frozen.lipschitz_report()}
     found = np.prod(list(rows.values()))
     exact = float(arrays["output/sub_lipschitz_exact"])
     assert exact <= found <= exact * 1.02
-    assert rows["neck_conv/linear"] < 1 and all(rows[f"dense_{i:02d}/linear"] < 1 for i in (1, 2, 3))
+    dense = [f"dense_{i:02d}/linear" for i in range(1, options["mlp_depth"] + 1)]
+    assert all(rows[name] < 1 for name in ("neck_conv/linear", *dense))
     kinds = {type(op).__name__ for op in frozen.network.ops}
     assert kinds == {"Conv", "Dense", "Bias", "MaxMin", "Flatten"}
     x = nhwc(arrays["input/x"])

@@ -1,6 +1,7 @@
 """LiResNet, as published at NeurIPS 2023 and with what the recipe of ICLR 2024 adds."""
 
 import functools
+from typing import Any
 
 from lipjax import conv
 from lipjax.nn import (
@@ -8,6 +9,7 @@ from lipjax.nn import (
     CholeskyDense,
     CholeskyStack,
     Conv,
+    ConventionalResidual,
     Dense,
     LinearHead,
     LinearResidual,
@@ -16,6 +18,7 @@ from lipjax.nn import (
 )
 
 NECKS = ("free", "cholesky")
+BLOCKS = ("linear", "conventional")
 
 
 class LiResNet(LipschitzModel):
@@ -25,6 +28,9 @@ class LiResNet(LipschitzModel):
     Neck: 4x4 convolution with stride 4, width -> width, then a dense layer to neck_features (4 width if None). Head:
     rows of length 1 with head_normalize (LLN). Norms of all are unconstrained, estimated in training and proved at
     certification.
+
+    block "conventional" puts what the paper compares with in the place of the linear residual blocks: x +
+    MaxMin(convolution), of the same sizes (`ConventionalResidual`).
 
     Of 2024, all off by default: neck "cholesky" (`Map2Vec` of the original) makes both maps of the neck contractive,
     without a bias or MaxMin between them; dense_depth contractive residual dense layers follow the neck; centering
@@ -45,6 +51,7 @@ class LiResNet(LipschitzModel):
     dense_depth: int = 0
     centering: bool = False
     small_init: bool = False
+    block: str = "linear"
 
     def _stem_pads(self):
         return (self.stem_padding, self.stem_padding), (self.stem_padding, self.stem_padding)
@@ -59,6 +66,10 @@ class LiResNet(LipschitzModel):
             raise ValueError(f"expected an even neck_features, got {self.neck_features}.")
         if self.neck not in NECKS:
             raise ValueError(f"expected neck to be one of {NECKS}, got {self.neck!r}.")
+        if self.block not in BLOCKS:
+            raise ValueError(f"expected block to be one of {BLOCKS}, got {self.block!r}.")
+        if self.block != "linear" and self.centering:
+            raise ValueError(f"centering subtracts means from linear blocks: set block='linear', not {self.block!r}.")
         if self.dense_depth < 0:
             raise ValueError(f"expected dense_depth >= 0, got {self.dense_depth}.")
         kernel = (self.stem_kernel, self.stem_kernel)
@@ -68,7 +79,11 @@ class LiResNet(LipschitzModel):
 
     def layers(self):
         layers: list = [Conv(self.width, self.stem_kernel, self.stem_strides, self._stem_pads(), name="stem")]
-        block = functools.partial(LinearResidual, self.depth, centering=self.centering, small_init=self.small_init)
+        if self.block == "linear":
+            block: Any = functools.partial(LinearResidual, centering=self.centering)
+        else:
+            block = ConventionalResidual
+        block = functools.partial(block, self.depth, small_init=self.small_init)
         layers += [block(name=f"block_{i:02d}") for i in range(1, self.depth + 1)]
         features = self.neck_features or 4 * self.width
         if self.neck == "cholesky":

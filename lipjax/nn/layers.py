@@ -161,6 +161,31 @@ class LinearResidual(nn.Module):
         return with_bias(self, [op], True, self.activation, shift=shift)
 
 
+class ConventionalResidual(nn.Module):
+    """The block that `LinearResidual` is compared with: x + activation(convolution of x + bias).
+
+    Parameters, their scale and their start are those of `LinearResidual`. Its Lipschitz constant is bounded by 1 + the
+    norm of the convolution: the sum of the two paths, where `LinearResidual` has the norm of their sum.
+    """
+
+    num_layers: int
+    kernel_size: int = 3
+    small_init: bool = False
+    activation: Callable = operators.MaxMin
+
+    @nn.compact
+    def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
+        shape, channels = tuple(in_shape), in_shape[-1]
+        fan_in = self.kernel_size**2 * channels
+        init = nn.initializers.normal(1 / fan_in if self.small_init else fan_in**-0.5)
+        weight = self.param("weight", init, (self.kernel_size,) * 2 + (channels,) * 2)
+        gamma = self.param("gamma", nn.initializers.ones, (channels,))
+        kernel = residual.scaled_kernel(weight, gamma, num_layers=self.num_layers)
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        branch = operators.Conv(kernel, shape), operators.Bias(bias, shape), self.activation(shape)
+        return [(f"{self.name or type(self).__name__}/residual", operators.Residual(branch))]
+
+
 class Dense(nn.Module):
     """An unconstrained dense layer, bias and activation. bias_init: as `Conv`'s."""
 

@@ -2,10 +2,10 @@
 
 Every operator has static `in_shape` and `out_shape` (without the batch axis), `__call__(x)` on a batch, `bound()`
 (proved, NumPy float64), `rounding_error(x)` (float64) and, where its norm is not known beforehand, `adjoint` and
-`estimate`. A rounding error is a bound, one value per image, on the l2 distance between the computed and the exact
-value of the operator at the stored x, with conventional summation in any order, the operator compiled apart from its
-neighbours, and but for underflow, which FrozenNetwork adds (docs/soundness.md). `check()`, where there is one, raises
-ValueError for arrays of the wrong shape.
+`estimate`; a `Residual` leaves the last three to the operators that it is made of. A rounding error is a bound, one
+value per image, on the l2 distance between the computed and the exact value of the operator at the stored x, with
+conventional summation in any order, the operator compiled apart from its neighbours, and but for underflow, which
+FrozenNetwork adds (docs/soundness.md). `check()`, where there is one, raises ValueError for arrays of the wrong shape.
 """
 
 from lipjax.operators._base import Leaf, gamma, norm_per_image
@@ -16,6 +16,7 @@ from lipjax.operators.heads import LinearHead, MLPHead
 from lipjax.operators.linear import Bias, Conv, Dense, Normalize
 from lipjax.operators.pairs import Householder, Householder2, MaxMin, MaxPoolPairs, ProjectionPool
 from lipjax.operators.reshape import CropChannels, Flatten, PadChannels, SpaceToDepth
+from lipjax.operators.residual import Residual
 from lipjax.operators.training_only import Centered, Contraction
 
 OPERATORS = {
@@ -36,6 +37,7 @@ OPERATORS = {
         PadChannels,
         ProjectionPool,
         ReLU,
+        Residual,
         Sigmoid,
         Softplus,
         SpaceToDepth,
@@ -71,6 +73,7 @@ __all__ = [
     "PadChannels",
     "ProjectionPool",
     "ReLU",
+    "Residual",
     "Sigmoid",
     "Softplus",
     "SpaceToDepth",

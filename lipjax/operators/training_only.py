@@ -39,6 +39,7 @@ class Centered(_Around):
     """x -> map(x) - mean(map(x) - x), the mean over batch and pixels, for a map that keeps the shape.
 
     A translation for any one batch. With a batch sharded over devices, under `jit`, the mean is that of all devices.
+    The mean of bfloat16 images is computed, and given, in float32.
     """
 
     map: Any
@@ -46,8 +47,10 @@ class Centered(_Around):
     def with_mean(self, x):
         """(map(x) - mean, mean); mean: (channels,), differentiable."""
         y = self.map(x)
-        mean = jnp.mean(y - x, axis=tuple(range(x.ndim - 1)))
-        return y - mean, mean
+        dtype = jnp.float32 if x.dtype == jnp.bfloat16 else x.dtype
+        x, wide = x.astype(dtype), y.astype(dtype)
+        mean = jnp.mean(wide - x, axis=tuple(range(x.ndim - 1)))
+        return (wide - mean).astype(y.dtype), mean
 
     def __call__(self, x):
         return self.with_mean(x)[0]
