@@ -81,11 +81,22 @@ def attack(arguments) -> None:
         console.print(f"Written to {directory}: attack.json, attack.npz", markup=False)
 
 
+def plan(arguments, overrides: list[str]) -> None:
+    """Compiles a config's training step for chips that are not here, and prints what it needs of them."""
+    from lipjax.training.plan import read_config, run_plans
+
+    config = read_config(arguments.config, overrides)
+    console = Console(soft_wrap=True, highlight=False)
+    run_plans(config, arguments.topology.split(","), arguments.images_per_chip, console)
+
+
 def check(arguments) -> int:
     """Proves the certificates of a directory again, by NumPy alone."""
     from lipjax import checker
 
-    return checker.run(arguments.workdir)
+    options = {"--images": arguments.images, "--data": arguments.data}
+    given = [f"{name}={value}" for name, value in options.items() if value is not None]
+    return checker.main([*given, "--", arguments.workdir])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,6 +111,10 @@ def main(argv: list[str] | None = None) -> int:
         "check", help="prove a certificate again with NumPy alone; 1 if something is not proved"
     )
     command.add_argument("workdir", help="a run with frozen/, certificate.json and images.safetensors")
+    command.add_argument(
+        "--images", metavar="N|all", help="how many are evaluated again (default: all whose pixels are at hand)"
+    )
+    command.add_argument("--data", metavar="FILE", help="npz or safetensors: test_images and test_labels, all of them")
     command.set_defaults(run=check)
     command = commands.add_parser("attack", help="try to break the certificates of a run and its Lipschitz bounds")
     command.add_argument("workdir", help="the --workdir of train.py")
@@ -113,7 +128,18 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("report", help="write report.html about a certified run: one page, no other file")
     command.add_argument("workdir", help="the --workdir of train.py")
     command.set_defaults(run=report)
-    arguments = parser.parse_args(argv)
+    command = commands.add_parser("plan", help="memory, operations and least time of a training step on other chips")
+    command.add_argument("--config", required=True, help="as of train.py, fields too: --config.batch_size=2048")
+    command.add_argument(
+        "--topology", required=True, help="chips, such as v5e:16x16, h200:8 or cpu:8; several by commas"
+    )
+    command.add_argument("--images_per_chip", type=int, help="sets config.batch_size to so many times the chips")
+    command.set_defaults(run=plan)
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.run is plan:
+        return run_command(lambda: plan(arguments, rest), "Interrupted.")
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.run is check:
         return check(arguments)
     return run_command(lambda: arguments.run(arguments), "Interrupted.")

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import itertools
+import multiprocessing
 import tarfile
 
 import numpy as np
@@ -111,9 +112,8 @@ def test_shards_share_out_each_batch(imagenet, num_shards):
     whole = take(imagenet.train_batches(8, seed=3), 6)
     shards = [take(imagenet.train_batches(8, 3, 2, index, num_shards), 4) for index in range(num_shards)]
     for step, (images, labels) in enumerate(whole[2:]):
-        for index, shard in enumerate(shards):
-            assert np.array_equal(shard[step][0], images[index::num_shards])
-            assert np.array_equal(shard[step][1], labels[index::num_shards])
+        for whole_part, place in ((images, 0), (labels, 1)):  # in the places where one process has them
+            assert np.array_equal(np.concatenate([shard[step][place] for shard in shards]), whole_part)
 
 
 @pytest.mark.parametrize(("num_shards", "batch_size"), [(1, 4), (2, 4), (4, 4), (1, 10), (2, 24)])
@@ -157,6 +157,18 @@ def test_crops_are_those_of_the_paper():
     # Shorter side 160 -> 56 … 72: the crop spans 160 … 124.4 columns, anywhere.
     assert 120 < min(spans) < 130 and 155 < max(spans) < 164
     assert min(starts) < 10 and max(starts) > 160
+
+
+def test_worker_processes_change_no_batch_and_end_with_the_iterator(imagenet, imagenet_archive):
+    asked = data_config("imagenet", imagenet_archive, validation_fraction=1 / 6, workers=2)
+    assert load_dataset(asked, 0).workers == 2
+    before = set(multiprocessing.active_children())
+    threads = take(imagenet.train_batches(40, 3, start_step=2, shard_index=1, num_shards=2), 4)
+    batches = dataclasses.replace(imagenet, workers=2).train_batches(40, 3, 2, 1, 2)
+    assert same(take(batches, 4), threads)  # 80 images, in three chunks of two processes
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    batches.close()
+    assert set(multiprocessing.active_children()) == before
 
 
 def test_bad_shards_are_refused_and_a_damaged_record_is_named(imagenet):

@@ -21,6 +21,7 @@ def load_dataset(config: Any, seed: int) -> ArrayDataset | StreamDataset:
         path: the file ("npz") or folder ("folder") of your own data; "" otherwise.
         data_dir: where TFDS keeps prepared data; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets.
         download: prepare a data set that is not there, fetching its archive.
+        workers: processes that read and decode what is streamed; 0: threads.
         validation_fraction: the part of the training images held out for selection, 0 <= f < 1.
         test_fraction: the part held out for test where the data have no test split of their own: digits, folder, and
           npz without test_images.
@@ -49,7 +50,7 @@ def _load_imagenet(config: Any, seed: int) -> StreamDataset:
     sources, names = prepared.open_prepared("imagenet", _prepared_dir(config))
     train, validation = stream.hold_out(sources["train"], config.validation_fraction, seed)
     splits = {"train": train, "validation": validation, "test": sources["test"]}
-    return StreamDataset("imagenet", splits, len(names), IMAGENET_SIZE, 255, names)
+    return StreamDataset("imagenet", splits, len(names), IMAGENET_SIZE, 255, names, config.workers)
 
 
 def _prepared_dir(config: Any):

@@ -1,19 +1,23 @@
 """Data sets too large for memory: ImageNet, read by index through Grain, decoded and cropped on the host."""
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from absl import flags
 
 from lipjax.errors import UserError
 from lipjax.training.data.arrays import check_split, stable_random_words
 from lipjax.training.data.prepared import open_image
 
 Batch = tuple[np.ndarray, np.ndarray]
-# Decoding releases the interpreter lock, so threads suffice; each may decode ahead a little.
+# Decoding releases the interpreter lock, so threads suffice for some cores; each may decode ahead a little.
 NUM_THREADS = 16
+CHUNK = 32  # images that a worker process hands over at a time
 
 
 @runtime_checkable
@@ -44,6 +48,23 @@ class Subset:
         return self.records[int(self.indices[index])]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Pieces:
+    """Of each `every` images, from the one at `first` on, the first `length`, one after the other; endless."""
+
+    images: Any
+    first: int
+    length: int
+    every: int
+
+    def __len__(self) -> int:
+        return 2**48  # more than a run has
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        piece, place = divmod(index, self.length)
+        return self.images[self.first + piece * self.every + place]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class StreamDataset:
     """Batches of uint8 images (b, s, s, 3) and int32 labels (b,), s = image_size. A pixel in [0, 1] is image / 255.
@@ -51,6 +72,9 @@ class StreamDataset:
     Training images: the shorter side resized to a uniform size in [s, 9 s / 7], then a random s x s crop. Not flipped:
     that is left to `augment`, on the device. Evaluation: the shorter side resized to 8 s / 7, then the centre crop.
     At s = 224 these are 224 … 288 and 256, as in the code of arXiv:2301.12549.
+
+    workers: processes that read and decode; 0: threads of this one. Batches are the same for any number. Processes are
+    spawned, so that a program that asks for them must have its work under `if __name__ == "__main__":`.
     """
 
     name: str
@@ -59,6 +83,7 @@ class StreamDataset:
     image_size: int
     pixel_max: int = 255
     class_names: tuple[str, ...] | None = None
+    workers: int = 0
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -76,8 +101,8 @@ class StreamDataset:
         """Endless training batches, a function of (seed, step) alone.
 
         The epochs, each shuffled anew, form one endless sequence; step t takes its entries t B … (t + 1) B - 1, crops
-        included, and shard i of n every n-th of them from the i-th. So the n shards of a step together hold the same
-        images for every n, and starting at step t reads nothing of the steps before.
+        included, and shard i of n the i-th of n equal pieces of these. So the shards of a step, one after the other,
+        are the same for every n, and starting at step t reads nothing of the steps before.
 
         Args:
           batch_size: B, the global batch; a shard yields B / num_shards images.
@@ -89,13 +114,11 @@ class StreamDataset:
 
         _check_shards(batch_size, shard_index, num_shards)
         records = self.splits["train"]
-
-        def crop(record: dict[str, Any], generator: np.random.Generator) -> tuple[np.ndarray, int]:
-            return random_crop(record["image"], self.image_size, generator, records.where), record["label"]
-
+        crop = functools.partial(_train_view, size=self.image_size, where=records.where)
         images = grain.MapDataset.source(records).seed(seed).shuffle().repeat().random_map(crop)
-        first = start_step * batch_size + shard_index
-        return _batches(images[first::num_shards], batch_size // num_shards)
+        share = batch_size // num_shards
+        pieces = _Pieces(images, start_step * batch_size + shard_index * share, share, batch_size)
+        return _batches(grain.MapDataset.source(pieces), share, self.workers)
 
     def eval_batches(self, split: str, batch_size: int, shard_index: int = 0, num_shards: int = 1) -> Iterator[Batch]:
         """Every image of a split once, in order, in full batches: the last is filled up with black images labelled -1.
@@ -106,16 +129,13 @@ class StreamDataset:
         import grain  # as above
 
         _check_shards(batch_size, shard_index, num_shards)
-        size = self.size(split)
+        check_split(split)
         records = self.splits[split]
-
-        def crop(record: dict[str, Any]) -> tuple[np.ndarray, int]:
-            return centre_crop(record["image"], self.image_size, records.where), record["label"]
-
+        crop = functools.partial(_eval_view, size=self.image_size, where=records.where)
         images = grain.MapDataset.source(records).map(crop)[shard_index::num_shards]
         per_shard = batch_size // num_shards
-        steps = -(-size // batch_size)
-        return _batches(images, per_shard, fill=(steps, self.image_shape))
+        steps = -(-len(records) // batch_size)
+        return _batches(images, per_shard, self.workers, fill=(steps, self.image_shape))
 
     def fingerprint(self, split: str) -> str:
         """SHA-256 (hex) over image size, labels and encoded images of a split, in order. Reads the whole split."""
@@ -139,6 +159,17 @@ def hold_out(records: Records, fraction: float, seed: int) -> tuple[Subset, Subs
     order = np.argsort(stable_random_words(len(records), seed, "validation"), kind="stable")
     count = int(fraction * len(records) + 0.5)
     return Subset(records, np.sort(order[count:])), Subset(records, np.sort(order[:count]))
+
+
+# At the top of a module, so that worker processes can be told of them.
+def _train_view(
+    record: dict[str, Any], generator: np.random.Generator, size: int, where: str
+) -> tuple[np.ndarray, int]:
+    return random_crop(record["image"], size, generator, where), record["label"]
+
+
+def _eval_view(record: dict[str, Any], size: int, where: str) -> tuple[np.ndarray, int]:
+    return centre_crop(record["image"], size, where), record["label"]
 
 
 def random_crop(encoded: bytes, size: int, generator: np.random.Generator, where: str) -> np.ndarray:
@@ -172,19 +203,39 @@ def _check_shards(batch_size: int, shard_index: int, num_shards: int) -> None:
         raise ValueError(f"The batch of {batch_size} images does not divide over {num_shards} shards.")
 
 
-def _batches(images: Any, batch_size: int, fill: tuple[int, tuple[int, int, int]] | None = None) -> Iterator[Batch]:
-    """Groups decoded images; with fill = (steps, image shape), yields that many full batches."""
+def _decoded(images: Any, batch_size: int, workers: int) -> Generator[tuple[np.ndarray, int], None, None]:
+    """Decoded images and labels in order: by threads, or by worker processes that each take every n-th chunk."""
     import grain  # as above
 
-    # Grain's default buffer of 500 elements is meant for whole batches; here an element is one image.
-    options = grain.ReadOptions(num_threads=NUM_THREADS, prefetch_buffer_size=max(2 * batch_size, NUM_THREADS))
+    # Grain's default buffer of 500 elements is meant for whole batches; here an element is one image or a chunk.
+    if workers == 0:
+        options = grain.ReadOptions(num_threads=NUM_THREADS, prefetch_buffer_size=max(2 * batch_size, NUM_THREADS))
+        yield from images.to_iter_dataset(options)
+        return
+    if not flags.FLAGS.is_parsed():  # Grain asks for its flags, also in a program that has none
+        flags.FLAGS.mark_as_parsed()
+    threads = max(NUM_THREADS // workers, 1)
+    chunks = images.batch(CHUNK).to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+    processes = iter(chunks.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)))
+    try:
+        for pixels, labels in processes:
+            yield from zip(pixels, labels.tolist(), strict=True)
+    finally:
+        processes.close()
+
+
+def _batches(
+    images: Any, batch_size: int, workers: int, fill: tuple[int, tuple[int, int, int]] | None = None
+) -> Iterator[Batch]:
+    """Groups decoded images; with fill = (steps, image shape), yields that many full batches."""
     group: list[tuple[np.ndarray, int]] = []
     steps = 0
-    for image in images.to_iter_dataset(options):
-        group.append(image)
-        if len(group) == batch_size:
-            yield _stack(group)
-            group, steps = [], steps + 1
+    with contextlib.closing(_decoded(images, batch_size, workers)) as decoded:
+        for image in decoded:
+            group.append(image)
+            if len(group) == batch_size:
+                yield _stack(group)
+                group, steps = [], steps + 1
     if fill is not None:
         nothing = np.zeros(fill[1], np.uint8), -1
         while steps < fill[0]:
