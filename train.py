@@ -11,7 +11,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: see lipjax/_
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from lipjax.errors import UserError, run_command
+from lipjax.errors import UserError
+from lipjax.training import cluster
 from lipjax.training.run import run
 
 FLAGS = flags.FLAGS
@@ -23,6 +24,7 @@ def parse(argv: list[str]) -> list[str]:
     try:
         config_flags.DEFINE_config_file("config", DEFAULT, "The experiment: a file.", flag_values=FLAGS)
         flags.DEFINE_string("workdir", None, "Default: runs/<config>; a run there resumes.", flag_values=FLAGS)
+        cluster.define_flags(FLAGS)
         rest = FLAGS(argv)
         if len(rest) > 1:
             raise UserError(f"unexpected arguments {rest[1:]}; fields are set as --config.field=value")
@@ -46,9 +48,8 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.WARNING)
     name = os.path.splitext(os.path.basename(config_flags.get_config_filename(FLAGS["config"])))[0]
     workdir = FLAGS.workdir or os.path.join("runs", name)
-    return run_command(
-        lambda: run(FLAGS.config, workdir), "Interrupted. The same command goes on from the last checkpoint."
-    )
+    interrupted = "Interrupted. The same command goes on from the last checkpoint."
+    return cluster.launch(lambda: run(FLAGS.config, workdir), interrupted, FLAGS)
 
 
 if __name__ == "__main__":

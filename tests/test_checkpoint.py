@@ -1,11 +1,16 @@
 """Checkpoints: what is restored is what was saved, on any mesh, and nothing else is ever taken for it."""
 
 import errno
+import json
 import os
+import pathlib
+import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +18,10 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from training_helpers import scratch, tiny_config
 
 from lipjax.errors import UserError
+from lipjax.training import loop
 from lipjax.training.checkpoint import Checkpointer
 
 
@@ -262,3 +269,92 @@ def test_saving_does_not_wait_for_the_disk_and_survives_donation(tmp_path):
         for i in range(1, 4):
             restored, _ = checkpointer.restore({"w": jax.ShapeDtypeStruct((1024, 256), jnp.float32)}, i)
             assert np.all(np.asarray(restored["w"]) == 2 * i - 1)
+
+
+# A training that writes down how many steps it has done, which its death does not undo.
+RECORDED = """
+import os, sys
+from lipjax.training import config, loop
+record, original = os.open(sys.argv[3], os.O_RDWR | os.O_CREAT), loop.Run.batch_runner
+def batch_runner(self, first_step):
+    train_batch = original(self, first_step)
+    def recorded(state, step, schedule):
+        os.pwrite(record, b"%9d" % step, 0)
+        return train_batch(state, step, schedule)
+    return recorded
+loop.Run.batch_runner = batch_runner
+loop.train(config.load_config(sys.argv[1])[0], sys.argv[2], 0)
+"""
+EVERY = 2  # steps between saves, which take longer than the steps: most kills hit one
+KILLABLE = {"batch_size": 4, "num_epochs": 60, "checkpoint.every_epochs": 5, "checkpoint.every_steps": EVERY}
+
+
+def killed_and_resumed(tmp_path, kills):
+    """Trains 720 steps, killed at random moments.
+
+    Returns: of each kill (steps done, step that the next life began with, whether it left a half-written step).
+    """
+    config, chance = tiny_config(**KILLABLE), random.Random(kills)
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").write_text(json.dumps({"config": loop.plain(config), "seed": 0}))
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(scratch() / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+
+    def start(name):
+        command = [sys.executable, "-c", RECORDED, tmp_path / "config", tmp_path / name, tmp_path / f"{name}.steps"]
+        root = pathlib.Path(__file__).resolve().parents[1]
+        return subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
+
+    def done(name):
+        path = tmp_path / f"{name}.steps"
+        return int(path.read_text() or 0) if path.exists() else 0
+
+    def end_of(process):
+        out, _ = process.communicate(timeout=1200)
+        found = re.search(r"Resuming .* from step (\d+)", out)
+        return process.returncode, int(found.group(1)) if found else 0
+
+    deaths, began, halves = [], [], []
+    for _ in range(kills):
+        process, first = start("killed"), done("killed")
+        while done("killed") == first and process.poll() is None:  # until it trains
+            time.sleep(0.01)
+        # Later kills come as soon as the sum of what is left allows.
+        target = done("killed") + chance.uniform(0, 2 * (700 - done("killed")) / (kills + 1 - len(deaths)))
+        while done("killed") < target and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        code, at = end_of(process)
+        assert code == -signal.SIGKILL
+        deaths.append(done("killed"))
+        halves.append(any("tmp" in path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()))
+        began.append(at)
+    code, at = end_of(start("killed"))
+    assert code == 0
+    code, _ = end_of(start("whole"))
+    assert code == 0
+    lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("killed", "whole")]
+    assert lines[0] == lines[1] and lines[0].count("\n") == 60 + 12
+    return list(zip(deaths, [*began[1:], at], halves, strict=True))
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.nightly)])
+def test_a_training_killed_at_any_moment_loses_less_than_two_intervals(tmp_path, kills):
+    """A save begins when the one before is on disk, so that at any moment all but the last one begun are complete.
+
+    With `done` steps done the last one begun is of the last multiple of EVERY up to done (or done + 1, if the step of
+    that moment was through), and the one before it is complete: it is at most 2 EVERY - 1 steps back.
+    """
+    found = killed_and_resumed(tmp_path, kills)
+    assert len(found) == kills
+    for done, resumed, _ in found:
+        assert done - (2 * EVERY - 1) <= resumed <= done + 1 and resumed % EVERY == 0, found
+    # Controls: the kills were at different steps, and some in the middle of a save.
+    assert len({done for done, _, _ in found}) > 1 and any(half for _, _, half in found)
+    lost, halves = [done - resumed for done, resumed, _ in found], sum(half for _, _, half in found)
+    print(f"{kills} kills; lost steps: {lost}; {halves} half-written steps")

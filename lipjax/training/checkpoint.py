@@ -60,6 +60,7 @@ class Checkpointer:
         self._saving = -1
         self._verified: set[int] = set()
         self._keep = keep
+        self._failed = False
         self._check_ours()
         self._manager = self._open()
 
@@ -161,6 +162,8 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits for the running save and lets go of the directory. Raises: UserError if that save failed."""
+        if self._failed:
+            return
         try:
             self.wait()
         finally:
@@ -170,6 +173,8 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None):
+        if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+            return  # another process died, and can finish no save
         try:
             self.close()
         except UserError as failure:
@@ -238,7 +243,7 @@ class Checkpointer:
                 (path / _DIGESTS).write_text(json.dumps(_digests(path)))
 
     def _verify(self, step: int) -> None:
-        if step in self._verified:
+        if step in self._verified or jax.process_index() != 0:
             return
         try:
             path = self.directory / str(step)
@@ -286,13 +291,20 @@ class Checkpointer:
     def _corrupt(self, step: int, what: str) -> UserError:
         return UserError(f"{self._place(step)} is damaged ({what}); {self._remedy(step)}")
 
-    def _save_failed(self, error: Exception) -> UserError:
+    def _save_failed(self, error: Exception) -> Exception:
+        if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+            self._failed = True
+            return error  # another process died; the directory is not to blame
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         # Orbax raises the error of a failed save again at every later call, so this manager is of no more use.
-        with contextlib.suppress(Exception):
-            self._manager.close()
-        self._manager = self._open()
-        latest = self.latest_step()
+        if jax.process_count() > 1:  # where another takes all processes, of which perhaps only this one failed
+            self._failed = True
+            latest = max(self._steps_on_disk(), default=None)
+        else:
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            self._manager = self._open()
+            latest = self.latest_step()
         good = "no step was saved before" if latest is None else f"the last good step is {latest} and is kept"
         cause = "no space left on the device" if full else _first_line(error)
         remedy = "free some space" if full else "check the directory"

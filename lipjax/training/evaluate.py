@@ -5,6 +5,7 @@ import os
 import pathlib
 import platform
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import track
@@ -54,7 +55,9 @@ def certify_run(workdir: str | os.PathLike, config, seed: int, run: Run | None =
 
     Writes frozen/ (the network), certificate.json with images.safetensors, report.json, attack.json, attack.npz
     and certified_accuracy.png.
-    Returns: the report.
+    Of several processes, which must all call this, process 0 certifies and writes.
+
+    Returns: the report; {} in other processes than 0.
     Raises: UserError without a usable checkpoint or data set; NotCertifiable if a layer has no proved bound;
       Refuted if the attack finds a certificate or a Lipschitz bound to be false, before any of the reports is
       written.
@@ -63,6 +66,8 @@ def certify_run(workdir: str | os.PathLike, config, seed: int, run: Run | None =
     # One device, so that a run of many can be certified anywhere.
     run = Run(config, seed, sharding.make_mesh(1, config.batch_size)) if run is None else run
     variables, state, step = load_best(workdir, run)
+    if jax.process_index() != 0:
+        return {}
     network = lipjax.freeze(run.model, variables)
     options, pixel_max = config.certify, run.dataset.pixel_max
     images, labels = test_images(run.dataset, options.num_images, options.batch_size)

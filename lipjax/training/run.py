@@ -3,34 +3,52 @@
 import os
 import pathlib
 
+import jax
 from rich.console import Console
 
 from lipjax.certify import write_json
 from lipjax.errors import UserError
 from lipjax.frozen import host_device
+from lipjax.training import cluster
 from lipjax.training import report as reports
 from lipjax.training.config import validate
 from lipjax.training.evaluate import certify_run
-from lipjax.training.loop import train
+from lipjax.training.loop import plain, train
 
 
 def run(config, workdir: str | os.PathLike) -> dict:
     """Trains, certifies and reports every seed of a config; resumes what an earlier call on the same directory began.
 
     With one seed everything lies in workdir; with several, in workdir/seed_<n>, and workdir/report.json sums up.
-    Returns: the report that is written to workdir/report.json.
+    Of several processes all train, and process 0 writes and certifies while the others wait.
+    Returns: the report that is written to workdir/report.json; {} in other processes than 0.
+    Raises: `cluster.Preempted` if SIGTERM stopped the training.
     """
     validate(config)
+    cluster.check_joined()
     host_device()  # certification needs it: better to know before training
-    workdir, console = pathlib.Path(workdir).expanduser(), Console(soft_wrap=True, highlight=False)
-    several = len(config.seeds) > 1
+    workdir, first = pathlib.Path(workdir).expanduser(), jax.process_index() == 0
+    console = Console(quiet=not first, soft_wrap=True, highlight=False)
+    _check_agreement(config)
+    with cluster.exclusive(workdir):
+        return _run(config, workdir, console)
+
+
+def _run(config, workdir: pathlib.Path, console: Console) -> dict:
+    several, first = len(config.seeds) > 1, jax.process_index() == 0
     _check_layout(workdir, several)
     found = []
     for seed in config.seeds:
         directory = workdir / f"seed_{seed}" if several else workdir
         trained = train(config, directory, seed)
+        if seed == config.seeds[-1]:
+            cluster.end_of_training()
         found.append(certify_run(directory, config, seed, trained, console))
-        reports.print_table(found[-1], console)
+        if first:
+            reports.print_table(found[-1], console)
+        cluster.wait(f"certified {seed}")
+    if not first:
+        return {}
     report = found[0]
     if several:
         report = reports.summarize(found)
@@ -39,6 +57,16 @@ def run(config, workdir: str | os.PathLike) -> dict:
     folders = "seed_*/" if several else ""
     console.print(f"Written to {workdir}: {folders}certificate.json, {folders}certified_accuracy.png, report.json")
     return report
+
+
+def _check_agreement(config) -> None:
+    """Raises: UserError if processes of the run have other code or another config."""
+    cluster.check_agreement({"the code and its packages": cluster.code_identity()})
+    groups = plain(config)
+    data = groups["data"]
+    for group, field in ((data, "data_dir"), (data, "download"), (data["generated"], "cache_dir")):
+        del group[field]  # may be another on each machine; the images are compared
+    cluster.check_agreement({f"config.{name}": value for name, value in groups.items()})
 
 
 def _check_layout(workdir: pathlib.Path, several: bool) -> None:
