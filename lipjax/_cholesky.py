@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from lipjax import _spread
+
 _BLOCK = 64  # sides of the blocks that are factorised column by column
 
 Matrices = Float[Array, "*batch n n"]
@@ -35,26 +37,32 @@ def _by_blocks(s: Array) -> tuple[Array, Array]:
     n = s.shape[-1]
     if n <= _BLOCK:
         return _by_columns(s)
+    if _spread.by_columns(s.shape):
+        return _spread.with_columns(functools.partial(_panels, block=_spread.PANEL), s)
     size = _BLOCK * -(-n // _BLOCK)
     s = jnp.pad(s, [(0, 0)] * (s.ndim - 2) + [(0, size - n)] * 2)
     s = s + jnp.diag((jnp.arange(size) >= n).astype(s.dtype))
+    lower, inverse = _panels(_spread.Columns(), s, _BLOCK)
+    return lower[..., :n, :n], inverse[..., :n, :n]
+
+
+def _panels(columns: _spread.Columns, s: Array, block: int) -> tuple[Array, Array]:
+    size = s.shape[-2]  # s may have only the columns of one device
 
     def step(j, carry):
         left, lower, inverse = carry
-        start = j * _BLOCK
-        column = lax.dynamic_slice_in_dim(left, start, _BLOCK, -1)
-        corner, corner_inverse = _by_columns(lax.dynamic_slice_in_dim(column, start, _BLOCK, -2))
-        under = jnp.where(jnp.arange(size)[:, None] >= start + _BLOCK, matmul(column, transpose(corner_inverse)), 0)
-        row = matmul(corner_inverse, lax.dynamic_slice_in_dim(inverse, start, _BLOCK, -2))
-        left = left - matmul(under, transpose(under))
-        column = lax.dynamic_update_slice_in_dim(under, corner, start, -2)
-        lower = lax.dynamic_update_slice_in_dim(lower, column, start, -1)
+        start = j * block
+        column = columns.take(left, start, block)
+        corner, corner_inverse = _by_columns(lax.dynamic_slice_in_dim(column, start, block, -2))
+        under = jnp.where(jnp.arange(size)[:, None] >= start + block, matmul(column, transpose(corner_inverse)), 0)
+        row = matmul(corner_inverse, lax.dynamic_slice_in_dim(inverse, start, block, -2))
+        left = left - matmul(under, columns.own(transpose(under)))
+        lower = columns.put(lower, lax.dynamic_update_slice_in_dim(under, corner, start, -2), start)
         inverse = lax.dynamic_update_slice_in_dim(inverse - matmul(under, row), row, start, -2)
         return left, lower, inverse
 
-    start = (s, jnp.zeros_like(s), jnp.broadcast_to(jnp.eye(size, dtype=s.dtype), s.shape))
-    _, lower, inverse = lax.fori_loop(0, size // _BLOCK, step, start)
-    return lower[..., :n, :n], inverse[..., :n, :n]
+    start = (s, jnp.zeros_like(s), jnp.broadcast_to(columns.own(jnp.eye(size, dtype=s.dtype)), s.shape))
+    return lax.fori_loop(0, size // block, step, start)[1:]
 
 
 def _by_columns(s: Array) -> tuple[Array, Array]:
@@ -106,8 +114,7 @@ def _backward(ridge: float, method: str, residuals, g: Array):
 orthogonalize.defvjp(_forward, _backward)
 
 
-def matmul(x: Array, y: Array) -> Array:
-    return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
+matmul = _spread.product
 
 
 def transpose(x: Array) -> Array:

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
-from lipjax import _dft
+from lipjax import _dft, _spread
 
 Padding = str | tuple[tuple[int, int], tuple[int, int]]
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -303,9 +303,24 @@ def packed_response(
       others, in the order of `_dft.grid(size)`; what `operators.CircularConv.from_blocks` takes.
     """
     phases = _dft.packed_tap_phases((kernel.shape[0], kernel.shape[1]), size)
-    blocks = _tap_product(phases, kernel.swapaxes(2, 3))
-    r = len(_dft.grid(size).fixed)
-    return blocks[:r], blocks[r:].reshape(-1, 2, *blocks.shape[1:])
+    return tap_blocks(phases, kernel.swapaxes(2, 3), len(_dft.grid(size).fixed))
+
+
+def tap_blocks(
+    phases: np.ndarray, taps: Float[Array, "kh kw o i"], num_fixed: int
+) -> tuple[Float[Array, "r o i"], Float[Array, "q 2 o i"]]:
+    """sum_t phases[n, t] taps[t], the first num_fixed rows n and pairs of the others, divided over the devices."""
+    if _spread.num_devices() == 1:
+        blocks = _tap_product(phases, taps)
+        return blocks[:num_fixed], blocks[num_fixed:].reshape(-1, 2, *blocks.shape[1:])
+    pairs = phases[num_fixed:].reshape(-1, 2, phases.shape[1])
+    taps = taps.reshape(phases.shape[1], *taps.shape[2:])
+
+    def product(table):
+        return jnp.tensordot(jnp.asarray(table, taps.dtype), taps, 1, precision=lax.Precision.HIGHEST)
+
+    # Each apart: rows of one divided array would have to travel.
+    return _spread.matrices(product(phases[:num_fixed])), _spread.matrices(product(pairs))
 
 
 def _tap_product(phases: np.ndarray, taps: Float[Array, "kh kw o i"]) -> Float[Array, "n o i"]:

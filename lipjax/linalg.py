@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Complex, Float, Inexact
 
-from lipjax import _cholesky
+from lipjax import _cholesky, _spread
 
 # A matrix as its real and its imaginary part; None is an imaginary part that is zero.
 _Parts = tuple[Array, Any]
@@ -90,7 +90,7 @@ def expm_skew_split(
         raise ValueError(
             f"Expected an imaginary part like the real one, {real.dtype} {real.shape}, got {imag.dtype} {imag.shape}."
         )
-    return _exponential((real, imag))
+    return _spread.gathered(_exponential((real, imag)))
 
 
 @jax.custom_vjp
@@ -194,7 +194,7 @@ def cayley(w: Inexact[Array, "*batch m n"], *, method: str = "elimination") -> I
     n = w.shape[-1]
     if method == "elimination":
         parts = (w.real, w.imag) if jnp.iscomplexobj(w) else (w, None)
-        real, imag = _cayley_parts(parts)
+        real, imag = _spread.gathered(_cayley_parts(parts))
         return real if imag is None else lax.complex(real, imag)
     upper, lower = w[..., :n, :], w[..., n:, :]
     conjugate = lambda x: jnp.conj(jnp.swapaxes(x, -1, -2))  # noqa: E731
@@ -213,7 +213,7 @@ def cayley_split(
     if real.shape[-2] < real.shape[-1]:
         wide = cayley_split(jnp.swapaxes(real, -1, -2), jnp.swapaxes(imag, -1, -2))
         return jnp.swapaxes(wide[0], -1, -2), jnp.swapaxes(wide[1], -1, -2)
-    return _cayley_parts((real, imag))
+    return _spread.gathered(_cayley_parts((real, imag)))
 
 
 def _cayley_parts(w: _Parts) -> _Parts:
@@ -263,6 +263,8 @@ def _eliminate(m: _Parts) -> _Parts:
         return m
     if n <= _BLOCK:
         return _eliminate_rows(m)
+    if _spread.by_columns(m[0].shape):
+        return _eliminate_columns(m)
     for start in range(0, n, _BLOCK):
         block = slice(start, min(start + _BLOCK, n))
         pivot = _eliminate_rows(jax.tree.map(lambda part, b=block: part[..., b, b], m))
@@ -273,6 +275,28 @@ def _eliminate(m: _Parts) -> _Parts:
         rest = _add(rest, _scaled(-1.0, _product(column, row)))
         m = jax.tree.map(lambda part, new, b=block: part.at[..., b, :].set(new), rest, row)
     return m
+
+
+def _eliminate_columns(m: _Parts) -> _Parts:
+    """`_eliminate` on devices that hold some columns each and send each other those of the pivot blocks."""
+    n, size = m[0].shape[-1], _spread.PANEL
+
+    def eliminate(columns: _spread.Columns, *parts: Array) -> tuple:
+        m: Any = (*parts, None)[:2]
+        for start in range(0, n, size):
+            block = slice(start, start + size)
+            column = jax.tree.map(lambda part, start=start: columns.take(part, start, size), m)
+            pivot = _eliminate_rows(jax.tree.map(lambda part, b=block: part[..., b, :], column))
+            m = jax.tree.map(lambda part, old, start=start: columns.put(part, jnp.zeros_like(old), start), m, column)
+            row = _product(pivot, jax.tree.map(lambda part, b=block: part[..., b, :], m))
+            row = jax.tree.map(lambda part, inverse, start=start: columns.put(part, inverse, start), row, pivot)
+            column, m = jax.tree.map(lambda part, b=block: part.at[..., b, :].set(0), (column, m))
+            m = _add(m, _scaled(-1.0, _product(column, row)))
+            m = jax.tree.map(lambda part, new, b=block: part.at[..., b, :].set(new), m, row)
+        return tuple(part for part in m if part is not None)
+
+    found: Any = (*_spread.with_columns(eliminate, *[part for part in m if part is not None]), None)
+    return found[:2]
 
 
 def _eliminate_rows(m: _Parts) -> _Parts:
@@ -331,8 +355,7 @@ def _product(x: _Parts, y: _Parts) -> _Parts:
     return rr - ii, _matmul(xr + xi, yr + yi) - rr - ii
 
 
-def _matmul(x: Array, y: Array) -> Array:
-    return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
+_matmul = _spread.product
 
 
 def _adjoint(x: _Parts) -> _Parts:
@@ -382,5 +405,6 @@ def cholesky_orthogonalize(
     if 0 in w.shape:
         return w
     if w.shape[-2] > w.shape[-1]:
-        return _cholesky.transpose(_cholesky.orthogonalize(_cholesky.transpose(w), ridge, method))
-    return _cholesky.orthogonalize(w, ridge, method)
+        w = _cholesky.orthogonalize(_cholesky.transpose(w), ridge, method)
+        return _spread.gathered(_cholesky.transpose(w))
+    return _spread.gathered(_cholesky.orthogonalize(w, ridge, method))

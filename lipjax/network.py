@@ -1,13 +1,37 @@
 """A network as one pytree, and the only forward pass."""
 
 import dataclasses
+import functools
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lipjax.operators import Leaf, Normalize
+from lipjax.operators import Centered, Contraction, Leaf, Normalize, Residual
+from lipjax.operators._base import Linear
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a training step applies a network: what is kept between its layers. Nothing changes but rounding.
+
+    A layer is a run of operators whose names agree up to the "/".
+
+    Attributes:
+      precision: of activations, one of PRECISIONS: "float32" keeps the precision of the network's arrays. With
+        "bfloat16" linear maps multiply bfloat16 numbers and round their result once, and the other operators compute in
+        the precision of the network's arrays and round once.
+      remat: layers that the backward pass computes again at a time, from the input of the first; 0: none, all are kept.
+      scan: whether layers that differ in nothing but the numbers in their arrays, one after the other, are one loop.
+    """
+
+    precision: str = "float32"
+    remat: int = 0
+    scan: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -46,21 +70,85 @@ class Network:
         """What the head sees, for pixels x."""
         return self.features_and_means(x)[0]
 
-    def features_and_means(self, x: Float[Array, "b ..."]) -> tuple[Float[Array, "b d"], dict[str, Array]]:
-        """`features`, and the means of this batch that operators of a training step subtracted, by operator name."""
+    def features_and_means(
+        self, x: Float[Array, "b ..."], plan: Plan = Plan()
+    ) -> tuple[Float[Array, "b d"], dict[str, Array]]:
+        """`features`, and the means of this batch that operators of a training step subtracted, by operator name.
+
+        Both are in the precision of normalised pixels, whatever the plan.
+        """
         x, means = self.normalize(x), {}
-        for name, op in zip(self.names, self.ops, strict=True):
-            if hasattr(op, "with_mean"):
-                x, means[name] = op.with_mean(x)
+        wide = x.dtype
+        narrow = jnp.bfloat16 if plan.precision == "bfloat16" else wide
+        x = x.astype(narrow)
+        apply = functools.partial(_apply, narrow=narrow, wide=wide)
+        if plan.remat:
+            apply = jax.checkpoint(apply)
+        for start, length, count in _pieces(self, plan):
+            groups = [self.ops[i : i + length] for i in range(start, start + length * count, length)]
+            if count == 1:
+                x, found = apply(x, groups[0])
+                found = {i: mean[None] for i, mean in found.items()}
             else:
-                x = op(x)
-        return x, means
+                x, found = jax.lax.scan(apply, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *groups))
+            for group, i in itertools.product(range(count), found):
+                means[self.names[start + group * length + i]] = found[i][group]
+        return x.astype(wide), means
 
     def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b k"]:
         """Logits (b, k) for pixels x: (b, *in_shape) in [0, 1]. Raises: ValueError for another shape."""
         if x.shape[1:] != self.in_shape:
             raise ValueError(f"The network expects images (b, {', '.join(map(str, self.in_shape))}), got {x.shape}.")
         return self.head(self.features(x))
+
+
+def _apply(x, ops, *, narrow, wide):
+    """Applies operators in turn. Returns the result and the means that were subtracted, by the operator's place."""
+    means = {}
+    for i, op in enumerate(ops):
+        if narrow != wide:
+            if isinstance(op, Residual):
+                x = x + _apply(x, op.ops, narrow=narrow, wide=wide)[0]
+                continue
+            dtype = narrow if isinstance(op, Linear | Contraction | Centered) else wide
+            x = x.astype(dtype)
+            op = jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), op)
+        if hasattr(op, "with_mean"):
+            x, means[i] = op.with_mean(x)
+        else:
+            x = op(x)
+        x = x.astype(narrow)
+    return x, means
+
+
+def _pieces(network: Network, plan: Plan) -> list[tuple[int, int, int]]:
+    """What is applied at a time: (first operator, operators in a group, groups); several groups are equal: a loop."""
+    layers = [
+        [i for i, _ in part]
+        for _, part in itertools.groupby(enumerate(network.names), lambda item: item[1].split("/")[0])
+    ]
+
+    def kind(layer):
+        leaves, structure = jax.tree.flatten([network.ops[i] for i in layer])
+        return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+    pieces, single, size = [], [], max(plan.remat, 1)
+
+    def close():
+        for i in range(0, len(single), size):
+            pieces.append((single[i][0], sum(map(len, single[i : i + size])), 1))
+        single.clear()
+
+    for _, equal in itertools.groupby(layers, kind):
+        run = list(equal)
+        count = len(run) // size if plan.scan else 0
+        if count > 1:
+            close()
+            pieces.append((run[0][0], len(run[0]) * size, count))
+            run = run[count * size :]
+        single += run
+    close()
+    return pieces
 
 
 def make_network(named_ops, head, input_mean: Any = 0.0, input_std: Any = 1.0) -> Network:

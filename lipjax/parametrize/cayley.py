@@ -4,6 +4,7 @@ Source: Trockman & Kolter 2021, arXiv:2104.07167; one trained scale, alpha W / |
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
@@ -64,8 +65,8 @@ def dense(matrix: Float[Array, "o i"], alpha: Float[Array, ""]) -> Float[Array, 
 def _squared_norm(blocks: tuple[Array, Array], size: tuple[int, int]) -> Array:
     """Over the half grid, which holds both frequencies of a pair in the columns that are their own mirror image."""
     fixed, paired = blocks
-    twice = paired[: _dft.grid((size[0], size[1])).num_mirrored]
-    return jnp.sum(fixed**2) + jnp.sum(paired**2) + jnp.sum(twice**2)
+    times = 1.0 + (np.arange(len(paired)) < _dft.grid((size[0], size[1])).num_mirrored)
+    return jnp.sum(fixed**2) + jnp.sum(jnp.asarray(times, paired.dtype) * jnp.sum(paired**2, (1, 2, 3)))
 
 
 def _scale(alpha: Array, squared: Array) -> Array:

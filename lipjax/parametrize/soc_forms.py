@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lipjax import _series, linalg, operators
+from lipjax import _series, _spread, linalg, operators
 from lipjax.parametrize import soc_frequency
 
 FORMS = ("auto", "spatial", "response", "series")
@@ -61,15 +61,17 @@ def operators_of(
     if padding == "ZERO":
         form = "spatial"
     elif form == "auto" and train:
+        num_devices = _spread.num_devices()
         form = soc_frequency.choose_form(
             (h, w),
             m,
             c,
             features,
             (kernel.shape[0], kernel.shape[1]),
-            batch_size,
+            batch_size * num_devices,
             num_terms=num_terms,
             norm_bound=norm_bound,
+            num_devices=num_devices,
         )
     elif form == "auto" or (not train and (form == "series" or num_terms is None)):
         form = "response"

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
-from lipjax import _dft, linalg
+from lipjax import _dft, _spread, conv, linalg
 from lipjax._series import terms_for
 
 Blocks = tuple[Array, Array]
@@ -26,9 +26,13 @@ def packed_response(kernel: Float[Array, "kh kw c c"], size: tuple[int, int]) ->
     r, n = len(_dft.grid(size).fixed), size[0] * size[1]
     # -conj: minus the rows of the fixed frequencies and of real parts, plus those of imaginary parts.
     signs = np.concatenate([-np.ones(r), np.tile([-1.0, 1.0], (n - r) // 2)])
-    phases = jnp.asarray(signs[:, None] * _dft.packed_tap_phases((kh, kw), size), kernel.dtype)
-    blocks = jnp.matmul(phases, kernel.reshape(kh * kw, c * c), precision=lax.Precision.HIGHEST)
-    fixed, paired = lax.split(blocks, (r, n - r))
+    phases = signs[:, None] * _dft.packed_tap_phases((kh, kw), size)
+    if _spread.num_devices() > 1:
+        return conv.tap_blocks(phases, kernel, r)
+    product = jnp.matmul(
+        jnp.asarray(phases, kernel.dtype), kernel.reshape(kh * kw, c * c), precision=lax.Precision.HIGHEST
+    )
+    fixed, paired = lax.split(product, (r, n - r))
     return fixed.reshape(r, c, c), paired.reshape(-1, 2, c, c)
 
 
@@ -60,7 +64,7 @@ def exponential_blocks(
         raise ValueError(f"Expected an HWIO kernel of equal channels, at least {rows}, got shape {kernel.shape}.")
     fixed, paired = packed_response(kernel, size)
     if num_terms is not None:
-        return _series((fixed, paired), num_terms, rows)
+        return _spread.gathered(_series((fixed, paired), num_terms, rows))
     real, imaginary = linalg.expm_skew_split(paired[:, 0], paired[:, 1])
     return linalg.expm_skew_split(fixed)[0][:, :rows], jnp.stack([real[:, :rows], imaginary[:, :rows]], 1)
 
@@ -74,8 +78,7 @@ def exponential_response(kernel: Float[Array, "kh kw i c"], size: tuple[int, int
     return _dft.unpack(*exponential_blocks(kernel, size), size)
 
 
-def _multiply(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+_multiply = _spread.product
 
 
 def _complex_product(xr: Array, xi: Array, yr: Array, yi: Array) -> tuple[Array, Array]:

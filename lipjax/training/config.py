@@ -9,10 +9,12 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from lipjax import attacks
+from lipjax import attacks, network
 from lipjax.errors import UserError
 from lipjax.training import optimizer
+from lipjax.training.accumulate import centering_refused
 from lipjax.training.data import NAMES
+from lipjax.training.randaugment import MAX_MAGNITUDE
 from lipjax.training.report import radius_key
 from lipjax.training.step import CURVATURE, LIPSCHITZ, LOSSES
 
@@ -29,9 +31,14 @@ def default_config() -> Any:
     config.batch_size = 256  # global, whatever the number of devices
     config.num_epochs = 100
     config.matmul_precision = "default"  # of the forward and backward pass; norms are estimated at the highest
+    config.precision = "float32"  # or "bfloat16": of activations in training steps; all else is float32
+    config.accumulation = 1  # micro-batches that a step divides its batch into, one after the other, to save memory
+    config.remat = 0  # layers that the backward pass computes again at a time instead of keeping them; 0: none
+    config.scan = False  # loops over equal layers and micro-batches, which compile sooner: for accelerators
     config.train_head_only = False  # keep all but the head as config.init_from left it
     config.init_from = ""  # directory of a finished run of the same layers, whose best checkpoint training starts from
-    config.lipschitz = "product"  # what estimates L in training and validation: the product of norms, or "liplt"
+    # What estimates L in training and validation: the "product" of norms, or of those on the "grid" of proofs; "liplt".
+    config.lipschitz = "product"
     config.power_iterations = 10  # per training step, warm-started
     config.power_iterations_eval = 100  # before a validation
 
@@ -40,12 +47,23 @@ def default_config() -> Any:
     config.data.data_dir = ""  # of prepared data sets; "": $TFDS_DATA_DIR, or ~/tensorflow_datasets
     config.data.path = ""  # of the user's own data: an .npz file, or a folder with a folder per class
     config.data.download = False
+    config.data.workers = 0  # processes that read and decode streamed images (ImageNet); 0: threads of this one
     config.data.validation_fraction = 0.1  # of the training images; keep-best selects on them
     config.data.test_fraction = 0.2  # of all images, for sets without a test split of their own
     config.data.image_size = 0  # ImageNet's, in pixels; 0: 224 there, and the size that the images have elsewhere
     config.data.crop_padding = 0  # random crops after zero padding of this many pixels
     config.data.flip = False  # random horizontal flips
     config.data.affine = (0.0, 0.0, 0.0)  # random rotation (degrees), scale and shift (fractions), each up to +-
+    config.data.randaugment = ml_collections.ConfigDict()
+    config.data.randaugment.probability = 0.0  # of RandAugment, for each real image
+    config.data.randaugment.num_ops = 2  # operations, one after the other
+    config.data.randaugment.magnitude = 9  # of them, 0 ... 30
+    # Generated images to train on beside the real ones; an epoch is one pass over the real ones.
+    config.data.generated = ml_collections.ConfigDict()
+    config.data.generated.path = ""  # an .npz file, or a folder that TFDS prepared; "": none, whatever per_batch says
+    config.data.generated.per_batch = 0  # how many of the batch_size images of a step are generated
+    config.data.generated.crop_padding = 0  # as data.crop_padding; data.flip is for both, nothing else for these
+    config.data.generated.cache_dir = ""  # where the images of a compressed .npz are unpacked to; "": beside it
 
     config.model = ml_collections.ConfigDict()
     config.model.name = "liresnet"
@@ -60,6 +78,7 @@ def default_config() -> Any:
     config.model.dense_depth = 0  # contractive dense layers after the neck
     config.model.centering = False  # subtract running means from what the blocks add
     config.model.small_init = False  # blocks start nearer to the identity
+    config.model.block = "linear"  # or "conventional": x + MaxMin(convolution)
     config.model.input_mean = (0.5,)  # one number, or one per channel; pixel units
     config.model.input_std = (1.0,)
 
@@ -110,7 +129,10 @@ def default_config() -> Any:
     config.certify.attack_restarts = 1
     config.certify.attack_images = 0  # as num_images, for the attack
 
-    config.mesh = ml_collections.ConfigDict({"data": -1})  # devices along the batch; -1 for all
+    # The batch is divided over data x model devices, and what is trained is stored in `model` parts.
+    config.mesh = ml_collections.ConfigDict()
+    config.mesh.data = -1  # as many as there are
+    config.mesh.model = 1
     return config
 
 
@@ -133,11 +155,19 @@ def validate(config) -> None:
         seeds,
     )
     _check(config.matmul_precision in PRECISIONS, "matmul_precision", f"one of {PRECISIONS}", config.matmul_precision)
+    _check(config.precision in network.PRECISIONS, "precision", f"one of {network.PRECISIONS}", config.precision)
+    count = config.accumulation
+    divides = count >= 1 and config.batch_size % count == 0
+    _check(divides, "accumulation", f"a divisor of config.batch_size = {config.batch_size}", count)
+    if count > 1 and "centering" in config.model and config.model.centering is True:
+        raise UserError(centering_refused(count))
+    _check(config.remat >= 0, "remat", "0 or a number of layers", config.remat)
     _check(config.lipschitz in LIPSCHITZ, "lipschitz", f"one of {LIPSCHITZ}", config.lipschitz)
     for field in ("validation_fraction", "test_fraction"):
         _check(0 <= config.data[field] < 1, f"data.{field}", "a fraction in [0, 1)", config.data[field])
     _check(config.data.image_size >= 0, "data.image_size", "0 or a number of pixels", config.data.image_size)
     _check(config.data.name in NAMES, "data.name", f"one of {NAMES}", config.data.name)
+    _check(config.data.workers >= 0, "data.workers", "0 or a number of processes", config.data.workers)
     _check(config.data.crop_padding >= 0, "data.crop_padding", "at least 0 pixels", config.data.crop_padding)
     _check(
         len(config.data.affine) == 3
@@ -147,6 +177,19 @@ def validate(config) -> None:
         "three numbers >= 0 (degrees, scale, shift), scale below 1",
         config.data.affine,
     )
+    randaugment, generated = config.data.randaugment, config.data.generated
+    _check(0 <= randaugment.probability <= 1, "data.randaugment.probability", "in [0, 1]", randaugment.probability)
+    _check(randaugment.num_ops >= 1, "data.randaugment.num_ops", "at least 1", randaugment.num_ops)
+    known = f"0 ... {MAX_MAGNITUDE}"
+    _check(0 <= randaugment.magnitude <= MAX_MAGNITUDE, "data.randaugment.magnitude", known, randaugment.magnitude)
+    least = 1 if generated.path else 0
+    _check(
+        least <= generated.per_batch < (config.batch_size if least else math.inf),
+        "data.generated.per_batch",
+        f"at least {least} and less than config.batch_size, which counts all images of a step",
+        generated.per_batch,
+    )
+    _check(generated.crop_padding >= 0, "data.generated.crop_padding", "at least 0 pixels", generated.crop_padding)
     std = config.model.input_std if "input_std" in config.model else 1.0
     positive = all(1e-30 < s < 1e30 for s in (std if isinstance(std, tuple) else (std,)))
     _check(positive, "model.input_std", "positive float32 numbers, one or one per channel", std)
@@ -189,6 +232,7 @@ def validate(config) -> None:
         config.certify.attack in attacks.METHODS, "certify.attack", f"one of {attacks.METHODS}", config.certify.attack
     )
     _check(config.mesh.data == -1 or config.mesh.data >= 1, "mesh.data", "-1 or a number of devices", config.mesh.data)
+    _check(config.mesh.model >= 1, "mesh.model", "a number of parts, at least 1", config.mesh.model)
 
 
 def _check_types(config, defaults, prefix: str) -> None:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -15,17 +17,29 @@ from lipjax.certify import write_json
 from lipjax.errors import NotCertifiable, UserError
 from lipjax.models import get_model
 from lipjax.nn import COLLECTION
+from lipjax.training import cluster, randaugment, sharding, warm_start
 from lipjax.training import optimizer as optimizers
-from lipjax.training import sharding, warm_start
 from lipjax.training import step as steps
+from lipjax.training.accumulate import check_accumulation
 from lipjax.training.checkpoint import Checkpointer
 from lipjax.training.config import default_config
-from lipjax.training.data import StreamDataset, load_dataset
+from lipjax.training.data import (
+    ArrayDataset,
+    GeneratedDataset,
+    StreamDataset,
+    load_dataset,
+    num_generated,
+    open_generated,
+)
 from lipjax.training.metrics import MetricWriter
 from lipjax.training.step import METRIC
 
 # What may change when a run resumes: none of it alters what training computes. (A directory's seed is checked apart.)
-FREE_TO_CHANGE = ("checkpoint.", "certify.", "mesh.", "seeds", "data.data_dir", "data.download")
+# Where and in which pieces it computes may change the last bits.
+FREE_TO_CHANGE = (
+    *("checkpoint.", "certify.", "mesh.", "seeds", "data.data_dir", "data.download", "data.generated.cache_dir"),
+    *("accumulation", "remat", "scan", "data.workers"),
+)
 
 
 def plain(config) -> dict:
@@ -46,7 +60,7 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 def check_same_run(directory, meta: dict, config, seed: int, data: dict | None = None) -> None:
     """Raises: UserError naming the first fields by which a run's saved config differs from the one asked for.
 
-    Args: meta: of a checkpoint. data: `Run.data_identity` now; None if it is not to be compared.
+    Args: meta: of a checkpoint. data: what of `Run.training_identity` is to be compared, as it is now; None: nothing.
     """
     ours, saved, defaults = _flat(plain(config)), _flat(meta["config"]), _flat(plain(default_config()))
     # A run of an older lipjax lacks the fields that came later; their defaults are what it did.
@@ -58,8 +72,9 @@ def check_same_run(directory, meta: dict, config, seed: int, data: dict | None =
     if meta["seed"] != seed:
         differ.insert(0, f"config.seeds: {meta['seed']} there, {seed} now")
     # The same path may hold other images by now, and then a new split would put trained images into the test set.
-    if data is not None and meta.get("data", data) != data:
-        differ.insert(0, "the data set has other images or labels")
+    other = [part for part, now in (data or {}).items() if meta.get("data", data).get(part) != now]
+    if other:
+        differ.insert(0, f"the data set has other images or labels: {', '.join(other)}")
     if differ:
         raise UserError(
             f"{directory} holds a run with another config ({'; '.join(differ[:4])}): "
@@ -70,22 +85,31 @@ def check_same_run(directory, meta: dict, config, seed: int, data: dict | None =
 class Run:
     """Everything that one seed's training needs, made from the config: data, model, mesh, optimizer, jitted steps."""
 
-    def __init__(self, config, seed: int, mesh: Mesh | None = None):
+    def __init__(
+        self, config, seed: int, mesh: Mesh | None = None, dataset: ArrayDataset | StreamDataset | None = None
+    ):
         self.config, self.seed = config, seed
-        self.mesh = sharding.make_mesh(config.mesh.data, config.batch_size) if mesh is None else mesh
-        self.dataset = _of_size(load_dataset(config.data, seed), config.data.image_size)
+        self.mesh = sharding.make_mesh(**config.mesh, batch_size=config.batch_size) if mesh is None else mesh
+        check_accumulation(config, self.mesh)
+        dataset = load_dataset(config.data, seed) if dataset is None else dataset
+        self.dataset = _of_size(dataset, config.data.image_size)
         self.num_images = self.dataset.size("train")
-        self.steps_per_epoch = self.num_images // config.batch_size
+        self.num_generated = num_generated(config)
+        self.num_real = config.batch_size - self.num_generated  # of a step; an epoch is one pass over the real images
+        self.steps_per_epoch = self.num_images // self.num_real
         if self.steps_per_epoch == 0:
+            less = f" less {self.num_generated} generated images" if self.num_generated else ""
             raise UserError(
-                f"config.batch_size = {config.batch_size} exceeds the {self.num_images} training images: lower it."
+                f"config.batch_size = {config.batch_size}{less} exceeds the {self.num_images} training images: "
+                "lower it."
             )
+        _check_augmentation(config, self.dataset, self.mesh)
         self.total_steps = self.steps_per_epoch * config.num_epochs
         self.model = get_model(
             config.model,
             input_shape=self.dataset.image_shape,
             num_classes=self.dataset.num_classes,
-            batch_size=config.batch_size // self.mesh.devices.size,
+            batch_size=config.batch_size // (config.accumulation * self.mesh.devices.size),
         )
         _check_loss(config.loss, self.model)
         self.optimizer = optimizers.make_optimizer(
@@ -112,17 +136,19 @@ class Run:
         self.abstract_state = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, self.shardings
         )
-        self._initialise = jax.jit(initialise, out_shardings=self.shardings)
+        # Made whole and then divided, so that it is the same on any mesh, bit for bit.
+        self._initialise = jax.jit(lambda: sharding.gathered(initialise(), self.mesh), out_shardings=self.shardings)
 
     def __str__(self) -> str:
         """What is trained, for people."""
         count = sum(leaf.size for leaf in jax.tree.leaves(self.abstract_state.params))
         sizes = ", ".join(f"{self.dataset.size(split)} {split}" for split in ("train", "validation", "test"))
         devices = self.mesh.devices.flat
+        generated = f", {self.num_generated} of them generated" if self.num_generated else ""
         return (
             f"{self.config.model.name} with {count:,} parameters on {self.dataset.name} ({sizes} images), seed "
             f"{self.seed}: {self.config.num_epochs} epochs of {self.steps_per_epoch} steps of "
-            f"{self.config.batch_size} images, {len(devices)} x {devices[0].device_kind}"
+            f"{self.config.batch_size} images{generated}, {len(devices)} x {devices[0].device_kind}"
         )
 
     @functools.cached_property
@@ -131,11 +157,28 @@ class Run:
         of = self.dataset.size if isinstance(self.dataset, StreamDataset) else self.dataset.fingerprint
         return {split: of(split) for split in ("train", "validation", "test")}
 
+    @functools.cached_property
+    def generated(self) -> GeneratedDataset | None:
+        """The generated images that are trained on beside the real ones. Neither validation nor certificates use them.
+
+        Raises: UserError if they are not there or not as expected.
+        """
+        if self.num_generated == 0:
+            return None
+        dataset = self.dataset
+        return open_generated(self.config, dataset.image_shape, dataset.num_classes, dataset.pixel_max)
+
+    @property
+    def training_identity(self) -> dict:
+        """`data_identity`, and what identifies the generated images."""
+        return self.data_identity | ({} if self.generated is None else {"generated": self.generated.identity})
+
     def fresh_state(self) -> steps.TrainState:
         """The state before the first step."""
         state = self._initialise()
         if self.config.init_from:
             state = warm_start.state_from(self.config.init_from, state, self.model, self.mesh, self.data_identity)
+            state = jax.jit(lambda whole: whole, out_shardings=self.shardings)(state)
         return state
 
     def batch_runner(self, first_step: int):
@@ -145,8 +188,9 @@ class Run:
             return self._stream_runner(train_step, self.dataset, first_step)
         everywhere = sharding.replicated(self.mesh)
         part = self.dataset.split("train")
-        images, labels = jax.device_put((part.images, part.labels), everywhere)
-        jitted = steps.jit_array_step(train_step, self.mesh, self.config.batch_size)
+        images, labels = (cluster.global_array(a, everywhere) for a in (part.images, part.labels))
+        jitted = steps.jit_array_step(train_step, self.mesh, self.num_real, self.shardings)
+        generated = self._generated_batches(first_step)
         order_of = jax.jit(steps.epoch_order, static_argnums=2, out_shardings=everywhere)
         current = {"epoch": -1, "order": None}
 
@@ -154,24 +198,35 @@ class Run:
             epoch, position = divmod(step, self.steps_per_epoch)
             if current["epoch"] != epoch:
                 current.update(epoch=epoch, order=order_of(state.key, epoch, self.num_images))
-            return jitted(state, images, labels, current["order"], position * self.config.batch_size, schedule)
+            start = position * self.num_real
+            return jitted(state, images, labels, current["order"], start, schedule, next(generated))
 
         return run
 
     def _stream_runner(self, train_step, dataset: StreamDataset, first_step: int):
-        jitted = steps.jit_stream_step(train_step, self.mesh)
-        split = sharding.batch_sharded(self.mesh)
-        batches = dataset.train_batches(
-            self.config.batch_size, self.seed, first_step, jax.process_index(), jax.process_count()
-        )
+        jitted = steps.jit_stream_step(train_step, self.mesh, self.shardings)
+        shard = jax.process_index(), jax.process_count()
+        batches = dataset.train_batches(self.num_real, self.seed, first_step, *shard)
+        generated = self._generated_batches(first_step)
 
         def run(state, step, schedule):
-            del step  # the iterator started at first_step
-            images, labels = next(batches)
-            images = jax.make_array_from_process_local_data(split, images)
-            return jitted(state, images, jax.make_array_from_process_local_data(split, labels), schedule)
+            del step  # the iterators started at first_step
+            return jitted(state, *self._sharded(next(batches)), schedule, next(generated))
 
         return run
+
+    def _generated_batches(self, first_step: int):
+        """Endless: of each step the generated (images, labels), on the devices; None where there are none."""
+        if self.generated is None:
+            return itertools.repeat(None)
+        shard = jax.process_index(), jax.process_count()
+        return map(self._sharded, self.generated.batches(self.num_generated, self.seed, first_step, *shard))
+
+    def _sharded(self, batch):
+        """(images, labels) of this process -> those of all processes, divided over the devices."""
+        split = sharding.batch_sharded(self.mesh)
+        images, labels = (jax.make_array_from_process_local_data(split, array) for array in batch)
+        return images, labels
 
     def validator(self):
         """A function state -> metrics on the validation split, by norm estimates; {} if the split is empty."""
@@ -181,22 +236,23 @@ class Run:
 
         def batches():
             if isinstance(self.dataset, StreamDataset):
-                yield from self.dataset.eval_batches("validation", batch)
+                shard = jax.process_index(), jax.process_count()
+                yield from map(self._sharded, self.dataset.eval_batches("validation", batch, *shard))
             else:
                 part = self.dataset.split("validation")
                 for start in range(0, size, batch):
-                    yield part.images[start : start + batch], part.labels[start : start + batch]
+                    labels = part.labels[start : start + batch]
+                    missing = [(0, batch - len(labels))]
+                    images = np.pad(part.images[start : start + batch], missing + [(0, 0)] * 3)
+                    labels = np.pad(labels, missing, constant_values=-1)
+                    yield [cluster.global_array(a, split) for a in (images, labels)]
 
         def validate(state) -> dict[str, float]:
             if size == 0:
                 return {}
             network, constants = prepare(state.params, state.lip)
             totals: dict[str, float] = {}
-            for images, labels in batches():
-                missing = [(0, batch - len(labels))]
-                images = np.pad(images, missing + [(0, 0)] * 3)
-                labels = np.pad(labels, missing, constant_values=-1)
-                inputs = jax.device_put((images, labels), split)
+            for inputs in batches():
                 for name, value in evaluate(network, constants, *inputs).items():
                     totals[name] = totals.get(name, 0.0) + float(value)
             lipschitz = np.asarray(constants["lipschitz"])
@@ -211,6 +267,24 @@ def _check_loss(config, model) -> None:
     """Raises: UserError for a loss that the model's head has no curvature for."""
     if config.name == steps.CURVATURE and getattr(model, "head", None) != "mlp":
         raise UserError('config.loss.name "curvature" is for models with config.model.head = "mlp": choose another.')
+
+
+def _check_augmentation(config, dataset, mesh: Mesh) -> None:
+    """Raises: UserError for images that RandAugment is not for, and for a batch whose parts do not divide."""
+    if config.data.randaugment.probability > 0 and (
+        dataset.pixel_max != 255 or dataset.image_shape[2] not in randaugment.CHANNELS
+    ):
+        raise UserError(
+            "config.data.randaugment.probability: RandAugment is for values 0 … 255 in "
+            f"{' or '.join(map(str, randaugment.CHANNELS))} channels, and {dataset.name} has 0 … {dataset.pixel_max} "
+            f"in {dataset.image_shape[2]}: set it to 0."
+        )
+    generated = num_generated(config)
+    if generated % mesh.size:
+        raise UserError(
+            f"config.data.generated.per_batch = {generated} does not divide over {mesh.size} devices, as both the "
+            "generated and the real images of a batch must: change it, or config.mesh."
+        )
 
 
 def _of_size(dataset, image_size: int):
@@ -256,9 +330,12 @@ def train(config, workdir: str | os.PathLike, seed: int) -> Run:
 
     Args: config: validated. workdir: of this seed; gets config.json, checkpoints/, metrics.jsonl and tensorboard/.
     Raises: UserError for what the user can mend: config, data, a directory of another run, a full disk, NaN.
+      `cluster.Preempted` after SIGTERM, when the state is saved.
     """
     workdir = pathlib.Path(workdir)
     run = Run(config, seed)
+    cluster.check_agreement({"the images or labels": run.training_identity})
+    identity = run.training_identity
     console = Console(quiet=jax.process_index() != 0, soft_wrap=True, highlight=False)
     with (
         Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=METRIC) as checkpointer,
@@ -267,7 +344,7 @@ def train(config, workdir: str | os.PathLike, seed: int) -> Run:
         latest, meta = checkpointer.latest_step(), {}
         if latest is not None:
             meta = checkpointer.meta()
-            check_same_run(workdir, meta, config, seed, run.data_identity)
+            check_same_run(workdir, meta, config, seed, identity)
         else:
             _check_not_foreign(workdir / "config.json")
         if jax.process_index() == 0:
@@ -290,7 +367,7 @@ def _train_epochs(run: Run, state, checkpointer: Checkpointer, writer: MetricWri
     """Trains to the end. totals: sums of the metrics over the steps already done in this epoch, and their "count"."""
     config, first = run.config, int(state.step)
     train_batch, validate = run.batch_runner(first), run.validator()
-    data = run.data_identity
+    data = run.training_identity
     rate = optimizers.learning_rate_schedule(config.optimizer, run.steps_per_epoch, config.num_epochs)
     pending = None
 
@@ -310,7 +387,7 @@ def _train_epochs(run: Run, state, checkpointer: Checkpointer, writer: MetricWri
         means = averages()
         progress.step(step + 1, **{name: means[name] for name in ("loss", "accuracy", METRIC)})
 
-    with writer.progress(run.total_steps, first) as progress:
+    with writer.progress(run.total_steps, first) as progress, cluster.preemption() as preempted:
         for step in range(first, run.total_steps):
             epoch, done = step // run.steps_per_epoch, step + 1
             schedule = optimizers.loss_schedule(config.loss, epoch, config.num_epochs)
@@ -320,12 +397,16 @@ def _train_epochs(run: Run, state, checkpointer: Checkpointer, writer: MetricWri
                 collect(pending)
             pending = (step, metrics)
             ends_epoch = done % run.steps_per_epoch == 0
-            if not ends_epoch and (config.checkpoint.every_steps == 0 or done % config.checkpoint.every_steps):
+            stop = preempted(done) and done < run.total_steps
+            saves = stop or config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0
+            if not ends_epoch and not saves:
                 continue
             collect(pending)  # before anything is saved, so that a state is saved only if it is good
             pending = None
             if not ends_epoch:
                 save(done, None)
+                if stop:
+                    _stopped(run, checkpointer, done)
                 continue
             shown = averages() | {"epsilon": schedule.epsilon, "learning_rate": np.asarray(rate(step)).item()}
             if config.loss.name in steps.CRM:
@@ -338,8 +419,23 @@ def _train_epochs(run: Run, state, checkpointer: Checkpointer, writer: MetricWri
                     writer.write(done, found, "validation")
                 save(done, found.get(METRIC))
                 shown |= {f"val_{name}": found[name] for name in ("accuracy", METRIC) if name in found}
+            elif saves:
+                save(done, None)
             names = ("loss", "accuracy", METRIC, "val_accuracy", f"val_{METRIC}")
             progress.epoch(epoch + 1, config.num_epochs, {n: shown[n] for n in names if n in shown})
+            if stop:
+                _stopped(run, checkpointer, done)
+        if preempted(run.total_steps):
+            _stopped(run, checkpointer, run.total_steps)
+
+
+def _stopped(run: Run, checkpointer: Checkpointer, done: int) -> NoReturn:
+    """Raises: `cluster.Preempted`, as soon as the last save is on disk."""
+    checkpointer.wait()
+    raise cluster.Preempted(
+        f"Stopped by SIGTERM after step {done} of {run.total_steps}, which is saved in {checkpointer.directory}. The "
+        "same command goes on from there."
+    )
 
 
 def load_best(workdir: str | os.PathLike, run: Run):
@@ -348,13 +444,17 @@ def load_best(workdir: str | os.PathLike, run: Run):
     Raises: UserError if there is no usable checkpoint.
     """
     with Checkpointer(pathlib.Path(workdir) / "checkpoints", best_metric=METRIC, read_only=True) as checkpointer:
-        state, meta = checkpointer.restore_best(run.abstract_state)
+        # Whole on every device, whatever the parts that the run stores it in: it is going to be frozen.
+        whole = sharding.replicated(run.mesh)
+        target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), run.abstract_state)
+        state, meta = checkpointer.restore_best(target)
     check_same_run(workdir, meta, run.config, run.seed, run.data_identity)
     step, params = int(state.step), state.params
     period = run.config.optimizer.lookahead_period
     if period and step % run.steps_per_epoch and step >= min(period, run.steps_per_epoch):
         params = state.opt_state.slow  # between epochs those that are trained are the fast ones
-    return {"params": params, COLLECTION: state.lip}, state, step
+    state = dataclasses.replace(state, lip=jax.tree.map(np.asarray, state.lip))
+    return {"params": jax.tree.map(np.asarray, params), COLLECTION: state.lip}, state, step
 
 
 __all__ = ["Run", "check_same_run", "load_best", "plain", "train"]

@@ -1,29 +1,56 @@
-"""Where arrays live: the one file that names mesh axes."""
+"""Where arrays live: the one file that names mesh axes.
+
+Images are divided over all devices; what is trained is stored in parts over the axis "model" and gathered whole at the
+start of a step; what does not depend on images (`lipjax._spread`) is computed once, in parts over all devices.
+"""
+
+import contextlib
+import math
+from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lipjax.errors import UserError
 
-DATA = "data"
+DATA, MODEL = "data", "model"
+
+# Arrays with fewer entries are stored whole on every device: fetching their parts would take longer than it saves.
+MIN_SIZE = 2**14
 
 
-def make_mesh(num_devices: int, batch_size: int) -> Mesh:
-    """A mesh over num_devices devices (-1: all), whose axis "data" divides the batch.
+def make_mesh(data: int, batch_size: int, model: int = 1, devices: list | None = None) -> Mesh:
+    """A mesh of data x model devices (data = -1: as many as there are), over all of which the batch is divided.
 
-    Raises: UserError if there are fewer devices, or the batch size does not divide over them.
+    Args: devices: out of these; None: out of those that JAX sees.
+    Raises: UserError if the devices are too few, do not divide by `model`, are not all used by several processes, or
+      the batch size does not divide over them.
     """
-    devices = jax.devices()
-    count = len(devices) if num_devices == -1 else num_devices
+    devices = jax.devices() if devices is None else devices
+    if data == -1 and len(devices) % model:
+        raise UserError(
+            f"config.mesh.model = {model} does not divide the {len(devices)} devices that JAX sees: take a divisor, "
+            "or set config.mesh.data to say how many of them to use."
+        )
+    data = len(devices) // model if data == -1 else data
+    count = data * model
     if count > len(devices):
-        raise UserError(f"config.mesh.data = {count} devices, but JAX sees {len(devices)}: lower it, or set it to -1.")
+        raise UserError(
+            f"config.mesh: data x model = {data} x {model} = {count} devices, but JAX sees {len(devices)}: lower one "
+            "of them, or set config.mesh.data to -1."
+        )
+    if jax.process_count() > 1 and count < len(devices):
+        raise UserError(
+            f"config.mesh: data x model = {data} x {model} = {count} devices, but the {jax.process_count()} processes "
+            f"have {len(devices)}, of which none may be left out: set config.mesh.data to -1."
+        )
     if batch_size % count:
         raise UserError(
             f"config.batch_size = {batch_size} does not divide over {count} devices: take a multiple of {count}, "
-            f"or set config.mesh.data to a divisor of the batch size."
+            f"or set config.mesh.data so that data x model divides it."
         )
-    return Mesh(np.array(devices[:count]), (DATA,), axis_types=(AxisType.Auto,))
+    return jax.make_mesh((data, model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2, devices=devices[:count])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -32,10 +59,69 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharded(mesh: Mesh) -> NamedSharding:
-    """The leading axis divided over the devices."""
-    return NamedSharding(mesh, PartitionSpec(DATA))
+    """The leading axis divided over all devices."""
+    return NamedSharding(mesh, PartitionSpec((DATA, MODEL)))
 
 
-def state_shardings(abstract_state, mesh: Mesh):
-    """Shardings of a train state, leaf by leaf: parameters, optimizer and state are replicated."""
-    return jax.tree.map(lambda _: replicated(mesh), abstract_state)
+def spec_of(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """How an array of a train state is stored: its largest axis that the axis "model" divides, if it is large.
+
+    Parameters and what optimizers keep for them have the same shapes, hence the same parts.
+    """
+    parts = mesh.shape[MODEL]
+    axes = [axis for axis, side in enumerate(shape) if side % parts == 0]
+    if parts == 1 or math.prod(shape) < MIN_SIZE or not axes:
+        return PartitionSpec()
+    largest = max(axes, key=lambda axis: shape[axis])
+    return PartitionSpec(*[MODEL if axis == largest else None for axis in range(len(shape))])
+
+
+def state_shardings(abstract_state, mesh: Mesh) -> Any:
+    """Shardings of a train state, leaf by leaf: those of `spec_of`, but all of the model's state whole.
+
+    Its vectors are images, and small. Of images divided by rows XLA (that of JAX 0.10.2) gets the weight gradient of a
+    strided convolution wrong where a mesh has another axis, and it would divide what they are computed from likewise.
+    """
+
+    def of_leaf(path, leaf):
+        whole = jax.tree_util.keystr(path).startswith(".lip")
+        return NamedSharding(mesh, PartitionSpec() if whole else spec_of(leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(of_leaf, abstract_state)
+
+
+def describe(abstract_state, mesh: Mesh) -> dict[str, PartitionSpec]:
+    """{path of the leaf: how it is stored}, for tests and for people."""
+    leaves = jax.tree_util.tree_leaves_with_path(state_shardings(abstract_state, mesh))
+    return {jax.tree_util.keystr(path): sharding.spec for path, sharding in leaves}
+
+
+def stored(tree, mesh: Mesh) -> Any:
+    """Parameters or their gradients inside jit, in the parts that they are stored in."""
+    if mesh.size == 1:
+        return tree
+    return jax.tree.map(
+        lambda leaf: jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec_of(leaf.shape, mesh))), tree
+    )
+
+
+def gathered(tree, mesh: Mesh) -> Any:
+    """Arrays inside jit, whole on every device. Their gradients are summed over the devices."""
+    return tree if mesh.size == 1 else jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def side_by_side(arrays, mesh: Mesh) -> Any:
+    """Joins batch-sharded arrays along the batch, inside jit: each device puts together its own parts of them."""
+    parts = [a.reshape(mesh.size, -1, *a.shape[1:]) for a in arrays]
+    joined = jnp.concatenate(parts, axis=1)
+    return joined.reshape(-1, *joined.shape[2:])
+
+
+@contextlib.contextmanager
+def spread_over(mesh: Mesh):
+    """Where a program is traced: matrix functions and norm estimates in it are divided over the devices.
+
+    A context, or the decorator of a function. On one device it changes nothing.
+    """
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh.size > 1 else contextlib.nullcontext():
+        yield

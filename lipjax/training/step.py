@@ -10,9 +10,12 @@ import optax
 from jax.sharding import Mesh
 
 from lipjax import bounds, certify, curvature, losses, spectral
+from lipjax.network import Plan
 from lipjax.nn import COLLECTION, LipschitzModel, advance_means
 from lipjax.operators import MLPHead
 from lipjax.training import augment, sharding
+from lipjax.training.accumulate import accumulate
+from lipjax.training.randaugment import random_augment
 
 
 def _at_epsilon(loss):
@@ -46,7 +49,7 @@ LOSSES = {
 }
 CURVATURE = "curvature"
 CRM = ("crm", "crm_max")
-LIPSCHITZ = ("product", "liplt")
+LIPSCHITZ = ("product", "grid", "liplt")
 METRIC = "certified_accuracy_estimate"
 # Up to this many classes the curvatures of all pairs are cheaper than those of every image's own rivals, of which the
 # papers' code takes 9. Power iterations from a warm vector.
@@ -83,9 +86,13 @@ def init_state(
     params, lip = jax.tree.map(
         lambda a: a.astype(jnp.float32), (variables["params"], {"vectors": {}, **variables.get(COLLECTION, {})})
     )
-    if lipschitz == "liplt":
+    if lipschitz != "product":
         network: Any = model.apply({"params": params, COLLECTION: lip}, method="build")
-        vectors = bounds.init_liplt_vectors(network, jax.random.fold_in(init_key, 1))
+        network_key = jax.random.fold_in(init_key, 1)
+        if lipschitz == "grid":
+            vectors = bounds.init_vectors(bounds.on_grid(network), network_key)
+        else:
+            vectors = bounds.init_liplt_vectors(network, network_key)
         lip["vectors"] = jax.tree.map(lambda v: v.astype(jnp.float32), vectors)
     return TrainState(jnp.zeros((), jnp.int32), params, lip, optimizer.init(params), data_key)
 
@@ -99,11 +106,29 @@ def preprocess(key: jax.Array, images: jax.Array, config_data, pixel_max: int) -
     """Augmented pixels in [0, 1] of a uint8 batch, as the data group of the config says."""
     crop_key, affine_key = jax.random.split(key)
     images = augment.augment(crop_key, images, crop_padding=config_data.crop_padding, flip=config_data.flip)
+    rand = config_data.randaugment
+    if rand.probability > 0:
+        options = {"probability": rand.probability, "num_ops": rand.num_ops, "magnitude": rand.magnitude}
+        images = random_augment(jax.random.fold_in(key, 2), images, **options)
     pixels = augment.to_pixels(images, pixel_max)
     rotation, scale, shift = config_data.affine
     if rotation or scale or shift:
         pixels = augment.random_affine(affine_key, pixels, max_rotation=rotation, max_scale=scale, max_shift=shift)
     return pixels
+
+
+def views(key: jax.Array, images, labels, config_data, pixel_max: int, mesh: Mesh):
+    """What a step trains on, (pixels, labels), made of a uint8 batch and its labels or of pairs (real, generated).
+
+    Real and generated images are augmented apart. On each device the real ones come first.
+    """
+    if not isinstance(images, tuple):
+        return preprocess(key, images, config_data, pixel_max), labels
+    real = preprocess(key, images[0], config_data, pixel_max)
+    padding, flip = config_data.generated.crop_padding, config_data.flip
+    generated = augment.augment(jax.random.fold_in(key, 3), images[1], crop_padding=padding, flip=flip)
+    pixels = real, augment.to_pixels(generated, pixel_max)
+    return sharding.side_by_side(pixels, mesh), sharding.side_by_side(labels, mesh)
 
 
 def _finite(tree) -> jax.Array:
@@ -120,7 +145,8 @@ def estimate_constants(network, lip, num_iters: int, lipschitz: str):
     if lipschitz == "liplt":
         constants, vectors = bounds.margin_liplt_estimate(network, lip["vectors"], num_iters)
         return {"lipschitz": constants}, {**lip, "vectors": vectors}
-    product, vectors = bounds.feature_lipschitz_estimate(network, lip["vectors"], num_iters)
+    measured = bounds.on_grid(network) if lipschitz == "grid" else network
+    product, vectors = bounds.feature_lipschitz_estimate(measured, lip["vectors"], num_iters)
     constants = {"features": product, "lipschitz": product * network.head.pairwise_lipschitz()}
     # A training step estimates no norms of contractions, whose vectors wait for the next evaluation.
     lip = {**lip, "vectors": {**lip["vectors"], **vectors}}
@@ -163,36 +189,64 @@ def _per_example_loss(config, network, lip, logits, labels, constants, schedule)
     return LOSSES[config.name](config)(logits, labels, constants["lipschitz"], schedule)
 
 
+def make_build(model, config, mesh: Mesh):
+    """What a training step does without images: (params, lip) -> ((network, constants), lip), to be differentiated.
+
+    constants: as `estimate_constants`. Parameters come in the parts that they are stored in; all that goes out is whole
+    on every device. What it takes to make it is divided over the devices.
+    """
+
+    def build(params, lip):
+        params, lip = sharding.gathered((params, lip), mesh)
+        # A network that is only to give features is the one that will be certified.
+        train = not config.train_head_only
+        variables = {"params": params, COLLECTION: lip}
+        network, advanced = model.apply(variables, train, method="build", mutable=[COLLECTION])
+        network = sharding.gathered(network, mesh)
+        lip = {"vectors": {}, **advanced.get(COLLECTION, {})}
+        found = estimate_constants(network, lip, config.power_iterations, config.lipschitz)
+        constants, lip = sharding.gathered(found, mesh)
+        return (network, constants), lip
+
+    return build
+
+
 def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int):
     """The training step (state, images, labels, schedule) -> (state, metrics).
 
-    images: uint8 (global batch, h, w, c); labels: int32; schedule: `optimizer.LossSchedule` of the epoch. A step that
-    meets a value that is not finite leaves parameters, state and optimizer as they are; metrics["finite"] says where it
-    was.
+    images: uint8 (global batch, h, w, c); labels: int32; or each a pair, of the real and the generated part of the
+    batch; schedule: `optimizer.LossSchedule` of the epoch. A step that meets a value that is not finite leaves
+    parameters, state and optimizer as they are; metrics["finite"] says where it was.
     """
 
+    build, plan = make_build(model, config, mesh), Plan(config.precision, config.remat, config.scan)
+
+    @sharding.spread_over(mesh)
     def step(state: TrainState, images, labels, schedule):
         key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
-        pixels = preprocess(key, images, config.data, pixel_max)
+        pixels, labels = views(key, images, labels, config.data, pixel_max, mesh)
         pixels = jax.lax.with_sharding_constraint(pixels, sharding.batch_sharded(mesh))
 
-        def objective(params):
-            variables = {"params": params, COLLECTION: state.lip}
-            # A network that is only to give features is the one that will be certified.
-            train = not config.train_head_only
-            network, advanced = model.apply(variables, train, method="build", mutable=[COLLECTION])
-            lip = {"vectors": {}, **advanced.get(COLLECTION, {})}
-            constants, lip = estimate_constants(network, lip, config.power_iterations, config.lipschitz)
-            features, means = network.features_and_means(pixels)
-            lip = advance_means(lip, means)
+        # Parametrised once, applied to one micro-batch after the other, differentiated once.
+        built, pull_back, lip = jax.vjp(lambda params: build(params, state.lip), state.params, has_aux=True)
+
+        def objective(built, pixels, labels):
+            network, constants = built
+            # The normalisation is no parameter: nothing needs the gradient of the pixels.
+            fixed = jax.lax.stop_gradient({"input_mean": network.input_mean, "input_std": network.input_std})
+            network = dataclasses.replace(network, **fixed)
+            features, means = network.features_and_means(pixels, plan)
             if config.train_head_only:
                 features = jax.lax.stop_gradient(features)
             logits = network.head(features)
             loss = jnp.mean(_per_example_loss(config.loss, network, lip, logits, labels, constants, schedule))
-            radii = radius_estimate(network, constants, features, logits)
-            return loss, (logits, radii, constants, lip)
+            return loss, (logits, radius_estimate(network, constants, features, logits), means)
 
-        (loss, (logits, radii, constants, lip)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        (loss, (logits, radii, means)), cotangents = accumulate(
+            jax.value_and_grad(objective, has_aux=True), built, (pixels, labels), config, mesh
+        )
+        grads = sharding.stored(pull_back(cotangents)[0], mesh)
+        constants, lip = built[1], advance_means(lip, means)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         finite = {"loss": _finite(loss), "logits": _finite(logits), "norm estimates": _finite((constants, lip))}
         finite |= {f"gradient of {name}": _finite(grads[name]) for name in grads}
@@ -215,24 +269,44 @@ def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int):
     return step
 
 
-def jit_array_step(step, mesh: Mesh, batch_size: int):
-    """Jits a step for a data set that lives on the devices: (state, images, labels, order, start, schedule).
+def jit_array_step(step, mesh: Mesh, batch_size: int, shardings: Any = None):
+    """Jits a step for a data set that lives on the devices: (state, images, labels, order, start, schedule, generated).
 
-    images, labels: the whole training set, replicated; order: of this epoch; start: position of the batch in it. The
-    gather of a batch-sharded index from a replicated array needs no communication.
+    images, labels: the whole training set, replicated; order: of this epoch; start: position of the batch in it;
+    generated: none, or the (images, labels) that complete a batch of which only batch_size images are real. The
+    gather of a batch-sharded index from a replicated array needs no communication. shardings: of the state
+    (`sharding.state_shardings`), as it comes in and goes out; None if all of it is replicated.
     """
 
-    def array_step(state, images, labels, order, start, schedule):
+    def array_step(state, images, labels, order, start, schedule, generated=None):
         index = jax.lax.dynamic_slice_in_dim(order, start, batch_size)
         index = jax.lax.with_sharding_constraint(index, sharding.batch_sharded(mesh))
-        return step(state, images[index], labels[index], schedule)
+        batch = images[index], labels[index]
+        if generated is not None:
+            batch = zip(batch, generated, strict=True)
+        return step(state, *batch, schedule)
 
-    return jax.jit(array_step, donate_argnums=0, out_shardings=sharding.replicated(mesh))
+    return jax.jit(array_step, donate_argnums=0, out_shardings=_state_and_metrics(mesh, shardings))
 
 
-def jit_stream_step(step, mesh: Mesh):
-    """Jits a step for batches from the host: (state, images, labels, schedule), images sharded over the mesh."""
-    return jax.jit(step, donate_argnums=0, out_shardings=sharding.replicated(mesh))
+def jit_stream_step(step, mesh: Mesh, shardings: Any = None):
+    """Jits a step for batches from the host: (state, images, labels, schedule, generated), sharded over the mesh.
+
+    generated, shardings: as `jit_array_step`.
+    """
+
+    def stream_step(state, images, labels, schedule, generated=None):
+        batch = images, labels
+        if generated is not None:
+            batch = zip(batch, generated, strict=True)
+        return step(state, *batch, schedule)
+
+    return jax.jit(stream_step, donate_argnums=0, out_shardings=_state_and_metrics(mesh, shardings))
+
+
+def _state_and_metrics(mesh: Mesh, shardings):
+    everywhere = sharding.replicated(mesh)
+    return everywhere if shardings is None else shardings, everywhere
 
 
 def make_eval_step(model, config, mesh: Mesh, pixel_max: int):
@@ -244,8 +318,10 @@ def make_eval_step(model, config, mesh: Mesh, pixel_max: int):
     everywhere = sharding.replicated(mesh)
 
     @functools.partial(jax.jit, out_shardings=everywhere)
+    @sharding.spread_over(mesh)
     def prepare(params, lip):
-        network = model.apply({"params": params, COLLECTION: lip}, method="build")
+        params, lip = sharding.gathered((params, lip), mesh)
+        network = sharding.gathered(model.apply({"params": params, COLLECTION: lip}, method="build"), mesh)
         constants, _ = estimate_constants(network, lip, config.power_iterations_eval, config.lipschitz)
         return network, constants
 
