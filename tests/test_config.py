@@ -14,8 +14,9 @@ from lipjax.errors import UserError
 from lipjax.models import LiResNet, get_model
 from lipjax.training import evaluate, loop, optimizer
 from lipjax.training.config import default_config, load_config, validate
-from lipjax.training.data import load_dataset
-from lipjax.training.step import LOSSES
+from lipjax.training.data import load_dataset, num_generated, open_generated
+from lipjax.training.sharding import make_mesh
+from lipjax.training.step import LOSSES, preprocess, views
 
 
 def fields(config, prefix=""):
@@ -64,12 +65,22 @@ def test_every_field_is_read_by_training_or_certification(tmp_path):
         other.optimizer.schedule = "exponential"
         other.optimizer.lookahead_period = 6
         optimizer.make_optimizer(Recorder(other.optimizer, read, "optimizer."), 10, 2)
+        rand = default_config()
+        rand.data.randaugment.probability = 1.0
+        recorded, images = Recorder(rand.data, read, "data."), jnp.zeros((1, 4, 4, 3), jnp.uint8)
+        jax.eval_shape(lambda k: preprocess(k, images, recorded, 255), jax.random.key(0))
+        path = str(tmp_path / "packed.npz")
+        mixed = Recorder(tiny_config(**{"data.generated.path": path, "data.generated.per_batch": 4}), read)
+        np.savez_compressed(path, image=made_up_images(9)[0], label=np.arange(9) % 3)
+        assert num_generated(mixed) == 4 and len(open_generated(mixed, (8, 8, 1), 3, 255)) == 9
+        parts = tuple(jnp.zeros((n, 8, 8, 1), jnp.uint8) for n in (12, 4))
+        jax.eval_shape(lambda k: views(k, parts, parts, mixed.data, 255, make_mesh(1, 16)), jax.random.key(0))
         other.data.update({"name": "cifar10", "data_dir": str(tmp_path / "nothing")})
         with pytest.raises(UserError):
             load_dataset(Recorder(other.data, read, "data."), 0)
     # Read by run.run, before it trains anything; the name of an optimizer is an index.
     unread = {name for name in FIELDS if not name.startswith("model.")} - read
-    assert unread == {"seeds"}
+    assert unread == {"seeds", "data.workers"}  # the latter for ImageNet: tests/test_data_stream.py
     assert "data.no_such_field" not in read  # control: not everything counts as read
 
 
@@ -77,7 +88,7 @@ def test_every_field_of_the_model_changes_the_network():
     changes = {
         "depth": 2, "width": 6, "stem_kernel": 5, "stem_strides": 1, "stem_padding": 2, "neck_features": 8,
         "head_normalize": False, "input_mean": (0.25,), "input_std": (0.5,),
-        "neck": "cholesky", "dense_depth": 2, "centering": True, "small_init": True,
+        "neck": "cholesky", "dense_depth": 2, "centering": True, "small_init": True, "block": "conventional",
     }  # fmt: skip
     attributes = {field.name for field in dataclasses.fields(LiResNet)} - {"parent", "name"}
     assert {f.removeprefix("model.") for f in FIELDS if f.startswith("model.")} == {*changes, "name"}
@@ -115,9 +126,20 @@ BAD = {
     "power_iterations_eval": [0],
     "seeds": [(), (0, 0), (-1,), (0.5,), (2**31,), 3],
     "matmul_precision": ["bf16", ""],
+    "precision": ["float16", ""],
+    "accumulation": [0, 3, 2.0],
+    "remat": [-1, True],
+    "scan": [1],
     "data.name": ["cifar", 3],
     "data.data_dir": [None],
     "data.path": [1],
+    "data.randaugment.probability": [-0.1, 1.5, "often"],
+    "data.randaugment.num_ops": [0, 1.5],
+    "data.randaugment.magnitude": [-1, 31, 9.5],
+    "data.generated.path": [0],
+    "data.generated.per_batch": [-1, 0.5],
+    "data.generated.crop_padding": [-1],
+    "data.generated.cache_dir": [None],
     "data.download": ["yes", 1],
     "data.validation_fraction": [-0.1, 1.0, float("nan"), "0.1"],
     "data.test_fraction": [1.5],
@@ -127,6 +149,7 @@ BAD = {
     "data.affine": [(1.0,), (-1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (float("inf"), 0.0, 0.0)],
     "model.name": [None],
     "model.depth": ["deep", 2.0],
+    "model.block": [1, None],
     "model.width": [6.5],
     "model.stem_kernel": [None],
     "model.stem_strides": [1.0],
@@ -180,6 +203,8 @@ BAD = {
     "certify.attack_restarts": [0, 1.5],
     "certify.attack_images": [-5],
     "mesh.data": [0, -2],
+    "mesh.model": [0, -1],
+    "data.workers": [-1, 0.5],
 }
 
 

@@ -136,3 +136,13 @@ def interrupt_at(monkeypatch, step, error=KeyboardInterrupt):
         return interrupted
 
     monkeypatch.setattr(Run, "batch_runner", batch_runner)
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr, those of the jaxprs inside it included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
