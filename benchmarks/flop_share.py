@@ -13,6 +13,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import statistics
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def products(side: int):
     return {"one device": (product, (a, a)), "all devices": (product, (rows, everywhere))}
 
 
-def seconds(function, *args) -> tuple[float, object]:
+def seconds(function, *args) -> tuple[float, Any]:
     start = time.perf_counter()
     result = jax.block_until_ready(function(*args))
     return time.perf_counter() - start, result
@@ -94,7 +95,8 @@ def main(argv):
                 times[name].append(value)
     median = {name: statistics.median(values) for name, values in times.items()}
     count = jax.device_count()
-    flops = whole.cost_analysis()["flops"] * count
+    counted: Any = whole.cost_analysis()
+    flops = counted["flops"] * count
     reached = flops / median["step"]
     product = 2 * FLAGS.side**3 / min(median[name] for name in references)
     device = jax.devices()[0].device_kind

@@ -27,8 +27,6 @@ import math  # noqa: E402
 import pathlib  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
-import zipfile  # noqa: E402
-import zlib  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 from fractions import Fraction  # noqa: E402
 from typing import Any  # noqa: E402
@@ -1645,7 +1643,7 @@ def read_split(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
             with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
                 names = file.files
                 found = next(([file[name] for name in pair] for pair in pairs if set(pair) <= set(names)), None)
-        except (ValueError, TypeError, OSError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # whatever the decoder raises that meets the damage
             raise Unreadable(f"{path} is damaged ({error})") from error
     else:
         arrays, _ = read_arrays(path)
@@ -1793,6 +1791,7 @@ class Check:
 
     def _array(self, name: str, used: set) -> np.ndarray:
         need(name in self.arrays, f"the array {name} is missing")
+        need(name not in used, f"the array {name} is that of two operators")
         used.add(name)
         return self.arrays[name]
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jax.sharding import AxisType, Mesh
 
 from lipjax import bounds, operators
 from lipjax._mlp import MLPCertifier
@@ -51,7 +52,12 @@ def float64_on_cpu():
     The precision of products is pinned: some settings of it compute products of float64 arrays in bfloat16.
     """
     host = host_device()
-    with jax.enable_x64(True), jax.default_device(host), jax.default_matmul_precision("highest"):
+    with contextlib.ExitStack() as stack:
+        for context in (jax.enable_x64(True), jax.default_device(host), jax.default_matmul_precision("highest")):
+            stack.enter_context(context)
+        if not jax.sharding.get_abstract_mesh().empty:  # a mesh of the user's, which goes before the default device
+            mesh = Mesh(np.array([host]), ("host",), axis_types=(AxisType.Auto,))
+            stack.enter_context(jax.set_mesh(mesh))
         yield
 
 
@@ -141,6 +147,9 @@ def _check_arithmetic() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     with float64_on_cpu():
         difference, sees_nan = _probe(*(jnp.asarray(a, jnp.float64) for a in (1e16, 1.0, np.nan)))
+    devices = difference.devices()
+    if devices != {host_device()}:
+        raise NotCertifiable(f"Certificates are computed on {host_device()}, but JAX computes on {devices} here.")
     if re.search(r"enable_fast_math(?!=(false|0)\b)", flags) or float(difference) != 0 or not bool(sees_nan):
         raise NotCertifiable(
             f"XLA computes with fast math, whose rounding errors nobody bounds: unset it in XLA_FLAGS ({flags!r})."

@@ -168,13 +168,21 @@ def make_network(named_ops, head, input_mean: Any = 0.0, input_std: Any = 1.0) -
 
 
 def check_network(network: Network) -> None:
-    """Raises: ValueError unless names are unique, arrays have their shapes, and each shape follows from the last."""
+    """Raises: ValueError unless names, also of parts of a `Residual`, are unique, arrays have their shapes, and each
+    shape follows from the last.
+    """
     names, ops = network.names, network.ops
     if not ops or len(set(names)) != len(names) or len(names) != len(ops):
         raise ValueError(f"Expected at least one operator and unique names, one for each, got {names}.")
     chain = [*zip(names, ops, strict=True), ("head", network.head)]
     for name, part in chain:
         _check_part(name, part)
+        if isinstance(part, Residual):
+            if type(part) is not Residual:
+                raise ValueError(f"{name}: expected a Residual, not a subclass, got {type(part).__name__}.")
+            taken = {f"{name}/{place}" for place in range(len(part.ops))} & set(names)
+            if taken:
+                raise ValueError(f"{sorted(taken)[0]} names an operator and a part of the Residual {name}: rename one.")
     _check_part("input", network.normalize)
     for (name, part), (after, following) in zip(chain[:-1], chain[1:], strict=True):
         if tuple(part.out_shape) != tuple(following.in_shape):

@@ -1,6 +1,7 @@
 """The independent checker: it proves honest certificates of every family, and nothing that was tampered with."""
 
 import hashlib
+import io
 import json
 import math
 import re
@@ -947,6 +948,15 @@ def test_as_many_images_as_asked_for_are_evaluated_again(runs, tmp_path, monkeyp
         np.savez(tmp_path / "wrong.npz", **arrays)
         code, text = check("--data", str(tmp_path / "wrong.npz"))
         assert code == 2 and message in text
+    packed = io.BytesIO()
+    np.savez(packed, **{name: everything[name] for name in ("pixels", "labels")})
+    start = packed.getvalue().index(b"PK\x01\x02")  # the directory at its end: each damage there ends otherwise
+    for place, bit in ((start, 1), (start + 6, 64), (start + 8, 1), (start + 10, 14)):
+        data = bytearray(packed.getvalue())
+        data[place] ^= bit
+        (tmp_path / "wrong.npz").write_bytes(data)
+        code, text = check("--data", str(tmp_path / "wrong.npz"))
+        assert code == 2 and "wrong.npz is damaged" in text, (place - start, bit)
     (tmp_path / "wrong.npz").write_bytes(b"PK")
     assert check("--data", str(tmp_path / "wrong.npz"))[0] == 2
     assert check("--data", str(tmp_path / "none.npz"))[0] == 2

@@ -342,6 +342,31 @@ def test_which_environments_mean_several_processes(monkeypatch, environment, coo
     assert cluster.initialize_arguments(coordinator, None, None) == expected
 
 
+def test_sigterm_is_heeded_in_runs_that_resume_and_between_seeds(monkeypatch):
+    service = {"last": 0, "stops_at": None}
+
+    def sync_point(call):  # as JAX decides: the call after the latest one when the signal comes
+        service["last"] = call
+        return call == service["stops_at"]
+
+    def signalled():
+        service["stops_at"] = service["last"] + 1
+
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(cluster.multihost_utils, "reached_preemption_sync_point", sync_point)
+    with cluster.preemption() as preempted:
+        assert not any(map(preempted, range(1, 5)))
+    signalled()  # while the first seed is certified
+    with cluster.preemption() as preempted:
+        assert preempted(501)  # the first step of the next one, which resumes
+        assert preempted(502)
+    service["stops_at"] = None
+    with cluster.preemption() as preempted:
+        assert not preempted(1)  # control
+        signalled()  # in the validation after the last step
+        assert preempted(1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,5 +1,6 @@
 """Frozen networks: what they claim against exact rational arithmetic and search, and that their files are checked."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -359,3 +360,30 @@ def test_an_exported_program_runs_without_lipjax(tmp_path, model_and_variables, 
         assert (logits != frozen(images)).any()  # control: it is the rounded network
     with pytest.raises(ValueError, match="float16"):
         frozen.export("float16")
+
+
+def test_a_users_mesh_does_not_move_the_proof_off_the_host(model_and_variables):
+    frozen = lipjax.freeze(*model_and_variables)
+    images = np.random.default_rng(0).uniform(0, 1, (3, 8, 8, 1))
+    expected = frozen.certify(images)
+    host, elsewhere = jax.devices()[0], jax.devices()[1:3]
+    with jax.set_mesh(jax.sharding.Mesh(np.array(elsewhere), ("data",))):
+        assert (jnp.ones(2) + 1).devices() == set(elsewhere)  # control: the mesh goes before a default device
+        with float64_on_cpu():
+            assert jax.jit(lambda x: x + 1)(jnp.ones(2)).devices() == {host}
+        found = frozen.certify(images)
+    np.testing.assert_array_equal(found.radii, expected.radii)
+    assert (expected.radii > 0).any()
+
+
+def test_a_proof_on_another_device_is_refused(model_and_variables, monkeypatch):
+    frozen = lipjax.freeze(*model_and_variables)
+
+    @contextlib.contextmanager
+    def elsewhere():
+        with jax.enable_x64(True), jax.default_device(jax.devices()[1]):
+            yield
+
+    monkeypatch.setattr("lipjax.frozen.float64_on_cpu", elsewhere)
+    with pytest.raises(NotCertifiable, match="Certificates are computed on"):
+        frozen.certify(np.full((2, 8, 8, 1), 0.5))

@@ -202,6 +202,17 @@ def test_blocks_that_do_not_fit_are_refused():
         bounds.operator_bounds(odd)
     with pytest.raises(ValueError, match=r"Residual expects a batch \(b, 4\)"):
         operators.Residual((dense,))(jnp.ones((2, 3)))
+    # The arrays of both would be saved under one name.
+    with pytest.raises(ValueError, match="f/0 names an operator and a part of the Residual f"):
+        make_network([("f", operators.Residual((dense,))), ("f/0", dense)], head)
+    make_network([("f", operators.Residual((dense,))), ("f/1", dense)], head)  # control
+
+    class Doubled(operators.Residual):
+        def __call__(self, x):
+            return x + super().__call__(x)
+
+    with pytest.raises(ValueError, match="expected a Residual, not a subclass, got Doubled"):
+        make_network([("f", Doubled((dense,)))], head)
 
 
 def test_liplt_refuses_it_by_name():

@@ -48,7 +48,7 @@ def _after(total, part):
 
     (XLA for CPU drops optimization barriers.) Where the total has NaN, and the step is lost, these may be zeros.
     """
-    token = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(total))
+    token = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(total) if leaf.size)
     return jax.tree.map(lambda a: jnp.where(jnp.isnan(token), jnp.zeros_like(a), a), part)
 
 

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -42,6 +43,7 @@ _VISIBLE_SECONDS = 60.0
 _ADVICE = "Start all processes again with the same command: they go on from the last checkpoint."
 
 _over = threading.Event()
+_calls = itertools.count(1)  # of all trainings of this process: their numbers must never fall
 
 
 class Preempted(Exception):
@@ -92,8 +94,11 @@ def launch(command: Callable[[], object], interrupted: str, flag_values: flags.F
             raise
         code = 1
         if isinstance(error, jax.errors.JaxRuntimeError):
-            _over.wait(_LAST_WORD_SECONDS)  # another process may have said why
-            what = "an operation of all processes failed, most likely because another one died: see its output"
+            if "RESOURCE_EXHAUSTED" in str(error):
+                what = "its devices have too little memory: see config.accumulation, remat, precision and batch_size"
+            else:
+                _over.wait(_LAST_WORD_SECONDS)  # another process may have said why
+                what = "an operation of all processes failed, most likely because another one died: see its output"
             print(
                 f"Error: process {jax.process_index()}: {what} ({str(error).splitlines()[0][:200]}). {_ADVICE}",
                 file=sys.stderr,
@@ -230,6 +235,8 @@ def _watch() -> None:
         return
     if not _over.wait(1.0):  # what fails here at the same time speaks for itself
         print(f"Error: process {which} stopped with exit code {code}: see its output. {_ADVICE}", file=sys.stderr)
+        if jax.process_index() == 0:  # with it goes the service from which the others hear
+            time.sleep(_LAST_WORD_SECONDS)
         _exit(int(code))
 
 
@@ -345,11 +352,19 @@ def _text(path: pathlib.Path) -> str:
 def preemption() -> Iterator[Callable[[int], bool]]:
     """Notices SIGTERM; gives a function of the steps done that says whether to save now and stop.
 
-    It must be called after every step. In a run of several processes it is true in all of them after the same step,
-    one that none has begun when the signal has become known.
+    It must be called after every step, and once more after the last. In a run of several processes it is true in all of
+    them from the same call on, one that none has made when the signal has become known.
     """
     if jax.distributed.is_initialized():
-        yield multihost_utils.reached_preemption_sync_point
+        agreed = False
+
+        def reached(step):
+            nonlocal agreed
+            del step  # JAX asks for the call after the latest one, which is another step in a run that resumes
+            agreed = multihost_utils.reached_preemption_sync_point(next(_calls)) or agreed
+            return agreed
+
+        yield reached
         return
     if threading.current_thread() is not threading.main_thread():  # which has no say about signals
         yield lambda step: False

@@ -109,7 +109,7 @@ class Run:
             config.model,
             input_shape=self.dataset.image_shape,
             num_classes=self.dataset.num_classes,
-            batch_size=config.batch_size // (config.accumulation * self.mesh.devices.size),
+            batch_size=config.batch_size // self.mesh.devices.size,
         )
         _check_loss(config.loss, self.model)
         self.optimizer = optimizers.make_optimizer(

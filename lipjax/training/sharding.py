@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lipjax.errors import UserError
@@ -50,7 +51,9 @@ def make_mesh(data: int, batch_size: int, model: int = 1, devices: list | None =
             f"config.batch_size = {batch_size} does not divide over {count} devices: take a multiple of {count}, "
             f"or set config.mesh.data so that data x model divides it."
         )
-    return jax.make_mesh((data, model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2, devices=devices[:count])
+    # In JAX's order, process by process, not by jax.make_mesh, which may permute a TPU's: the i-th part of a batch is
+    # then the i-th process's, and what is drawn for an image does not depend on the topology.
+    return Mesh(np.array(devices[:count]).reshape(data, model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

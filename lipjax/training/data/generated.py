@@ -241,7 +241,8 @@ def _unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: pathlib.P
                 shutil.copyfileobj(stream, file, 2**24)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        if not target.exists():  # another process may have been faster, and have mapped its file by now
+            os.replace(temporary, target)
     except OSError as error:
         raise UserError(
             f"its images are compressed and cannot be unpacked to {folder} ({error}): {elsewhere}"
