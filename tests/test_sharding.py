@@ -135,7 +135,7 @@ def moved(params, relative):
     ("net", "num_steps", "meshes"),
     [
         ("liresnet", 20, [(2, 4)]),
-        ("cayley", 4, [(8, 1)]),
+        pytest.param("cayley", 4, [(8, 1)], marks=pytest.mark.nightly),
         pytest.param(
             "liresnet", 20, [(2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (4, 2), (1, 8)], marks=pytest.mark.nightly
         ),
