@@ -3,7 +3,7 @@
 Run: python train.py --config=configs/mnist_4c3f_crm.py --workdir=DIR
 Reported for the paper, as a secondary summary quotes it: 96.27 % clean, 63.37 % certified at l2 radius 1.58, by power
 iteration. Its code holds out 10 % of the training images; here it is 2 %.
-We measured: not yet run in full. 16 epochs: 91.02 % clean, 45.56 % proved at 1.58 (docs/liplt.md has the flags and other losses).
+We measured: not yet run in full. 16 epochs: 91.02 % clean, 45.56 % proved at 1.58 (flags: docs/liplt.md).
 """
 
 import ml_collections
