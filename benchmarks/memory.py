@@ -69,7 +69,7 @@ def compiled_step(config) -> tuple[Any, tuple[float, float]]:
 
     shape, num_classes = SHAPES[config.data.name]
     mesh = sharding.make_mesh(**config.mesh, batch_size=config.batch_size)
-    images = config.batch_size // (config.accumulation * mesh.size)
+    images = config.batch_size // mesh.size
     model = get_model(config.model, input_shape=shape, num_classes=num_classes, batch_size=images)
     optimizer = optimizers.make_optimizer(config.optimizer, 100, config.num_epochs)
     state = jax.eval_shape(lambda: step.init_state(model, optimizer, jax.random.key(0), config.lipschitz))

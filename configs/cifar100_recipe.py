@@ -3,8 +3,7 @@
 
 Run: python train.py --config=configs/cifar100_recipe.py --workdir=DIR
 We measured: not yet run. Reported, by power iteration: accuracy 62.1 %, certified at 36/255
-50.1 %, 72/255 38.5 %, 108/255 29.0 %; a secondary source prints 53.0, 40.2, 28.3 and 19.2 % for this net, presumably
-without generated images. A part of the training images is held out here for validation.
+50.1 %, 72/255 38.5 %, 108/255 29.0 %. A part of the training images is held out here for validation.
 On disk: the prepared data set, and generated images for it in generated/cifar100.npz, or wherever
 --config.data.generated.path says (docs/data.md). Every step takes 768 of them beside 256 real ones; an epoch is one
 pass over the real ones. Without them: --config.data.generated.path= --config.batch_size=256

@@ -344,18 +344,17 @@ def killed_and_resumed(tmp_path, kills):
 
 
 @pytest.mark.nightly  # starts 22 processes; one that is killed while it saves has a test of its own above
-@pytest.mark.parametrize("kills", [20])
-def test_a_training_killed_at_any_moment_loses_less_than_two_intervals(tmp_path, kills):
+def test_a_training_killed_at_any_moment_loses_less_than_two_intervals(tmp_path):
     """A save begins when the one before is on disk, so that at any moment all but the last one begun are complete.
 
     With `done` steps done the last one begun is of the last multiple of EVERY up to done (or done + 1, if the step of
     that moment was through), and the one before it is complete: it is at most 2 EVERY - 1 steps back.
     """
-    found = killed_and_resumed(tmp_path, kills)
-    assert len(found) == kills
+    found = killed_and_resumed(tmp_path, 20)
+    assert len(found) == 20
     for done, resumed, _ in found:
         assert done - (2 * EVERY - 1) <= resumed <= done + 1 and resumed % EVERY == 0, found
     # Controls: the kills were at different steps, and some in the middle of a save.
     assert len({done for done, _, _ in found}) > 1 and any(half for _, _, half in found)
     lost, halves = [done - resumed for done, resumed, _ in found], sum(half for _, _, half in found)
-    print(f"{kills} kills; lost steps: {lost}; {halves} half-written steps")
+    print(f"20 kills; lost steps: {lost}; {halves} half-written steps")
