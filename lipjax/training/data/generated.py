@@ -221,7 +221,11 @@ def _unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: pathlib.P
     """The .npy file with the images of a compressed archive, made beside it or in cache_dir unless it is there."""
     folder = pathlib.Path(cache_dir).expanduser() if cache_dir else path.parent
     target = folder / f"{path.stem}.image-{member.CRC:08x}.npy"
-    if target.is_file() and target.stat().st_size == member.file_size:
+
+    def is_whole() -> bool:
+        return target.is_file() and target.stat().st_size == member.file_size
+
+    if is_whole():
         return target
     temporary = folder / f".{target.name}.{uuid.uuid4().hex}.tmp"  # of its own for each process, on any machine
     elsewhere = "set config.data.generated.cache_dir to a folder with room"
@@ -241,7 +245,7 @@ def _unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: pathlib.P
                 shutil.copyfileobj(stream, file, 2**24)
             file.flush()
             os.fsync(file.fileno())
-        if not target.exists():  # another process may have been faster, and have mapped its file by now
+        if not is_whole():  # another process may have been faster, and have mapped its file by now
             os.replace(temporary, target)
     except OSError as error:
         raise UserError(
