@@ -125,19 +125,50 @@ def with_columns(function: Callable, *arrays: Array) -> Any:
 def each(function: Callable, items: Sequence[Any]) -> list:
     """[function(item) for item in items] for pytrees of the same structure and shapes, divided over the devices.
 
-    A device calls the function for its items in turn; the results are gathered. Differentiable.
+    A device calls the function for its items in turn. Results, and gradients of the items, are gathered; or, on so
+    many devices that less is sent, summed over those that have none and those that have one. Differentiable.
     """
     axes, devices = _mesh_axes()
-    if devices == 1 or len(items) < 2:
+    count = len(items)
+    if devices == 1 or count < 2:
         return [function(item) for item in items]
-    share = -(-len(items) // devices)
-    padded = [*items, *[items[-1]] * (share * devices - len(items))]
-    stacked = gathered(jax.tree.map(lambda *leaves: jnp.stack(leaves), *padded))
+    share = -(-count // devices)
+    if share * devices > 2 * count:  # a sum sends everything twice
+        return _each_summed(function, items, axes)
+    padded = [*items, *[items[-1]] * (share * devices - count)]
+    stacked = gathered(_stack(padded))
 
     def of_share(part):
-        found = [function(jax.tree.map(lambda leaf, i=i: leaf[i], part)) for i in range(share)]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+        return _stack([function(_at(part, i)) for i in range(share)])
 
     spec = PartitionSpec(axes)
     found = gathered(jax.shard_map(of_share, in_specs=spec, out_specs=spec, check_vma=False)(stacked))
-    return [jax.tree.map(lambda leaf, i=i: leaf[i], found) for i in range(len(items))]
+    return [_at(found, i) for i in range(count)]
+
+
+def _each_summed(function: Callable, items: Sequence[Any], axes: tuple[str, ...]) -> list:
+    """`each` on more devices than items."""
+    count = len(items)
+
+    def of_one(stacked):
+        device = lax.axis_index(axes)
+        item = jnp.minimum(device, count - 1)
+        found = function(jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, item, keepdims=False), stacked))
+
+        def among_all(leaf):
+            first = jnp.arange(count).reshape(-1, *[1] * jnp.ndim(leaf)) == device
+            return lax.psum(jnp.where(first, leaf, 0), axes)
+
+        return jax.tree.map(among_all, found)
+
+    spec = PartitionSpec()
+    found = jax.shard_map(of_one, in_specs=spec, out_specs=spec, check_vma=False)(gathered(_stack(items)))
+    return [_at(found, i) for i in range(count)]
+
+
+def _stack(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _at(tree: Any, i: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[i], tree)

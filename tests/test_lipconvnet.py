@@ -220,8 +220,14 @@ def training_config(**changes):
     "changes",
     [
         {"model.head": "mlp", "model.variant": "pooled", "model.head_features": 10, "loss.name": "curvature"},
-        {"model.layer": "cayley", "model.head": "orthonormal", "loss.name": "certificate_regularization"},
-        {"model.activation": "householder2", "model.padding": "ZERO", "model.fast_gradient": True},
+        pytest.param(
+            {"model.layer": "cayley", "model.head": "orthonormal", "loss.name": "certificate_regularization"},
+            marks=pytest.mark.nightly,
+        ),
+        pytest.param(
+            {"model.activation": "householder2", "model.padding": "ZERO", "model.fast_gradient": True},
+            marks=pytest.mark.nightly,
+        ),
     ],
 )
 def test_training_certifies_and_resumes(changes, tmp_path):

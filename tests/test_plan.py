@@ -133,6 +133,11 @@ def test_collectives_of_a_compiled_program():
     assert found.collectives()[0].link_bytes() == 5 * 2 * 7 / 8 * 256
     assert found.collectives()[0].link_bytes(reduces_in_network=True) == 5 * 7 / 8 * 256
 
+    axes = (sharding.DATA, sharding.MODEL)
+    twice = jax.shard_map(lambda x: jax.lax.psum(jnp.sin(jax.lax.psum(x, axes)), axes), in_specs=split.spec,
+                          out_specs=PartitionSpec(), mesh=mesh, check_vma=False)  # fmt: skip
+    assert [(c.kind, c.bytes) for c in compiled(twice, x).collectives()] == [("all-reduce", 2 * 32 * 4)] * 2
+
 
 PROGRAM = """HloModule jit_f, is_scheduled=true, replica_count=1, num_partitions=16
 
@@ -161,6 +166,16 @@ PROGRAM = """HloModule jit_f, is_scheduled=true, replica_count=1, num_partitions
   ROOT %s = f32[2]{0} reduce-scatter(%q), replica_groups={{0,1},{2,3}}, dimensions={0}, to_apply=%add
 }
 
+%one_fusion (f.1: f32[5]) -> f32[5] {
+  %f.1 = f32[5]{0} parameter(0)
+  ROOT %beside = f32[5]{0:S(1)} all-to-all(%f.1), channel_id=3, replica_groups=mesh['a'=8,'b'=2] {'a':(2)4,'b'}
+}
+
+%another (f.2: f32[5]) -> f32[5] {
+  %f.2 = f32[5]{0} parameter(0)
+  ROOT %again = f32[5]{0} all-to-all(%f.2), channel_id=3, replica_groups=mesh['a'=8,'b'=2] {'a':(2)4,'b'}
+}
+
 ENTRY %main (x: bf16[4,8]) -> f32[] {
   %x.1 = bf16[4,8]{1,0} parameter(0)
   %w = (s32[], bf16[4,8]) while(%x.1), condition=%add, body=%body, backend_config={"known_trip_count":{"n":"6"}}
@@ -171,8 +186,8 @@ ENTRY %main (x: bf16[4,8]) -> f32[] {
   %alone = f32[9]{0} all-reduce(%x.1), replica_groups={{0},{1}}, to_apply=%add
   %u = (s32[], bf16[4,8]) while(%w), condition=%add, body=%body
   %l = (s32[], bf16[4,8]) while(%u), condition=%limit, body=%body
-  %beside = f32[5]{0} all-to-all(%x.1), channel_id=3, replica_groups=mesh['a'=8,'b'=2] {'a':(2)4,'b'}
-  ROOT %all = f32[5]{0} all-to-all(%x.1), channel_id=3, replica_groups=mesh['a'=8,'b'=2] {'a':(2)4,'b'}
+  %f = f32[5]{0} fusion(%x.1), kind=kLoop, calls=%one_fusion
+  ROOT %h = f32[5]{0} fusion(%f), kind=kLoop, calls=%another
 }
 """
 
@@ -188,7 +203,7 @@ def test_notations_of_collectives():
         "all-gather": (2, 16 * 4, 1),
         "collective-permute": (2, 7 * 4, 1),
         "reduce-scatter": (2, 4 * 4, 1),
-        "all-to-all": (8, 5 * 4, 1),
+        "all-to-all": (8, 5 * 4, 1),  # the same in two fusions
     }
     assert sum(c.link_bytes() for c in program_.collectives()) == 10 * 2 * 7 / 8 * 64 + 32 + 28 + 8 + 7 / 8 * 20
 

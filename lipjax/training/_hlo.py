@@ -89,6 +89,7 @@ class Program:
         self.num_devices = math.prod(int(found[1]) for found in counts if found)
         self.unknown_loops = 0
         self.times: dict[str, int] = collections.Counter()
+        self._fused: set[str] = set()
         if self.entry:
             self._run(self.entry, 1)
 
@@ -102,8 +103,11 @@ class Program:
                 repeats *= 1 if length is None else length
             for _, called in _CALLED.findall(instruction.rest):
                 for callee in called.strip("{}").split(","):
-                    if callee.strip(" %") in self.computations:
-                        self._run(callee.strip(" %"), repeats)
+                    callee = callee.strip(" %")
+                    if callee in self.computations:
+                        if instruction.opcode == "fusion" or name in self._fused:
+                            self._fused.add(callee)
+                        self._run(callee, repeats)
 
     def _length(self, loop: Instruction) -> int | None:
         """How often a loop runs: as the text says, or the limit of its condition: JAX's loops count from 0 by 1."""
@@ -126,10 +130,11 @@ class Program:
     def collectives(self) -> list[Collective]:
         """Every collective operation in the program that joins more than one device.
 
-        Programs for TPUs write an asynchronous one into each fusion that goes on beside it; its channel tells.
+        Programs for TPUs write an asynchronous one into each fusion that goes on beside it: one channel, shape and
+        place in the source. A channel alone does not tell: those inside `shard_map` all have the same on CPUs.
         """
-        found: dict[tuple[str, str], Collective] = {}
-        for _, instruction, times in self._executed():
+        found: dict[tuple, Collective] = {}
+        for computation, instruction, times in self._executed():
             kind = instruction.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
@@ -139,7 +144,10 @@ class Program:
             group = _group(kind, instruction.rest, self.num_devices)
             size = _bytes(shape) * (group if kind == "reduce-scatter" else 1)
             channel = re.search(r"\bchannel_id=(\d+)", instruction.rest)
-            key = kind, channel[1] if channel else instruction.name
+            source = re.search(r'\bop_name="([^"]*)"', instruction.rest)
+            key = (kind, instruction.name)
+            if channel and computation in self._fused:
+                key = (kind, channel[1], re.sub(r"\{[^}]*\}", "", instruction.shape), source[1] if source else "")
             if group > 1 and (key not in found or found[key].times < times):
                 found[key] = Collective(kind, group, size, times)
         return list(found.values())
