@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from lanczos import lanczos_norm
+from made_up import SHAPES
 from rich.console import Console
 from rich.table import Table
-from shapes import SHAPES
 
 import lipjax
 from lipjax import operators

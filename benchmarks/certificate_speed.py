@@ -28,9 +28,9 @@ import numpy as np
 import optax
 from absl import app, flags
 from lanczos import lanczos_norm
+from made_up import SHAPES
 from rich.console import Console
 from rich.table import Table
-from shapes import SHAPES
 
 import lipjax
 from lipjax import bounds, checker

@@ -19,12 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from made_up import batch_step, made_up_run, random_batch
 from ml_collections import config_flags
-from shapes import SHAPES
-
-from lipjax.models import get_model
-from lipjax.training import optimizer as optimizers
-from lipjax.training import sharding, step
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", "configs/cifar10_liresnet.py", "The experiment whose step is measured.")
@@ -34,28 +30,10 @@ flags.DEFINE_integer("side", 4096, "Side of the matrices.")
 
 def compiled_step(config):
     """(compiled step, its state, images, labels, schedule), on all devices."""
-    shape, num_classes = SHAPES[config.data.name]
-    mesh = sharding.make_mesh(config.mesh.data, config.batch_size, config.mesh.model)
-    model = get_model(
-        config.model,
-        input_shape=shape,
-        num_classes=num_classes,
-        batch_size=config.batch_size // mesh.devices.size,
-    )
-    optimizer = optimizers.make_optimizer(config.optimizer, 100, 10)
-
-    def initialise():
-        return step.init_state(model, optimizer, jax.random.key(0), config.lipschitz)
-
-    shardings = sharding.state_shardings(jax.eval_shape(initialise), mesh)
-    state = jax.jit(initialise, out_shardings=shardings)()
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (config.batch_size, *shape)).astype(np.uint8)
-    labels = rng.integers(0, num_classes, config.batch_size).astype(np.int32)
-    images, labels = jax.device_put((images, labels), sharding.batch_sharded(mesh))
-    schedule = optimizers.loss_schedule(config.loss, 1, config.num_epochs)
-    jitted = step.jit_stream_step(step.make_train_step(model, optimizer, config, mesh, 255), mesh, shardings)
-    return jitted.lower(state, images, labels, schedule).compile(), state, images, labels, schedule
+    run = made_up_run(config)
+    jitted, schedule = batch_step(run)
+    args = run.fresh_state(), *random_batch(run), schedule
+    return jitted.lower(*args).compile(), *args
 
 
 def products(side: int):

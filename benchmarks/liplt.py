@@ -29,8 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
+from made_up import SHAPES
 from ml_collections import ConfigDict
-from shapes import SHAPES
 from sklearn.datasets import load_digits
 
 import lipjax

@@ -60,31 +60,13 @@ def switched(config, text: str):
 def compiled_step(config) -> tuple[Any, tuple[float, float]]:
     """The compiled training step of a config on made-up shapes, and the seconds that it took (lowering, compiling)."""
     import jax
-    import jax.numpy as jnp
-    from shapes import SHAPES
+    from made_up import abstract_batch, batch_step, made_up_run
 
-    from lipjax.models import get_model
-    from lipjax.training import optimizer as optimizers
-    from lipjax.training import sharding, step
-
-    shape, num_classes = SHAPES[config.data.name]
-    mesh = sharding.make_mesh(**config.mesh, batch_size=config.batch_size)
-    images = config.batch_size // mesh.size
-    model = get_model(config.model, input_shape=shape, num_classes=num_classes, batch_size=images)
-    optimizer = optimizers.make_optimizer(config.optimizer, 100, config.num_epochs)
-    state = jax.eval_shape(lambda: step.init_state(model, optimizer, jax.random.key(0), config.lipschitz))
-    shardings = sharding.state_shardings(state, mesh)
-    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
-    split = sharding.batch_sharded(mesh)
-    batch = [
-        jax.ShapeDtypeStruct((config.batch_size, *shape), jnp.uint8, sharding=split),
-        jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=split),
-    ]
-    schedule = optimizers.loss_schedule(config.loss, 0, config.num_epochs)
-    train_step = step.jit_stream_step(step.make_train_step(model, optimizer, config, mesh, 255), mesh, shardings)
+    run = made_up_run(config)
+    train_step, schedule = batch_step(run)
     start = time.perf_counter()
     with jax.default_matmul_precision(config.matmul_precision):
-        lowered = train_step.lower(state, *batch, schedule)
+        lowered = train_step.lower(run.abstract_state, *abstract_batch(run), schedule)
     middle = time.perf_counter()
     compiled = lowered.compile()
     return compiled, (middle - start, time.perf_counter() - middle)

@@ -14,16 +14,14 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
+from made_up import made_up_run, random_batch
 from ml_collections import config_flags
-from shapes import SHAPES
 
 from lipjax import bounds
-from lipjax.models import get_model
 from lipjax.nn import COLLECTION
 from lipjax.training import optimizer as optimizers
-from lipjax.training import sharding, step
+from lipjax.training import step
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", "configs/digits.py", "The experiment whose step is measured.")
@@ -32,17 +30,13 @@ flags.DEFINE_integer("rounds", 7, "Rounds; in each, every part runs once. Median
 
 def parts(config):
     """Jitted functions without arguments, by name: the whole step and its parts, all on the same made-up batch."""
-    shape, num_classes = SHAPES[config.data.name]
-    model = get_model(config.model, input_shape=shape, num_classes=num_classes)
-    optimizer = optimizers.make_optimizer(config.optimizer, 100, 10)
-    mesh = sharding.make_mesh(config.mesh.data, config.batch_size)
-    state = jax.jit(lambda: step.init_state(model, optimizer, jax.random.key(0), config.lipschitz))()
-    rng = np.random.default_rng(0)
-    images = jnp.asarray(rng.integers(0, 256, (config.batch_size, *shape)).astype(np.uint8))
-    labels = jnp.asarray(rng.integers(0, num_classes, config.batch_size), jnp.int32)
-    pixels = images / jnp.float32(255)
+    run = made_up_run(config)
+    model, state = run.model, run.fresh_state()
+    images, labels = random_batch(run)
+    pixels = images / jnp.float32(run.pixel_max)
     loss = step.LOSSES[config.loss.name](config.loss)
-    whole = jax.jit(step.make_train_step(model, optimizer, config, mesh, 255))
+    train_step = step.make_train_step(model, run.optimizer, config, run.mesh, run.pixel_max)
+    whole = jax.jit(train_step)  # unlike a run's, keeps the state that it is given
 
     def build(params):
         return model.apply({"params": params, COLLECTION: state.lip}, method="build")

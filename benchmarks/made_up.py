@@ -1,0 +1,49 @@
+"""Runs on made-up images of the shapes of a config's data set, so that benchmarks need none of them."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from lipjax.training import optimizer as optimizers
+from lipjax.training import sharding, step
+from lipjax.training.loop import Run
+from lipjax.training.plan import planned_dataset
+
+SHAPES = {
+    "digits": ((8, 8, 1), 10),
+    "mnist": ((28, 28, 1), 10),
+    "cifar10": ((32, 32, 3), 10),
+    "cifar100": ((32, 32, 3), 100),
+    "tiny_imagenet": ((64, 64, 3), 200),
+    "imagenet": ((224, 224, 3), 1000),
+}
+
+
+def made_up_run(config) -> Run:
+    """What `train.py` would make of the config, with images of zeros, on all devices."""
+    return Run(config, 0, dataset=planned_dataset(config.data, 0))
+
+
+def random_batch(run: Run) -> tuple[jax.Array, jax.Array]:
+    """Images and labels of one step, divided over the devices."""
+    rng, count = np.random.default_rng(0), run.config.batch_size
+    images = rng.integers(0, run.pixel_max + 1, (count, *run.dataset.image_shape)).astype(np.uint8)
+    labels = rng.integers(0, run.dataset.num_classes, count).astype(np.int32)
+    images, labels = jax.device_put((images, labels), sharding.batch_sharded(run.mesh))
+    return images, labels
+
+
+def abstract_batch(run: Run) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """The shapes of `random_batch`."""
+    split, count = sharding.batch_sharded(run.mesh), run.config.batch_size
+    images = jax.ShapeDtypeStruct((count, *run.dataset.image_shape), np.uint8, sharding=split)
+    return images, jax.ShapeDtypeStruct((count,), np.int32, sharding=split)
+
+
+def batch_step(run: Run) -> tuple[Any, Any]:
+    """(jitted step (state, images, labels, schedule) -> (state, metrics), schedule of the second epoch)."""
+    config = run.config
+    train_step = step.make_train_step(run.model, run.optimizer, config, run.mesh, run.pixel_max)
+    schedule = optimizers.loss_schedule(config.loss, 1, config.num_epochs)
+    return step.jit_stream_step(train_step, run.mesh, run.shardings), schedule
