@@ -1,9 +1,9 @@
 """LipConvnet-20 with SOC, last-layer normalisation, Householder activations and certificate regularisation, CIFAR-100.
 
 Run: python train.py --config=configs/cifar100_lipconvnet.py --workdir=DIR
-Source: arXiv:2108.04062. Paper says, as AOL quotes it (depth not given): 47.8 % clean, 34.8 / 23.7 / 15.8 % certified
-at 36/72/108 (/255).
-We measured: not run by us yet (200 epochs need an accelerator).
+Source: arXiv:2108.04062. Published, as arXiv:2208.03160 quotes it (depth not given): 47.8 % clean, 34.8 / 23.7 / 15.8 %
+certified at 36/72/108 (/255).
+Measured: never (200 epochs need an accelerator).
 """
 
 import ml_collections

@@ -1,8 +1,8 @@
 """LipConvnet-10 with Cayley convolutions, LLN and MaxMin, CIFAR-100 (arXiv:2104.07167 in the nets of arXiv:2108.04062).
 
 Run: python train.py --config=configs/cifar100_lipconvnet_cayley.py --workdir=DIR
-Paper says: its numbers have not reached us.
-We measured: not run by us yet (200 epochs need an accelerator).
+Published: no figures known for this net.
+Measured: never (200 epochs need an accelerator).
 """
 
 import ml_collections

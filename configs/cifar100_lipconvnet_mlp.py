@@ -1,8 +1,8 @@
 """LipConvnet-15 with SOC, projection pooling and the MLP head, CIFAR-100 (arXiv:2211.08453).
 
 Run: python train.py --config=configs/cifar100_lipconvnet_mlp.py --workdir=DIR
-Paper says: its numbers have not reached us; it states gains of 3.78 % clean and 4.75 % certified.
-We measured: not run by us yet (200 epochs need an accelerator).
+Published: no figures known for this net; the abstract states gains of 3.78 % clean and 4.75 % certified.
+Measured: never (200 epochs need an accelerator).
 """
 
 import ml_collections
@@ -44,7 +44,7 @@ def get_config():
     config.loss.curvature_weight = 0.01
     config.loss.epsilon = 36 / 255
 
-    # As the paper's code: the rate falls tenfold at 1/2 and 3/4 of the epochs, no warm-up, no clipping.
+    # As the paper's code: the rate falls tenfold at 1/2 and 3/4 of the epochs, no warm-up; gradients clipped at norm 1.
     config.optimizer.name = "sgd"
     config.optimizer.schedule = "step"
     config.optimizer.learning_rate = 0.1

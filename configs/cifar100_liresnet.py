@@ -1,8 +1,8 @@
 """LiResNet L12W512 on CIFAR-100, as published at NeurIPS 2023 (arXiv:2301.12549).
 
 Run: python train.py --config=configs/cifar100_liresnet.py --workdir=DIR
-Expects: not run by us yet (it needs accelerators). Reported for this net, by power iteration: 41.5 % certified
-at 36/255 with generated images, which this config does not use.
+Measured: never (it needs accelerators).
+Published, by power iteration: 41.5 % certified at 36/255 with generated images, which this config does not use.
 """
 
 from lipjax.training.config import default_config

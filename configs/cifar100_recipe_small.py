@@ -3,7 +3,7 @@ recipe of ICLR 2024 (arXiv:2310.02513) without generated images and RandAugment.
 Batch, learning rate, warm-up and power iterations are smaller or shorter than the recipe's, our choice and not tuned.
 
 Run: python train.py --config=configs/cifar100_recipe_small.py --workdir=DIR
-We measured: not yet run.
+Measured: never.
 """
 
 from lipjax.training.config import default_config

@@ -6,7 +6,7 @@ at 36/255 there, which is 18/255 of a pixel unit. This error is not repeated: th
 factor 2 enters the Lipschitz constants. So 74.82 % clean and 64.16 % certified at 36/255, which a secondary summary of
 the paper reports, are no figures to compare with; a later paper of its authors reports 36.25 % certified at 36/255 for
 CRM with 6C2F.
-We measured: not yet run.
+Measured: never.
 """
 
 import ml_collections

@@ -3,7 +3,7 @@
 The comparison of arXiv:2301.12549: all else is that config's (sizes, 557,386 parameters, epochs, loss, optimiser). The
 bound of such a block is 1 + the norm of its convolution, that of a linear one the norm of identity + convolution.
 Run: python train.py --config=configs/cifar10_conventional_small.py --workdir=DIR --config.num_epochs=16
-We measured: not yet run. Compare with cifar10_liresnet_small.py after as many epochs.
+Measured: never. Compare with cifar10_liresnet_small.py after as many epochs.
 """
 
 from lipjax.training.config import default_config

@@ -1,8 +1,8 @@
 """LipConvnet-15 with SOC, Householder activations and certificate regularisation, CIFAR-10 (arXiv:2108.04062).
 
 Run: python train.py --config=configs/cifar10_lipconvnet.py --workdir=DIR
-Paper says, as AOL quotes it: 76.4 % clean, 63.0 / 48.5 / 35.5 % certified at 36/72/108 (/255).
-We measured: not run by us yet (200 epochs need an accelerator).
+Published, as arXiv:2208.03160 quotes it: 76.4 % clean, 63.0 / 48.5 / 35.5 % certified at 36/72/108 (/255).
+Measured: never (200 epochs need an accelerator).
 """
 
 import ml_collections

@@ -1,8 +1,9 @@
 """LipConvnet-10 with Cayley convolutions and MaxMin, CIFAR-10 (arXiv:2104.07167 in the nets of arXiv:2108.04062).
 
 Run: python train.py --config=configs/cifar10_lipconvnet_cayley.py --workdir=DIR
-Paper says, as LOT quotes it: 74.30 % clean, 57.99 / 40.75 / 25.93 % certified at 36/72/108 (/255).
-We measured: not run by us yet (200 epochs need an accelerator).
+Published, as the authors of LOT quote it in their public review: 74.30 % clean, 57.99 / 40.75 / 25.93 % certified at
+36/72/108 (/255).
+Measured: never (200 epochs need an accelerator).
 """
 
 import ml_collections

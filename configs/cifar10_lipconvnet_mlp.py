@@ -1,8 +1,9 @@
 """LipConvnet-15 with SOC, projection pooling and the MLP head, CIFAR-10 (arXiv:2211.08453).
 
 Run: python train.py --config=configs/cifar10_lipconvnet_mlp.py --workdir=DIR
-Paper says, as Prach et al. 2023 quote it: 79.4 % clean, 67.0 / 52.6 / 38.3 % certified at 36/72/108 (/255).
-We measured: not run by us yet (200 epochs need an accelerator).
+Published, as Prach et al. (1-Lipschitz Layers Compared) quote it: 79.4 % clean, 67.0 / 52.6 / 38.3 % certified at
+36/72/108 (/255).
+Measured: never (200 epochs need an accelerator).
 """
 
 import ml_collections
@@ -44,7 +45,7 @@ def get_config():
     config.loss.curvature_weight = 0.01
     config.loss.epsilon = 36 / 255
 
-    # As the paper's code: the rate falls tenfold at 1/2 and 3/4 of the epochs, no warm-up, no clipping.
+    # As the paper's code: the rate falls tenfold at 1/2 and 3/4 of the epochs, no warm-up; gradients clipped at norm 1.
     config.optimizer.name = "sgd"
     config.optimizer.schedule = "step"
     config.optimizer.learning_rate = 0.1

@@ -1,10 +1,10 @@
 """LiResNet L6W64 (557,386 parameters) on CIFAR-10, for two CPU cores (arXiv:2301.12549).
 
 Run: python train.py --config=configs/cifar10_liresnet_small.py --workdir=DIR --config.num_epochs=16
-Expects, after 16 epochs, on all 10,000 test images: accuracy 58.39 %, proved at l2 radius 36/255 50.15 %, 72/255
-41.82 %, 108/255 33.98 %; under attack, on the first 1,000, 57.3, 49.7 and 45.3 %. Seed 0, trained at commit 0d6d036
-and certified at 64babac, on two cores of an AMD EPYC that did other work besides: 80 minutes, and 6 to certify and
-attack. The 30 epochs set below have not been run; they take about 2.5 hours on two such cores.
+Measured, after 16 epochs, on all 10,000 test images: accuracy 58.39 %, proved at l2 radius 36/255 50.15 %, 72/255 41.82
+%, 108/255 33.98 %; under attack, on the first 1,000, 57.3, 49.7 and 45.3 %. Seed 0, trained at commit 0d6d036 and
+certified at 64babac, on two cores of an AMD EPYC that did other work besides: 80 minutes, and 6 to certify and attack.
+The 30 epochs set below have not been run; they take about 2.5 hours on two such cores.
 """
 
 from lipjax.training.config import default_config

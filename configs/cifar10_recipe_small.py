@@ -3,8 +3,8 @@ recipe of ICLR 2024 (arXiv:2310.02513) without generated images and RandAugment.
 Batch, learning rate, warm-up and power iterations are smaller or shorter than the recipe's, our choice and not tuned.
 
 Run: python train.py --config=configs/cifar10_recipe_small.py --workdir=DIR
-We measured: not yet run. Reported for this net, trained otherwise, by a fork of the original, by power iteration:
-accuracy 59.98 %, certified at 36/255 50.97 %, 72/255 42.94 %, 108/255 34.88 %.
+Measured: never. Reported for this net, trained otherwise, by a fork of the original, by power iteration: accuracy 59.98
+%, certified at 36/255 50.97 %, 72/255 42.94 %, 108/255 34.88 %.
 """
 
 from lipjax.training.config import default_config

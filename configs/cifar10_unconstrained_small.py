@@ -5,7 +5,7 @@ neck is free, the four dense layers are left out (557,386 parameters instead of 
 the head. Not selected on a validation split, whose measure is certified accuracy: the last checkpoint counts, and all
 training images are used.
 Run: python train.py --config=configs/cifar10_unconstrained_small.py --workdir=DIR
-We measured: not yet run.
+Measured: never.
 """
 
 from lipjax.training.config import default_config

@@ -4,8 +4,8 @@ SOC in the frequency domain (arXiv:2108.04062): circular padding and the exact e
 orthogonal in training too. Other layers, activations and heads: --config.model.layer=cayley,
 --config.model.activation=householder2, --config.model.head=mlp with --config.loss.name=curvature, and so on.
 Run: python train.py --config=configs/digits_lipconvnet.py --workdir=DIR
-Expects: accuracy 98.61 %, proved at l2 radius 0.1 97.21 %, 0.25 92.20 %, 0.5 63.23 % (seed 0, commit d621e38, two cores
-of an AMD EPYC that did other work besides: 81 s with certification and attack). Others: docs/orthogonal.md.
+Measured: accuracy 98.61 %, proved at l2 radius 0.1 97.21 %, 0.25 92.20 %, 0.5 63.23 % (seed 0, commit d621e38, two
+cores of an AMD EPYC that did other work besides: 81 s with certification and attack). Others: docs/orthogonal.md.
 """
 
 import ml_collections

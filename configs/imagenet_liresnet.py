@@ -1,8 +1,8 @@
 """LiResNet L18W588 on ImageNet (224 x 224), as published at NeurIPS 2023 (arXiv:2301.12549).
 
 Run: python train.py --config=configs/imagenet_liresnet.py --workdir=DIR --config.data.data_dir=WHERE_TFDS_PREPARED_IT
-Expects: not run by us yet (it needs accelerators). The authors report 14.2 % certified at radius 1 for this net, by
-power iteration.
+Measured: never (it needs accelerators).
+Published: the authors report 14.2 % certified at radius 1 for this net, by power iteration.
 """
 
 from lipjax.training.config import default_config

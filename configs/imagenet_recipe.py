@@ -2,10 +2,11 @@
 (arXiv:2310.02513).
 
 Run: python train.py --config=configs/imagenet_recipe.py --workdir=DIR --config.data.data_dir=WHERE_TFDS_PREPARED_IT
-We measured: not yet run. Reported for a net that is called L12W512, whose config says width 588, by power
-iteration: accuracy 49.0 %, certified at 36/255 38.3 %, with generated images, whose use the published code for ImageNet
-does not show; none are used here. RandAugment treats every image, as there, but after the crop to 224 x 224 and not
-before it. A part of the training images is held out here for validation.
+Measured: never.
+Published for a net that is called L12W512, whose config says width 588, by power iteration: accuracy 49.0 %, certified
+at 36/255 38.3 %, with generated images, whose use the published code for ImageNet does not show; none are used here.
+RandAugment treats every image, as there, but after the crop to 224 x 224 and not before it. A part of the training
+images is held out here for validation.
 """
 
 from lipjax.training.config import default_config

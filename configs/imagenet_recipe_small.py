@@ -4,7 +4,7 @@ Batch, learning rate, warm-up and power iterations are smaller or shorter than t
 The stem takes patches of 4 x 4.
 
 Run: python train.py --config=configs/imagenet_recipe_small.py --workdir=DIR --config.data.data_dir=WHERE_TFDS_IS
-We measured: not yet run.
+Measured: never.
 """
 
 from lipjax.training.config import default_config

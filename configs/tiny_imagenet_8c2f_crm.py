@@ -3,7 +3,7 @@
 Run: python train.py --config=configs/tiny_imagenet_8c2f_crm.py --workdir=DIR
 The paper's figures for this net are not known to us. Its shapes are those of the released code, which pads less than
 the original 8C2F. That code splits the labelled images itself; here the published validation images are the test set.
-We measured: not yet run (300 epochs need an accelerator).
+Measured: never (300 epochs need an accelerator).
 """
 
 import ml_collections

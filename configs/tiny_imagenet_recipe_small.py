@@ -4,7 +4,7 @@ Batch, learning rate, warm-up and power iterations are smaller or shorter than t
 The stem is that of the net of 2023.
 
 Run: python train.py --config=configs/tiny_imagenet_recipe_small.py --workdir=DIR
-We measured: not yet run.
+Measured: never.
 """
 
 from lipjax.training.config import default_config

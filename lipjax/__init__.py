@@ -2,8 +2,8 @@
 
 import os
 
-# OpenBLAS threads beside XLA's make batched solves up to 1000 times slower and have corrupted the heap (jax issue
-# 39292).
+# OpenBLAS threads beside XLA's make batched solves up to 1000 times slower and have corrupted the heap:
+# https://github.com/jax-ml/jax/issues/39292
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from lipjax import (  # noqa: E402

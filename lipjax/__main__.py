@@ -1,4 +1,4 @@
-"""python -m lipjax certify WORKDIR: what is proved about a trained run."""
+"""python -m lipjax certify | check | attack | report | plan: certificates of trained runs, plans of new ones."""
 
 import argparse
 import os
@@ -41,7 +41,7 @@ def certify(arguments) -> None:
         validate(config)
         found.append(certify_run(directory, config, seed, console=console))
         print_table(found[-1], console)
-        files = "frozen/, certificate.json, report.json, attack.json, certified_accuracy.png"
+        files = "frozen/, certificate.json, images.safetensors, report.json, attack.json, certified_accuracy.png"
         console.print(f"Written to {directory}: {files}")
     if len(found) > 1:
         root = directories[0].parent

@@ -27,10 +27,11 @@ def default_config() -> Any:
     Radii are l2 in [0, 1]-pixel units.
     """
     config = ml_collections.ConfigDict()
-    config.seeds = (0,)  # one run per seed: of the initialisation, the batches and the train/validation split
+    # One run per seed, which decides the start, the batches, the validation split, and the test split of sets without one.
+    config.seeds = (0,)
     config.batch_size = 256  # global, whatever the number of devices
-    config.num_epochs = 100
-    config.matmul_precision = "default"  # of the forward and backward pass; norms are estimated at the highest
+    config.num_epochs = 100  # passes over the real training images
+    config.matmul_precision = "default"  # or "high", "highest": of forward and backward pass; norms: the highest
     config.precision = "float32"  # or "bfloat16": of activations in training steps; all else is float32
     config.accumulation = 1  # micro-batches that a step divides its batch into, one after the other, to save memory
     config.remat = 0  # layers that the backward pass computes again at a time instead of keeping them; 0: none
@@ -43,10 +44,10 @@ def default_config() -> Any:
     config.power_iterations_eval = 100  # before a validation
 
     config.data = ml_collections.ConfigDict()
-    config.data.name = "digits"
+    config.data.name = "digits"  # docs/data.md lists them
     config.data.data_dir = ""  # of prepared data sets; "": $TFDS_DATA_DIR, or ~/tensorflow_datasets
     config.data.path = ""  # of the user's own data: an .npz file, or a folder with a folder per class
-    config.data.download = False
+    config.data.download = False  # prepare a missing data set when the run starts
     config.data.workers = 0  # processes that read and decode streamed images (ImageNet); 0: threads of this one
     config.data.validation_fraction = 0.1  # of the training images; keep-best selects on them
     config.data.test_fraction = 0.2  # of all images, for sets without a test split of their own
@@ -66,24 +67,24 @@ def default_config() -> Any:
     config.data.generated.cache_dir = ""  # where the images of a compressed .npz are unpacked to; "": beside it
 
     config.model = ml_collections.ConfigDict()
-    config.model.name = "liresnet"
-    config.model.depth = 12
-    config.model.width = 512
-    config.model.stem_kernel = 5
-    config.model.stem_strides = 2
-    config.model.stem_padding = 2
+    config.model.name = "liresnet"  # or "lipconvnet", "convnet", with the attributes of those; these are liresnet's:
+    config.model.depth = 12  # residual blocks
+    config.model.width = 512  # channels
+    config.model.stem_kernel = 5  # pixels along a side
+    config.model.stem_strides = 2  # pixels
+    config.model.stem_padding = 2  # zeros on every side
     config.model.neck_features = config_dict.placeholder(int)  # None: 4 * width
-    config.model.head_normalize = True
+    config.model.head_normalize = True  # rows of length 1 (LLN)
     config.model.neck = "free"  # or "cholesky": contractive maps
     config.model.dense_depth = 0  # contractive dense layers after the neck
     config.model.centering = False  # subtract running means from what the blocks add
     config.model.small_init = False  # blocks start nearer to the identity
     config.model.block = "linear"  # or "conventional": x + MaxMin(convolution)
     config.model.input_mean = (0.5,)  # one number, or one per channel; pixel units
-    config.model.input_std = (1.0,)
+    config.model.input_std = (1.0,)  # likewise
 
     config.loss = ml_collections.ConfigDict()
-    config.loss.name = "emma"
+    config.loss.name = "emma"  # docs/training.md lists them
     config.loss.epsilon = 36 / 255  # the radius that validation certifies at
     config.loss.epsilon_start = 0.1  # training radius as a multiple of epsilon, in the first epoch
     config.loss.epsilon_end = 3.0  # and from epsilon_ramp on
@@ -102,14 +103,14 @@ def default_config() -> Any:
     config.loss.boosted = False  # cross-entropy that also pushes down the largest wrong probability
 
     config.optimizer = ml_collections.ConfigDict()
-    config.optimizer.name = "adamw"
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.name = "adamw"  # or "adam", "nadam", "nadamw", "sgd"
+    config.optimizer.learning_rate = 1e-3  # the largest of the schedule
     config.optimizer.eps = 1e-8  # in the denominator of adam, adamw, nadam and nadamw
-    config.optimizer.schedule = "cosine"
+    config.optimizer.schedule = "cosine"  # or "exponential", "step", "triangle", from the warm-up on
     config.optimizer.decay_from = 0.0  # epochs; read by the schedule "exponential", which is constant until then
-    config.optimizer.weight_decay = 0.0
+    config.optimizer.weight_decay = 0.0  # apart from the gradient in adamw and nadamw, a part of it in the others
     config.optimizer.decay = "all"  # what weight decay shrinks: all but activations' angles, or only the "weights"
-    config.optimizer.warmup_epochs = 1.0
+    config.optimizer.warmup_epochs = 1.0  # of linear growth; "triangle" has none
     config.optimizer.final_fraction = 1e-5  # of the learning rate, at the end of the schedule
     config.optimizer.clip_norm = 3.0  # global norm of the gradients; 0: no clipping
     config.optimizer.lookahead_period = 0  # steps between synchronisations of Lookahead; 0: no Lookahead
@@ -121,18 +122,18 @@ def default_config() -> Any:
     config.checkpoint.keep = 2  # last ones, beside the best
 
     config.certify = ml_collections.ConfigDict()
-    config.certify.radii = (36 / 255, 72 / 255, 108 / 255)
-    config.certify.batch_size = 250
+    config.certify.radii = (36 / 255, 72 / 255, 108 / 255)  # of the accuracies in the report
+    config.certify.batch_size = 250  # images at a time
     config.certify.num_images = 0  # of the test set, the first ones; 0 for all
     config.certify.attack = "apgd"  # or "pgd"
-    config.certify.attack_steps = 50
-    config.certify.attack_restarts = 1
+    config.certify.attack_steps = 50  # gradients of an attack; 0: nothing is attacked
+    config.certify.attack_restarts = 1  # random starts
     config.certify.attack_images = 0  # as num_images, for the attack
 
     # The batch is divided over data x model devices, and what is trained is stored in `model` parts.
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = -1  # as many as there are
-    config.mesh.model = 1
+    config.mesh.model = 1  # 1: all is stored whole
     return config
 
 
