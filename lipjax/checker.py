@@ -46,8 +46,11 @@ LARGEST = sys.float_info.max
 
 # The unit roundoff, and more than what all underflows of scaled numbers add up to (§1).
 U, TINY = Fraction(1, 2**53), Fraction(1, 2**900)
-# Error bounds are sums of non-negative terms in float64, up to 9e6 of them: relative error below 1e-9.
+# Error bounds are sums of non-negative terms in float64, up to so many of them: relative error below 1e-9.
+TERMS = 9_000_000
 GUARD = 1 + 1e-9
+# Logits up to which LipLT's rows are carried back to the input, as the certifier does; beyond, to the last activation.
+ROWS = 100
 # Added, times 1 + |x|, to every error of an evaluation: what underflows (§7).
 FLOOR = 2.0**-490
 # Work is cut into pieces of about this many numbers.
@@ -267,6 +270,8 @@ class Axis:
         """Whether the map is a compression of the one on `grid` blocks, periodic up to the sign (-1)^twist (§2)."""
         if self.circular:
             return grid == self.size // self.stride and twist == 0
+        if grid > 4 * (self.out + self.size + self.taps):  # no proof needs as large a one, nor would it fit memory
+            return False
         if grid < self.out or self.stride * grid < self.size or twist not in (0, 1):
             return False
         read = {self.stride * i + t - self.low for i in range(self.out) for t in self.used}
@@ -394,6 +399,8 @@ def series_below(num_terms: int, norm: Fraction, limit: Fraction) -> bool:
             for j, second in enumerate(part):
                 if first and second:
                     gap[(i + j) // 2] -= first * second
+    if norm == 0:
+        return limit >= 1
     end = max(norm, Fraction(1, 2**60)) ** 2
     degree = num_terms
     on_unit = [a * end**k for k, a in enumerate(gap)]
@@ -509,6 +516,7 @@ class Operator:
             self.in_shape = tuple(self.in_shape)
         self.claim = Fraction(0)
         self.prepare()
+        need(math.prod(self.out_shape) <= TERMS, f"{self.out_shape} has more than {TERMS:,} numbers")
 
     in_shape: tuple[int, ...]
 
@@ -736,11 +744,14 @@ class ConvExponential(Operator):
     settings = ("in_shape", "num_terms", "padding", "nonexpansive", "fast_gradient")
 
     def prepare(self):
-        need(type(self.num_terms) is int and 1 <= self.num_terms <= 64, f"num_terms {self.num_terms!r}")
+        need(
+            type(self.num_terms) is int and 1 <= self.num_terms <= 64,
+            f"num_terms {self.num_terms!r} is none of 1 ... 64",
+        )
         need(self.padding in ("ZERO", "CIRCULAR"), f"padding {self.padding!r}")
         c, shape = self.in_shape[-1], self.kernel.shape
         fits = len(self.in_shape) == 3 and len(shape) == 4 and shape[2:] == (c, c) and all(k % 2 for k in shape[:2])
-        need(fits, f"a kernel {shape} for images {self.in_shape}")
+        need(fits and self.kernel.size <= TERMS, f"a kernel {shape} for images {self.in_shape}")
         # Bit for bit, so that J^T = -J holds exactly.
         adjoint = self.kernel[::-1, ::-1].swapaxes(2, 3)
         need(bool((self.kernel == -adjoint).all()), "the kernel is not skew bit for bit")
@@ -790,8 +801,8 @@ class CircularConv(Operator):
         r = len(special[0]) * len(special[1])
         shapes = (r, self.fixed.shape[1], c), ((h * w - r) // 2, 2, self.fixed.shape[1], c)
         need(
-            self.fixed.size > 0 and (self.fixed.shape, self.paired.shape) == shapes,
-            f"blocks of other shapes than {shapes}",
+            0 < self.fixed.size <= r * TERMS and (self.fixed.shape, self.paired.shape) == shapes,
+            f"blocks of other shapes than {shapes}, or of more than {TERMS:,} numbers each",
         )
         # One of each pair +-f: first those of the columns that are their own mirror image, then column by column.
         self.fixed_at = [(f1, f2) for f2 in special[1] for f1 in special[0]]
@@ -1474,7 +1485,7 @@ class LoopTransformation:
 
     def __init__(self, ops: list, names: list[str], head: Any, document: Any):
         """ops, names: without the normalisation. Raises: Unproved where a chain's norm is not proved."""
-        need(isinstance(head, LinearHead), "LipLT takes a linear head")
+        need(isinstance(head, LinearHead) and head.matrix.size <= TERMS, "LipLT takes a linear head")
         need(isinstance(document, dict) and isinstance(document.get("chains"), list), "liplt states no chains")
         last = Dense({"matrix": head.matrix})
         last.claim = Fraction(float(np.linalg.norm(head.matrix)) * GUARD) + Fraction(1, 2**500)  # Frobenius norm
@@ -1546,10 +1557,14 @@ class LoopTransformation:
             need(math.isfinite(value), "constants beyond the float64 range")
             self.m.append(Fraction(value))
 
-    def table(self, classes: int) -> np.ndarray:
-        """Proved constants (k, k) of logit differences."""
-        n, x, error = len(self.acts), np.eye(classes), np.zeros(classes)
-        total, reach = np.zeros((classes, classes)), np.full((classes, classes), np.inf)
+    def table(self, head_table: np.ndarray) -> np.ndarray:
+        """Proved constants (k, k) of logit differences. head_table: those of the head."""
+        n, classes = len(self.acts), len(head_table)
+        x, error = np.eye(classes), np.zeros(classes)
+        total = np.zeros((classes, classes))
+        # From the last activation on: the norms of what is linear, up to the head; where it is composed, all of it.
+        linear = math.prod((op.claim for op in self.segments[n][:-1]), start=self.top[n - 1] * self.m[n - 1])
+        reach = np.nextafter(float_up(linear) * head_table, np.inf)
 
         def apart():
             flat = x.reshape(classes, -1)
@@ -1566,7 +1581,10 @@ class LoopTransformation:
             gain *= self.b[j - 1] * self.m[j - 1] if j else 1
             distances = apart()
             if j == n:
-                reach = float_up(self.top[n - 1] * self.m[n - 1]) * distances * (1 + rounding(2))
+                reach = np.minimum(reach, float_up(self.top[n - 1] * self.m[n - 1]) * distances * (1 + rounding(2)))
+                if classes > ROWS:
+                    total = np.full((classes, classes), np.inf)
+                    break
             # What underflows is far below the last term.
             total = total + float_up(gain) * distances * (1 + rounding(2)) + 2.0**-900
         return np.minimum(total * (1 + rounding(n + 4)), reach + 2.0**-900)
@@ -1882,7 +1900,7 @@ class Check:
             high = float(self.head_table[i, j])
             if not (math.isfinite(high) and Fraction(values[i][j]) >= self.product * Fraction(high)):
                 short.append((i, j))
-        if short and not self._prove_transformed(stored, short):
+        if not self._prove_transformed(stored, short):
             return
         self.table = stored
         above = stored[~np.eye(k, dtype=bool)]
@@ -1890,13 +1908,13 @@ class Check:
             self.facts.append(f"Lipschitz constants of logit differences: {above.min():.6g} to {above.max():.6g}")
 
     def _prove_transformed(self, stored: np.ndarray, short: list) -> bool:
-        """Whether the constants that are below the product of norms are proved."""
+        """Whether the chains that are stated are proved, and the constants that are below the product of norms."""
         if self.document.get("liplt") is not None:
             try:
                 with np.errstate(all="ignore"):
                     found = LoopTransformation(self.ops[1:], self.names[1:], self.head, self.document["liplt"])
                     scale = np.nextafter(float_up(self.ops[0].claim), np.inf)
-                    table = np.nextafter(found.table(self.head.classes) * scale, np.inf)
+                    table = np.nextafter(found.table(self.head_table) * scale, np.inf)
             except Unproved as error:
                 self.problem("certificate.json, liplt", str(error))
                 return False
@@ -1911,7 +1929,7 @@ class Check:
             needed = float_up(self.product * Fraction(float(self.head_table[i, j])))
             message = f"{float(stored[i, j])!r}, but only {needed!r} is proved"
             self.problem(f"certificate.json, margin_lipschitz[{i}][{j}]", message)
-        return False
+        return not short
 
     # Images
 
@@ -2151,6 +2169,7 @@ class Check:
         if type(report.get("num_images")) is not int or report["num_images"] != len(rows):
             self.problem("report.json, num_images", f"{report.get('num_images')!r}, but {len(rows)} rows")
         if len(rows) == 0:
+            self.problem("report.json", "accuracies of no images")
             return
         if number(report.get("clean_accuracy")) != float(np.mean(right)):
             self.problem(

@@ -18,7 +18,7 @@ import safetensors.numpy
 from mlp_helpers import random_arrays
 
 from lipjax import __main__ as command_line
-from lipjax import checker, conv, document, operators
+from lipjax import bounds, checker, conv, document, operators
 from lipjax.frozen import FrozenNetwork
 from lipjax.network import make_network
 
@@ -483,7 +483,28 @@ def unknown_field(f):
     f.write()
 
 
+def huge_grid(f):
+    f.layer("conv")["details"]["grid"] = [10**6, 10**6]
+    f.write()
+
+
+def loop_transformation_of_another_network(f):
+    f.certificate["liplt"] = {"chains": []}
+    f.write()
+
+
+def accuracies_of_no_images(f):
+    f.rows.clear()
+    f.certificate["data"]["num_images"] = f.report["num_images"] = f.certificate["sample"]["num_images"] = 0
+    f.certificate["sample"]["is_split"] = False
+    f.images = {name: array[:0] for name, array in f.images.items()}
+    f.write(report=False)
+
+
 SORTED = {
+    huge_grid: "layers, conv (Conv): grid [",
+    loop_transformation_of_another_network: "certificate.json, liplt",
+    accuracies_of_no_images: "report.json: accuracies of no images",
     unknown_field: "certificate.json, images[0]: expected label",
     flip_bit: "network.safetensors, ops/conv/kernel",
     flip_bit_of_layout: "network.json, sha256",
@@ -747,6 +768,12 @@ def lower_chain(f):
     scale_constants(f, 0.999)
 
 
+def lower_chains_that_no_constant_needs(f):
+    for row in f.certificate["liplt"]["chains"]:
+        row["bound"] = 0.0
+    scale_constants(f, 1e6)
+
+
 def lower_transformed_constants(f):
     scale_constants(f, 0.999)
 
@@ -764,6 +791,7 @@ def chain_stated_twice(f):
 ELEMENTWISE = {
     negative_chain: "is not a number of at least 0",
     lower_chain: "certificate.json, liplt: chain from",
+    lower_chains_that_no_constant_needs: "certificate.json, liplt: chain from",
     lower_transformed_constants: "certificate.json, margin_lipschitz",
     chain_left_out: "is missing",
     chain_stated_twice: "stated twice",
@@ -797,6 +825,40 @@ def test_writing_the_files_anew_is_no_tampering(runs, tmp_path, name):
     shutil.copytree(runs(name), tmp_path / "run")
     Forger(tmp_path / "run").write()
     assert checker.check(tmp_path / "run")[0] == 0
+
+
+@pytest.mark.parametrize("last", ["circular", "exponential"])
+def test_what_follows_the_last_activation_need_not_be_composed(tmp_path, last):
+    """From there on LipLT then takes the product of norms."""
+    shape, rng = (2, 2, 2), np.random.default_rng(8)
+    turn = np.asarray(conv.skew_kernel(jnp.asarray(draw(rng, 1, 1, 2, 2))))
+    ends = {
+        "circular": operators.CircularConv.from_blocks(np.tile(np.eye(2), (4, 1, 1)), np.zeros((0, 2, 2, 2)), shape),
+        "exponential": operators.ConvExponential(turn, shape, 12),
+    }
+    ops = [
+        ("first", operators.Conv(np.diag([1.0, 0.01]).reshape(1, 1, 2, 2), shape)),
+        ("act", operators.ReLU(shape)),
+        ("second", operators.Conv(np.diag([0.01, 1.0]).reshape(1, 1, 2, 2), shape)),
+        ("again", operators.ReLU(shape)),
+        ("last", ends[last]),
+        ("flat", operators.Flatten(shape)),
+    ]
+    frozen = write_run(tmp_path, make_network(ops, operators.LinearHead(np.eye(3, 8), 0.1 * rng.normal(size=3))))
+    constants = frozen.margin_lipschitz()
+    product = bounds.margin_lipschitz_bound(frozen.network)
+    assert (constants < 0.8 * product)[~np.eye(3, dtype=bool)].all()
+    code, lines = checker.check(tmp_path)
+    assert code == 0 and any("LipLT" in line for line in lines), lines
+    rows = json.loads((tmp_path / "certificate.json").read_text())
+    rows["margin_lipschitz"] = (0.6 * constants).tolist()
+    (tmp_path / "certificate.json").write_text(json.dumps(rows))
+    assert checker.check(tmp_path)[0] == 1
+
+
+def test_what_the_rounding_analysis_does_not_cover_is_refused():
+    with pytest.raises(checker.Unproved, match="more than 9,000,000 numbers"):
+        checker.OPERATORS["Flatten"]({"in_shape": [3001, 3000, 1]})
 
 
 def edit(path, old, new):
@@ -1002,13 +1064,15 @@ def test_tables_of_the_circle_are_rounded_correctly():
             assert sines.tolist() == [float(mpmath.sinpi(mpmath.mpf(a) / n)) for a in range(2 * n)]
 
 
-@pytest.mark.parametrize("num_terms", [1, 3, 4, 5, 12])
+@pytest.mark.parametrize("num_terms", [1, 3, 4, 5, 6, 12])
 def test_the_supremum_of_the_series_is_decided(num_terms):
     theta = np.linspace(0, 2.5, 20001)
     values = sum((1j * theta) ** j / math.factorial(j) for j in range(num_terms + 1))
     supremum = np.abs(values).max()
     assert checker.series_below(num_terms, Fraction(2.5), Fraction(supremum * (1 + 1e-9)))
     assert not checker.series_below(num_terms, Fraction(2.5), Fraction(supremum * (1 - 1e-7)))
+    assert checker.series_below(num_terms, Fraction(0), Fraction(1))  # of zero: the identity
+    assert not checker.series_below(num_terms, Fraction(0), Fraction(1 - 2**-53))
 
 
 def checked(operator):

@@ -19,7 +19,7 @@ class ConvExponential(Linear):
     Attributes:
       kernel: HWIO (kh, kw, c, c), odd sides, a `conv.skew_kernel` times any number. Only then is there a bound.
       in_shape: (h, w, c).
-      num_terms: the highest power, >= 1.
+      num_terms: the highest power, 1 ... 64.
       padding: "ZERO" or "CIRCULAR".
       nonexpansive: what made the kernel promises that its norm is small enough for a Lipschitz constant of about 1, so
         that training may skip the estimate. `bound` does not look at it.
@@ -34,9 +34,9 @@ class ConvExponential(Linear):
     fast_gradient: bool = False
 
     def __post_init__(self):
-        if self.num_terms < 1 or self.padding not in ("ZERO", "CIRCULAR"):
+        if not 1 <= self.num_terms <= 64 or self.padding not in ("ZERO", "CIRCULAR"):
             raise ValueError(
-                "ConvExponential expects num_terms >= 1 and padding 'ZERO' or 'CIRCULAR', "
+                "ConvExponential expects num_terms in 1 ... 64 and padding 'ZERO' or 'CIRCULAR', "
                 f"got {self.num_terms} and {self.padding!r}."
             )
 

@@ -27,7 +27,7 @@ def default_config() -> Any:
     Radii are l2 in [0, 1]-pixel units.
     """
     config = ml_collections.ConfigDict()
-    # One run per seed, which decides the start, the batches, the validation split, and the test split of sets without one.
+    # One run per seed, which decides the start, the batches, the validation split, and a test split if there is none.
     config.seeds = (0,)
     config.batch_size = 256  # global, whatever the number of devices
     config.num_epochs = 100  # passes over the real training images
