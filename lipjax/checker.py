@@ -1563,7 +1563,8 @@ class LoopTransformation:
         x, error = np.eye(classes), np.zeros(classes)
         total = np.zeros((classes, classes))
         # From the last activation on: the norms of what is linear, up to the head; where it is composed, all of it.
-        linear = math.prod((op.claim for op in self.segments[n][:-1]), start=self.top[n - 1] * self.m[n - 1])
+        linear = Fraction(self.top[n - 1]) * self.m[n - 1]
+        linear *= math.prod((op.claim for op in self.segments[n][:-1]), start=Fraction(1))
         reach = np.nextafter(float_up(linear) * head_table, np.inf)
 
         def apart():

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from training_helpers import scratch, tiny_config
@@ -101,6 +102,18 @@ def test_keeps_the_latest_and_the_best(tmp_path):
         assert (checkpointer.latest_step(), checkpointer.best_step()) == (6, 3)
         assert equal(checkpointer.restore_best(abstract(make_state()))[0], make_state(3))
         assert equal(checkpointer.restore(abstract(make_state()), 5)[0], make_state(5))
+
+
+def test_saving_does_not_ask_whether_to_stop(tmp_path, monkeypatch):
+    """Orbax would, by numbers of its own, and set back the count by which processes agree on that."""
+    asked = []
+    monkeypatch.setattr("orbax.checkpoint.utils.reached_preemption", lambda step: asked.append(step) or False)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, make_state(1), {})
+    assert asked == []
+    with ocp.CheckpointManager(tmp_path / "by_itself") as manager:  # control
+        manager.save(1, args=ocp.args.StandardSave({"a": np.zeros(2)}))
+    assert asked
 
 
 def test_without_a_metric_there_is_no_best_and_evaluation_takes_the_latest(tmp_path):

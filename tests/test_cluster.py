@@ -367,6 +367,21 @@ def test_sigterm_is_heeded_in_runs_that_resume_and_between_seeds(monkeypatch):
         assert preempted(1)
 
 
+def test_too_little_memory_is_advice_in_a_single_process_too(capsys):
+    def fail(message):
+        raise jax.errors.JaxRuntimeError(message)
+
+    values = flags.FlagValues()
+    cluster.define_flags(values)
+    values(["test"])
+    message = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes."
+    assert cluster.launch(lambda: fail(message), "again", values) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Error: ") and "config.accumulation, remat, precision and batch_size" in err
+    with pytest.raises(jax.errors.JaxRuntimeError):  # control
+        cluster.launch(lambda: fail("INTERNAL: x"), "again", values)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

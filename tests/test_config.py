@@ -185,7 +185,7 @@ BAD = {
     "optimizer.weight_decay": [-0.1],
     "optimizer.eps": [0.0, -1e-8],
     "optimizer.decay_from": [-1.0],
-    "optimizer.warmup_epochs": [-1.0],
+    "optimizer.warmup_epochs": [-1.0, 100.0],
     "optimizer.final_fraction": [-1.0],
     "optimizer.clip_norm": [-1.0, float("inf")],
     "optimizer.lookahead_period": [-1, 2.5],
@@ -223,6 +223,10 @@ def test_a_bad_value_is_refused_by_the_name_of_its_field():
     config = default_config()
     config.optimizer.update({"schedule": "exponential", "final_fraction": 0.0})
     with pytest.raises(UserError, match="config.optimizer.final_fraction: expected above 0 for"):
+        validate(config)
+    config = default_config()
+    config.train_head_only = True
+    with pytest.raises(UserError, match="config.init_from: expected a run, for train_head_only"):
         validate(config)
 
 

@@ -128,7 +128,10 @@ def test_an_uncompressed_file_is_mapped_and_a_compressed_one_unpacked_once(tmp_p
     opened(path)
     assert capsys.readouterr().err == "" and unpacked.stat() == before
     unpacked.write_bytes(unpacked.read_bytes()[:-1])  # as if another program had cut it off
+    killed = tmp_path / f".{unpacked.name}.0123.tmp"  # what a killed process left
+    killed.write_bytes(b"1")
     assert np.array_equal(opened(path).source.read(np.arange(3))[0], numbered_images()[0][:3])
+    assert not killed.exists() and unpacked.stat().st_size == before.st_size
     # Other images under the same name are unpacked to another file, even while the old one lies there.
     write_npz(path, compressed=True, image=numbered_images()[0][::-1])
     other = opened(path)
@@ -142,7 +145,7 @@ def test_an_uncompressed_file_is_mapped_and_a_compressed_one_unpacked_once(tmp_p
     monkeypatch.setattr(generated.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 10**9))
     with pytest.raises(UserError, match=r"cannot be unpacked to .*elsewhere \(no room\): set"):
         opened(path, **{"data.generated.cache_dir": str(tmp_path / "elsewhere")})
-    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert [p.name for p in (tmp_path / "elsewhere").iterdir()] == [f".{other.source.images.filename.name}.lock"]
 
 
 def test_opening_reads_a_little_of_a_large_file(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 from training_helpers import final_state, npz_file, quick_compiles, scratch, tiny_config  # noqa: F401
 
-from lipjax import FrozenNetwork, NotCertifiable, UserError, freeze, operators
+from lipjax import FrozenNetwork, NotCertifiable, UserError, bounds, freeze, operators
 from lipjax.models import LipConvnet, get_model
 from lipjax.nn import COLLECTION
 from lipjax.training import evaluate, loop, step
@@ -95,6 +95,39 @@ def test_a_training_step_advances_the_vectors_and_evaluation_does_not():
     kept = state_after(variables, False)
     for a, b in zip(before, jax.tree.leaves(kept[COLLECTION]), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({"train_terms": 6, "scale": 0.7}, 1),  # longer than 1 in training alone, and its 1x1 layer nowhere
+        ({"train_terms": 5, "scale": 1.2, "padding": "ZERO"}, 1),
+        ({"train_terms": 5, "eval_terms": None, "scale": None, "form": "response"}, 2),
+        ({"train_terms": 4, "scale": 0.7}, 0),
+        ({"train_terms": None, "eval_terms": None, "scale": None}, 0),
+    ],
+)
+def test_the_same_norms_are_estimated_in_training_and_out_of_it(options, count):
+    model = one_block(**options)
+
+    def vectors(train):
+        def build():
+            variables = model.init(jax.random.key(0), jnp.zeros((1, *model.input_shape)))
+            network, _ = model.apply(variables, train, method="build", mutable=[COLLECTION])
+            return bounds.init_vectors(network, jax.random.key(0)), variables[COLLECTION]["vectors"]
+
+        found, initial = jax.eval_shape(build)
+        assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, initial)
+        return set(found)
+
+    assert vectors(True) == vectors(False) and len(vectors(False)) == count
+
+
+def test_forms_whose_norms_cannot_be_estimated_alike_are_refused():
+    changes = {"model.form": "spatial", "model.train_terms": 6, "model.eval_terms": None, "model.scale": 1.2}
+    with pytest.raises(UserError, match='norms of .*_conv0/linear.* Set config.model.form to "response"'):
+        loop.Run(training_config(**changes), 0)
+    loop.Run(training_config(**changes | {"model.form": "response"}), 0)  # control
 
 
 VARIANTS = {

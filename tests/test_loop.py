@@ -143,6 +143,8 @@ def test_a_run_belongs_to_its_data():
     loop.check_same_run("run", meta, tiny_config(), 0, {"train": "a", "test": "b"})
     with pytest.raises(UserError, match="other images"):
         loop.check_same_run("run", meta, tiny_config(), 0, {"train": "a", "test": "c"})
+    moved = tiny_config(**{"data.path": "elsewhere.npz"})  # a path says nothing that the images do not say
+    loop.check_same_run("run", meta, moved, 0, {"train": "a", "test": "b"})
     run, other = Run(tiny_config(), 0), Run(tiny_config(), 1)
     assert run.data_identity["train"] == run.dataset.fingerprint("train") != other.data_identity["train"]
 

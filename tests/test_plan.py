@@ -251,6 +251,9 @@ def test_bounds_follow_from_peak_figures():
     # What a stand-in keeps in its memory says nothing about the chip; what it cannot show is taken from the trace.
     assert example(stand_in=True).seconds["memory"] == pytest.approx(5.0)
     assert example(flops={"default": 1.0}).seconds["compute"] == pytest.approx(1.0)
+    # Nor are its kinds those of the chip: it widens bfloat16.
+    widened = example(stand_in=True, traced={"bfloat16": 3e12, "highest": 1e12}, flops={"default": 0.98e12}).work
+    assert widened == pytest.approx({"bfloat16": 0.735e12, "highest": 0.245e12})
     assert not example(memory=dataclasses.replace(found.memory, temporaries=700)).fits
     assert example(topology=chips.parse_topology("cpu:4")).seconds == {}
 

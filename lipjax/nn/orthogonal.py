@@ -81,6 +81,8 @@ class SOC(nn.Module):
             train=train,
             batch_size=self.batch_size,
             fast_gradient=self.fast_gradient,
+            # One answer in training and out of it: the same norms are then estimated in both.
+            other_terms=self.eval_terms if train else self.train_terms,
         )
         return with_bias(self, ops, self.use_bias, self.activation, symmetric_uniform(self.features**-0.5))
 

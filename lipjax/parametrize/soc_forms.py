@@ -23,6 +23,7 @@ def operators_of(
     train: bool = False,
     batch_size: int = 128,
     fast_gradient: bool = False,
+    other_terms: int | None = 0,
 ) -> list:
     """Operators that apply S_p(A), or exp(A), to images whose channels are padded to m, and keep `features` of them.
 
@@ -38,6 +39,8 @@ def operators_of(
       num_terms: the highest power p of the series; None for the exponential itself, which needs circular padding.
       norm_bound: a number that the norm of A does not exceed in training, or None if nothing is known. Forms without
         a matrix function then compute exp(A) by as many terms as reach 1e-6.
+      other_terms: num_terms where the layer is built otherwise (in training, or out of it); 0: nowhere. Only what is
+        nonexpansive by both promises to be, so that the same norms are estimated everywhere.
     Returns: operators in order, from in_shape to (h, w, features).
     Raises: ValueError for channels that do not fit, an unknown form, and a form that cannot compute the function.
     Source: Singla & Feizi 2021, arXiv:2105.11417; Singla, Singla & Feizi 2022, arXiv:2108.04062.
@@ -75,8 +78,8 @@ def operators_of(
         )
     elif form == "auto" or (not train and (form == "series" or num_terms is None)):
         form = "response"
-    gain = None if norm_bound is None else 1.0 if num_terms is None else _series.gain_bound(num_terms, norm_bound)
-    nonexpansive = (num_terms is None and form == "response") or (gain is not None and gain <= _GAIN)
+    everywhere = {num_terms} if other_terms == 0 else {num_terms, other_terms}
+    nonexpansive = all(_is_nonexpansive(number, norm_bound) for number in everywhere)
     if form == "response":
         fixed, paired = soc_frequency.exponential_blocks(kernel, (h, w), num_terms, out_channels=features)
         blocks = fixed[..., :c], paired[..., :c]
@@ -91,6 +94,11 @@ def operators_of(
     ops: list = [] if c == m else [operators.PadChannels(tuple(in_shape), m)]
     ops.append(operators.ConvExponential(kernel, (h, w, m), terms, padding, nonexpansive, fast_gradient))
     return ops if features == m else [*ops, operators.CropChannels((h, w, m), features)]
+
+
+def _is_nonexpansive(num_terms: int | None, norm_bound: float | None) -> bool:
+    """Whether exp(A), or its series, counts as such in training estimates, if |A| <= norm_bound (None: unknown)."""
+    return num_terms is None or (norm_bound is not None and _series.gain_bound(num_terms, norm_bound) <= _GAIN)
 
 
 def orthonormal_rows(skew: Float[Array, "n n"], num_rows: int, num_terms: int | None) -> Float[Array, "k n"]:

@@ -196,7 +196,11 @@ class Checkpointer:
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
         try:
-            return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+            manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+            # It asks with numbers of its own whether to stop, which sets back the count by which the processes of a run
+            # agree on that (`cluster.preemption`); lipjax decides when to save, so that it need not know.
+            manager.reached_preemption = lambda step: False
+            return manager
         except (OSError, ValueError, TypeError, KeyError) as error:
             for step in self._steps_on_disk():
                 self._verify(step)

@@ -90,11 +90,12 @@ def launch(command: Callable[[], object], interrupted: str, flag_values: flags.F
     try:
         code = run_command(joined, interrupted)
     except Exception as error:
-        if not jax.distributed.is_initialized():
+        exhausted = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+        if not (exhausted or jax.distributed.is_initialized()):
             raise
         code = 1
         if isinstance(error, jax.errors.JaxRuntimeError):
-            if "RESOURCE_EXHAUSTED" in str(error):
+            if exhausted:
                 what = "its devices have too little memory: see config.accumulation, remat, precision and batch_size"
             else:
                 _over.wait(_LAST_WORD_SECONDS)  # another process may have said why

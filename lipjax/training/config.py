@@ -163,6 +163,7 @@ def validate(config) -> None:
     if count > 1 and "centering" in config.model and config.model.centering is True:
         raise UserError(centering_refused(count))
     _check(config.remat >= 0, "remat", "0 or a number of layers", config.remat)
+    _check(not config.train_head_only or config.init_from != "", "init_from", "a run, for train_head_only", "")
     _check(config.lipschitz in LIPSCHITZ, "lipschitz", f"one of {LIPSCHITZ}", config.lipschitz)
     for field in ("validation_fraction", "test_fraction"):
         _check(0 <= config.data[field] < 1, f"data.{field}", "a fraction in [0, 1)", config.data[field])
@@ -213,6 +214,8 @@ def validate(config) -> None:
     _check(0 < config.optimizer.eps, "optimizer.eps", "positive", config.optimizer.eps)
     for field in ("weight_decay", "warmup_epochs", "decay_from", "final_fraction", "clip_norm"):
         _check(0 <= config.optimizer[field] < math.inf, f"optimizer.{field}", "at least 0", config.optimizer[field])
+    warmup, epochs = config.optimizer.warmup_epochs, config.num_epochs
+    _check(warmup < epochs or epochs == 1, "optimizer.warmup_epochs", f"less than config.num_epochs = {epochs}", warmup)
     period, rate = config.optimizer.lookahead_period, config.optimizer.lookahead_rate
     _check(period >= 0, "optimizer.lookahead_period", "at least 0", period)
     _check(0 < rate <= 1, "optimizer.lookahead_rate", "a fraction in (0, 1]", rate)

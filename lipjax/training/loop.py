@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from lipjax import bounds
 from lipjax.certify import write_json
 from lipjax.errors import NotCertifiable, UserError
 from lipjax.models import get_model
@@ -35,9 +36,10 @@ from lipjax.training.metrics import MetricWriter
 from lipjax.training.step import METRIC
 
 # What may change when a run resumes: none of it alters what training computes. (A directory's seed is checked apart.)
-# Where and in which pieces it computes may change the last bits.
+# Where and in which pieces it computes may change the last bits; a path of other images is told by `data_identity`.
 FREE_TO_CHANGE = (
-    *("checkpoint.", "certify.", "mesh.", "seeds", "data.data_dir", "data.download", "data.generated.cache_dir"),
+    *("checkpoint.", "certify.", "mesh.", "seeds", "data.data_dir", "data.path", "data.download"),
+    "data.generated.cache_dir",
     *("accumulation", "remat", "scan", "data.workers"),
 )
 
@@ -124,7 +126,7 @@ class Run:
             abstract = jax.eval_shape(initialise)
         except NotCertifiable as error:
             raise UserError(
-                f'config.lipschitz "liplt" does not fit config.model: {error} Set config.lipschitz to "product".'
+                f'config.lipschitz "{config.lipschitz}" does not fit config.model: {error} Set it to "product".'
             ) from error
         except (
             TypeError,
@@ -132,6 +134,8 @@ class Run:
             ZeroDivisionError,
         ) as error:  # of operators that do not fit each other or the images
             raise UserError(f"config.model does not fit images {self.dataset.image_shape}: {error}") from error
+        if config.lipschitz != "liplt":
+            _check_vectors(self.model, abstract)
         self.shardings = sharding.state_shardings(abstract, self.mesh)
         self.abstract_state = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, self.shardings
@@ -153,9 +157,11 @@ class Run:
 
     @functools.cached_property
     def data_identity(self) -> dict:
-        """What says that a data set is the same: fingerprints of its splits, or their sizes where it is streamed."""
-        of = self.dataset.size if isinstance(self.dataset, StreamDataset) else self.dataset.fingerprint
-        return {split: of(split) for split in ("train", "validation", "test")}
+        """What says that a data set is the same: fingerprints of its splits, or their sizes and seed if streamed."""
+        if isinstance(self.dataset, StreamDataset):
+            split = {split: [self.dataset.size(split), self.seed] for split in ("train", "validation")}
+            return split | {"test": self.dataset.size("test")}
+        return {split: self.dataset.fingerprint(split) for split in ("train", "validation", "test")}
 
     @functools.cached_property
     def generated(self) -> GeneratedDataset | None:
@@ -263,6 +269,23 @@ class Run:
         return validate
 
 
+def _check_vectors(model, state) -> None:
+    """Raises: UserError if norms are estimated in training steps that are not in validation, or of other shapes."""
+
+    def wanted(variables):
+        network, _ = model.apply(variables, True, method="build", mutable=[COLLECTION])
+        return bounds.init_vectors(network, jax.random.key(0))
+
+    found = state.lip["vectors"]
+    asked = jax.eval_shape(wanted, {"params": state.params, COLLECTION: state.lip})
+    other = [name for name, v in asked.items() if name not in found or found[name].shape != v.shape]
+    if other:
+        raise UserError(
+            f"config.model: the norms of {', '.join(other[:4])} would be estimated in training steps, but not alike in "
+            'validation. Set config.model.form to "response", or config.model.train_terms and eval_terms to None.'
+        )
+
+
 def _check_loss(config, model) -> None:
     """Raises: UserError for a loss that the model's head has no curvature for."""
     if config.name == steps.CURVATURE and getattr(model, "head", None) != "mlp":
@@ -342,6 +365,7 @@ def train(config, workdir: str | os.PathLike, seed: int) -> Run:
         jax.default_matmul_precision(config.matmul_precision),
     ):
         latest, meta = checkpointer.latest_step(), {}
+        cluster.check_agreement({"the last checkpoint that is seen": latest})
         if latest is not None:
             meta = checkpointer.meta()
             check_same_run(workdir, meta, config, seed, identity)
@@ -449,10 +473,7 @@ def load_best(workdir: str | os.PathLike, run: Run):
         target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), run.abstract_state)
         state, meta = checkpointer.restore_best(target)
     check_same_run(workdir, meta, run.config, run.seed, run.data_identity)
-    step, params = int(state.step), state.params
-    period = run.config.optimizer.lookahead_period
-    if period and step % run.steps_per_epoch and step >= min(period, run.steps_per_epoch):
-        params = state.opt_state.slow  # between epochs those that are trained are the fast ones
+    step, params = int(state.step), optimizers.slow_parameters(state.params, state.opt_state)
     state = dataclasses.replace(state, lip=jax.tree.map(np.asarray, state.lip))
     return {"params": jax.tree.map(np.asarray, params), COLLECTION: state.lip}, state, step
 

@@ -94,6 +94,14 @@ def lookahead(
     return optax.GradientTransformation(init, update)
 
 
+def slow_parameters(params: Any, opt_state: Any) -> Any:
+    """What Lookahead would evaluate: its slow parameters, once it has synchronised; else the parameters."""
+    if not isinstance(opt_state, LookaheadState) or int(opt_state.count) == 0:
+        return params
+    synchronised = any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(opt_state.slow))  # they start at zero
+    return opt_state.slow if synchronised else params
+
+
 def _decay_in_gradient(update: optax.GradientTransformation, config, mask) -> optax.GradientTransformation:
     """As torch's optimisers have it: the decay is part of the gradient."""
     return optax.chain(optax.add_decayed_weights(config.weight_decay, mask), update)

@@ -100,10 +100,16 @@ class Plan:
     def work(self) -> dict[str, float]:
         """Operations of one chip by kind: as compiled, or its share of what was traced where some are out of sight.
 
-        XLA leaves out what nobody uses, which is little; an operation of a library is out of sight.
+        XLA leaves out what nobody uses, which is little; an operation of a library is out of sight. A stand-in widens
+        bfloat16 numbers, so that there the kinds are those that were traced.
         """
         share = {kind: operations / self.topology.count for kind, operations in self.traced.items()}
-        return self.flops if sum(self.flops.values()) >= 0.9 * sum(share.values()) else share
+        total, compiled = sum(share.values()), sum(self.flops.values())
+        if compiled < 0.9 * total:
+            return share
+        if not self.stand_in:
+            return self.flops
+        return {kind: operations / total * compiled for kind, operations in share.items()} if total else self.flops
 
     @property
     def link_bytes(self) -> float:
@@ -305,7 +311,9 @@ def read_config(path: str, overrides: list[str]) -> Any:
         if rest:
             raise UserError(f"unexpected arguments {rest}; fields are set as --config.field=value")
         values.config.to_dict()  # raises if the file could not be loaded
-    except (AttributeError, KeyError, flags.Error) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a config file is a program, which may fail in any way
         raise UserError(f"{path}: {error}. lipjax/training/config.py lists all fields.") from error
     return values.config
 

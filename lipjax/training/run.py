@@ -9,11 +9,11 @@ from rich.console import Console
 from lipjax.certify import write_json
 from lipjax.errors import UserError
 from lipjax.frozen import host_device
-from lipjax.training import cluster
+from lipjax.training import cluster, warm_start
 from lipjax.training import report as reports
 from lipjax.training.config import validate
 from lipjax.training.evaluate import certify_run
-from lipjax.training.loop import plain, train
+from lipjax.training.loop import Run, plain, train
 
 
 def run(config, workdir: str | os.PathLike) -> dict:
@@ -38,6 +38,9 @@ def _run(config, workdir: pathlib.Path, console: Console) -> dict:
     several, first = len(config.seeds) > 1, jax.process_index() == 0
     _check_layout(workdir, several)
     found = []
+    if config.init_from and several:  # better to know before the first one has trained
+        for seed in config.seeds:
+            warm_start.check_images(config.init_from, Run(config, seed).data_identity)
     for seed in config.seeds:
         directory = workdir / f"seed_{seed}" if several else workdir
         trained = train(config, directory, seed)

@@ -33,16 +33,28 @@ def state_from(
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), abstract)
     with Checkpointer(directory / "checkpoints", best_metric=step.METRIC, read_only=True) as checkpointer:
         found, meta = checkpointer.restore_best(abstract)
+    _check_images(directory, meta, data_identity)
+    trained = optimizers.slow_parameters(found.params, found.opt_state)
+    params, lip = (
+        _merged(ours, theirs, directory) for ours, theirs in ((state.params, trained), (state.lip, found.lip))
+    )
+    return dataclasses.replace(state, params=params, lip=lip)
+
+
+def check_images(directory: str | os.PathLike, data_identity: dict) -> None:
+    """Raises: UserError as `state_from`, if the other run's images or their split are others."""
+    directory = pathlib.Path(directory).expanduser()
+    with Checkpointer(directory / "checkpoints", best_metric=step.METRIC, read_only=True) as checkpointer:
+        _check_images(directory, checkpointer.meta(), data_identity)
+
+
+def _check_images(directory, meta: dict, data_identity: dict) -> None:
     theirs = meta.get("data", {})  # and perhaps generated images, which neither validate nor test anything
     if any(theirs.get(split) != identity for split, identity in data_identity.items()):
         raise UserError(
             f"config.init_from = {directory} was trained on other images, or split them by another seed: what it has "
             "seen could be tested on here. Take the same config.data and config.seeds as that run."
         )
-    params, lip = (
-        _merged(ours, theirs, directory) for ours, theirs in ((state.params, found.params), (state.lip, found.lip))
-    )
-    return dataclasses.replace(state, params=params, lip=lip)
 
 
 def _merged(ours: dict, theirs: dict, directory) -> dict:

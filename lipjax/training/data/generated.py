@@ -1,6 +1,8 @@
 """Generated images beside the real ones: read by index from disk, in batches that depend on seed and step alone."""
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import os
@@ -227,33 +229,52 @@ def _unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: pathlib.P
 
     if is_whole():
         return target
-    temporary = folder / f".{target.name}.{uuid.uuid4().hex}.tmp"  # of its own for each process, on any machine
     elsewhere = "set config.data.generated.cache_dir to a folder with room"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if free < member.file_size:
-            raise UserError(
-                f"its images are compressed, and unpacking them takes {member.file_size:,} bytes where {folder} has "
-                f"{free:,} free: {elsewhere}"
+        with _locked(folder / f".{target.name}.lock") as alone:  # of all processes of a machine one unpacks
+            if alone:
+                for left in folder.glob(f".{target.name}.*.tmp"):  # of a process that was killed
+                    left.unlink(missing_ok=True)
+            if is_whole():
+                return target
+            free = shutil.disk_usage(folder).free
+            if free < member.file_size:
+                raise UserError(
+                    f"its images are compressed, and unpacking them takes {member.file_size:,} bytes where {folder} "
+                    f"has {free:,} free: {elsewhere}"
+                )
+            Console(stderr=True, soft_wrap=True, highlight=False).print(
+                f"Unpacking the images of {path} once, to {target} ({member.file_size / 2**20:,.0f} MiB)."
             )
-        Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"Unpacking the images of {path} once, to {target} ({member.file_size / 2**20:,.0f} MiB)."
-        )
-        with open(temporary, "xb") as file:
-            with archive.open(member) as stream:
-                shutil.copyfileobj(stream, file, 2**24)
-            file.flush()
-            os.fsync(file.fileno())
-        if not is_whole():  # another process may have been faster, and have mapped its file by now
-            os.replace(temporary, target)
+            temporary = folder / f".{target.name}.{uuid.uuid4().hex}.tmp"
+            try:
+                with open(temporary, "xb") as file:
+                    with archive.open(member) as stream:
+                        shutil.copyfileobj(stream, file, 2**24)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if not is_whole():  # without locks another process may have been faster, and have mapped its file
+                    os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"its images are compressed and cannot be unpacked to {folder} ({error}): {elsewhere}"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[bool]:
+    """Waits until no other process is inside; gives whether none is, which a file system without locks cannot say."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            alone = True
+        except OSError:
+            alone = False
+        yield alone
 
 
 # ---- array_record
