@@ -17,7 +17,8 @@ from lipjax.training import optimizer, sharding
 from lipjax.training import step as steps
 from lipjax.training.accumulate import _after, accumulate
 from lipjax.training.config import validate
-from lipjax.training.loop import METRIC, Run, check_same_run, plain
+from lipjax.training.loop import METRIC, Run
+from lipjax.training.same_run import check_same_run, plain
 
 EPS32 = 2.0**-23
 SCHEDULE = optimizer.LossSchedule(epsilon=0.1, weight=1.0, radius=2.0)

@@ -22,7 +22,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from training_helpers import scratch, tiny_config
 
 from lipjax.errors import UserError
-from lipjax.training import loop
+from lipjax.training import same_run
 from lipjax.training.checkpoint import Checkpointer
 
 
@@ -309,7 +309,7 @@ def killed_and_resumed(tmp_path, kills):
     """
     config, chance = tiny_config(**KILLABLE), random.Random(kills)
     (tmp_path / "config").mkdir()
-    (tmp_path / "config" / "config.json").write_text(json.dumps({"config": loop.plain(config), "seed": 0}))
+    (tmp_path / "config" / "config.json").write_text(json.dumps({"config": same_run.plain(config), "seed": 0}))
     environment = {
         **os.environ,
         "JAX_COMPILATION_CACHE_DIR": str(scratch() / "compiled"),

@@ -18,7 +18,7 @@ import train as train_script
 from lipjax import __main__ as program
 from lipjax import attacks, certify
 from lipjax.training import evaluate, run
-from lipjax.training.loop import plain
+from lipjax.training.same_run import plain
 
 # ml_collections 1.1 loads config files by the loader's old method.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

@@ -27,7 +27,8 @@ from training_helpers import (  # noqa: F401  quick_compiles is a fixture
 from lipjax.errors import UserError
 from lipjax.training import cluster, run
 from lipjax.training.checkpoint import Checkpointer
-from lipjax.training.loop import Run, plain, train
+from lipjax.training.loop import Run, train
+from lipjax.training.same_run import plain
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = (

@@ -12,7 +12,7 @@ from training_helpers import made_up_images, npz_file, quick_compiles, scratch, 
 
 from lipjax.errors import UserError
 from lipjax.models import LiResNet, get_model
-from lipjax.training import evaluate, loop, optimizer
+from lipjax.training import evaluate, loop, optimizer, same_run
 from lipjax.training.config import default_config, load_config, validate
 from lipjax.training.data import load_dataset, num_generated, open_generated
 from lipjax.training.sharding import make_mesh
@@ -51,8 +51,8 @@ def test_every_field_is_read_by_training_or_certification(tmp_path):
         recorder = Recorder(config, read)
         # `plain` reads every field to store it, which is not a use.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "plain", lambda c: json.loads(config.to_json_best_effort()))
-            patch.setattr(evaluate, "plain", loop.plain)
+            for module in (loop, evaluate, same_run):
+                patch.setattr(module, "plain", lambda c: json.loads(config.to_json_best_effort()))
             patch.setattr(loop, "get_model", lambda _, **sizes: get_model(config.model, **sizes))
             loop.train(recorder, tmp_path, 0)
             evaluate.certify_run(tmp_path, recorder, 0)
@@ -250,7 +250,7 @@ def test_unknown_and_missing_fields_are_refused():
 
 def test_a_saved_config_comes_back_equal(tmp_path):
     config = tiny_config(**{"certify.radii": (36 / 255,), "seeds": (0, 4)})
-    (tmp_path / "config.json").write_text(json.dumps({"config": loop.plain(config), "seed": 4}))
+    (tmp_path / "config.json").write_text(json.dumps({"config": same_run.plain(config), "seed": 4}))
     loaded, seed = load_config(tmp_path)
     assert loaded == config and seed == 4
     assert loaded.is_locked and loaded.certify.radii == (36 / 255,)

@@ -22,6 +22,7 @@ from lipjax.errors import UserError
 from lipjax.training import loop, optimizer
 from lipjax.training.checkpoint import Checkpointer
 from lipjax.training.loop import METRIC, Run, train
+from lipjax.training.same_run import check_same_run, plain
 
 pytestmark = pytest.mark.x64_off
 
@@ -139,12 +140,12 @@ def test_what_may_change_between_runs(capsys, changes, seed, message):
 
 
 def test_a_run_belongs_to_its_data():
-    meta = {"config": loop.plain(tiny_config()), "seed": 0, "data": {"train": "a", "test": "b"}}
-    loop.check_same_run("run", meta, tiny_config(), 0, {"train": "a", "test": "b"})
+    meta = {"config": plain(tiny_config()), "seed": 0, "data": {"train": "a", "test": "b"}}
+    check_same_run("run", meta, tiny_config(), 0, {"train": "a", "test": "b"})
     with pytest.raises(UserError, match="other images"):
-        loop.check_same_run("run", meta, tiny_config(), 0, {"train": "a", "test": "c"})
+        check_same_run("run", meta, tiny_config(), 0, {"train": "a", "test": "c"})
     moved = tiny_config(**{"data.path": "elsewhere.npz"})  # a path says nothing that the images do not say
-    loop.check_same_run("run", meta, moved, 0, {"train": "a", "test": "b"})
+    check_same_run("run", meta, moved, 0, {"train": "a", "test": "b"})
     run, other = Run(tiny_config(), 0), Run(tiny_config(), 1)
     assert run.data_identity["train"] == run.dataset.fingerprint("train") != other.data_identity["train"]
 
@@ -159,11 +160,11 @@ def test_a_config_of_something_else_is_not_overwritten(tmp_path):
 
 
 def test_a_run_of_an_older_version_lacks_fields_and_resumes():
-    meta = {"config": loop.plain(tiny_config()), "seed": 0}
+    meta = {"config": plain(tiny_config()), "seed": 0}
     del meta["config"]["data"]["affine"], meta["config"]["optimizer"]["clip_norm"]
-    loop.check_same_run("run", meta, tiny_config(), 0)
+    check_same_run("run", meta, tiny_config(), 0)
     with pytest.raises(UserError, match="clip_norm: 3.0 there, 2.0 now"):
-        loop.check_same_run("run", meta, tiny_config(**{"optimizer.clip_norm": 2.0}), 0)
+        check_same_run("run", meta, tiny_config(**{"optimizer.clip_norm": 2.0}), 0)
 
 
 def test_a_directory_without_a_checkpoint_starts_anew_with_any_config(tmp_path, monkeypatch):

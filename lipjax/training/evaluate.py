@@ -18,7 +18,8 @@ from lipjax.errors import NotCertifiable
 from lipjax.training import falsify, sharding
 from lipjax.training import report as reports
 from lipjax.training.data import StreamDataset
-from lipjax.training.loop import Run, load_best, plain
+from lipjax.training.loop import Run, load_best
+from lipjax.training.same_run import plain
 
 # What float32 changes is looked at for so many images.
 FLOAT32_IMAGES = 1000

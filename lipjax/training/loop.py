@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import pathlib
 from typing import NoReturn
@@ -23,7 +22,6 @@ from lipjax.training import optimizer as optimizers
 from lipjax.training import step as steps
 from lipjax.training.accumulate import check_accumulation
 from lipjax.training.checkpoint import Checkpointer
-from lipjax.training.config import default_config
 from lipjax.training.data import (
     ArrayDataset,
     GeneratedDataset,
@@ -33,55 +31,8 @@ from lipjax.training.data import (
     open_generated,
 )
 from lipjax.training.metrics import MetricWriter
+from lipjax.training.same_run import check_not_foreign, check_same_run, plain
 from lipjax.training.step import METRIC
-
-# What may change when a run resumes: none of it alters what training computes. (A directory's seed is checked apart.)
-# Where and in which pieces it computes may change the last bits; a path of other images is told by `data_identity`.
-FREE_TO_CHANGE = (
-    *("checkpoint.", "certify.", "mesh.", "seeds", "data.data_dir", "data.path", "data.download"),
-    "data.generated.cache_dir",
-    *("accumulation", "remat", "scan", "data.workers"),
-)
-
-
-def plain(config) -> dict:
-    """A config as JSON data."""
-    return json.loads(config.to_json_best_effort())
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    """{"group.field": value} of nested dicts."""
-    found = {}
-    for field, value in tree.items():
-        if isinstance(value, list) and len(value) == 1:  # 0.5 and (0.5,) are the same mean
-            value = value[0]
-        found |= _flat(value, f"{prefix}{field}.") if isinstance(value, dict) else {f"{prefix}{field}": value}
-    return found
-
-
-def check_same_run(directory, meta: dict, config, seed: int, data: dict | None = None) -> None:
-    """Raises: UserError naming the first fields by which a run's saved config differs from the one asked for.
-
-    Args: meta: of a checkpoint. data: what of `Run.training_identity` is to be compared, as it is now; None: nothing.
-    """
-    ours, saved, defaults = _flat(plain(config)), _flat(meta["config"]), _flat(plain(default_config()))
-    # A run of an older lipjax lacks the fields that came later; their defaults are what it did.
-    theirs = {name: value for name, value in defaults.items() if name in ours} | saved
-    names = [n for n in sorted({*ours, *theirs}) if not n.startswith(FREE_TO_CHANGE)]
-    differ = [
-        f"config.{n}: {theirs.get(n)!r} there, {ours.get(n)!r} now" for n in names if ours.get(n) != theirs.get(n)
-    ]
-    if meta["seed"] != seed:
-        differ.insert(0, f"config.seeds: {meta['seed']} there, {seed} now")
-    # The same path may hold other images by now, and then a new split would put trained images into the test set.
-    other = [part for part, now in (data or {}).items() if meta.get("data", data).get(part) != now]
-    if other:
-        differ.insert(0, f"the data set has other images or labels: {', '.join(other)}")
-    if differ:
-        raise UserError(
-            f"{directory} holds a run with another config ({'; '.join(differ[:4])}): "
-            "choose another --workdir, or the same values."
-        )
 
 
 class Run:
@@ -336,18 +287,6 @@ def _check_finite(metrics: dict, step: int, epoch: int) -> None:
         )
 
 
-def _check_not_foreign(path: pathlib.Path) -> None:
-    """Raises: UserError if there is a file in the place of a run's config that no run has written."""
-    try:
-        document = json.loads(path.read_text())
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError):
-        document = None
-    if not isinstance(document, dict) or not {"config", "seed"} <= set(document):
-        raise UserError(f"{path} is not the config of a lipjax run and would be overwritten: choose another --workdir.")
-
-
 def train(config, workdir: str | os.PathLike, seed: int) -> Run:
     """Trains one seed to the end, or goes on where an earlier call on the same directory stopped.
 
@@ -370,7 +309,7 @@ def train(config, workdir: str | os.PathLike, seed: int) -> Run:
             meta = checkpointer.meta()
             check_same_run(workdir, meta, config, seed, identity)
         else:
-            _check_not_foreign(workdir / "config.json")
+            check_not_foreign(workdir / "config.json")
         if jax.process_index() == 0:
             write_json(workdir / "config.json", {"config": plain(config), "seed": seed})
         if latest is not None and latest >= run.total_steps:
@@ -478,4 +417,4 @@ def load_best(workdir: str | os.PathLike, run: Run):
     return {"params": jax.tree.map(np.asarray, params), COLLECTION: state.lip}, state, step
 
 
-__all__ = ["Run", "check_same_run", "load_best", "plain", "train"]
+__all__ = ["Run", "load_best", "train"]

@@ -13,7 +13,8 @@ from lipjax.training import cluster, warm_start
 from lipjax.training import report as reports
 from lipjax.training.config import validate
 from lipjax.training.evaluate import certify_run
-from lipjax.training.loop import Run, plain, train
+from lipjax.training.loop import Run, train
+from lipjax.training.same_run import plain
 
 
 def run(config, workdir: str | os.PathLike) -> dict:

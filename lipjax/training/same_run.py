@@ -1,0 +1,67 @@
+"""Whether a directory holds the run that is asked for: configs, seeds and data compared."""
+
+import json
+import pathlib
+
+from lipjax.errors import UserError
+from lipjax.training.config import default_config
+
+# What may change when a run resumes: none of it alters what training computes. (A directory's seed is checked apart.)
+# Where and in which pieces it computes may change the last bits; a path of other images is told by `data_identity`.
+FREE_TO_CHANGE = (
+    *("checkpoint.", "certify.", "mesh.", "seeds", "data.data_dir", "data.path", "data.download"),
+    "data.generated.cache_dir",
+    *("accumulation", "remat", "scan", "data.workers"),
+)
+
+
+def plain(config) -> dict:
+    """A config as JSON data."""
+    return json.loads(config.to_json_best_effort())
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    """{"group.field": value} of nested dicts."""
+    found = {}
+    for field, value in tree.items():
+        if isinstance(value, list) and len(value) == 1:  # 0.5 and (0.5,) are the same mean
+            value = value[0]
+        found |= _flat(value, f"{prefix}{field}.") if isinstance(value, dict) else {f"{prefix}{field}": value}
+    return found
+
+
+def check_same_run(directory, meta: dict, config, seed: int, data: dict | None = None) -> None:
+    """Raises: UserError naming the first fields by which a run's saved config differs from the one asked for.
+
+    Args: meta: of a checkpoint. data: what of `Run.training_identity` is to be compared, as it is now; None: nothing.
+    """
+    ours, saved, defaults = _flat(plain(config)), _flat(meta["config"]), _flat(plain(default_config()))
+    # A run of an older lipjax lacks the fields that came later; their defaults are what it did.
+    theirs = {name: value for name, value in defaults.items() if name in ours} | saved
+    names = [n for n in sorted({*ours, *theirs}) if not n.startswith(FREE_TO_CHANGE)]
+    differ = [
+        f"config.{n}: {theirs.get(n)!r} there, {ours.get(n)!r} now" for n in names if ours.get(n) != theirs.get(n)
+    ]
+    if meta["seed"] != seed:
+        differ.insert(0, f"config.seeds: {meta['seed']} there, {seed} now")
+    # The same path may hold other images by now, and then a new split would put trained images into the test set.
+    other = [part for part, now in (data or {}).items() if meta.get("data", data).get(part) != now]
+    if other:
+        differ.insert(0, f"the data set has other images or labels: {', '.join(other)}")
+    if differ:
+        raise UserError(
+            f"{directory} holds a run with another config ({'; '.join(differ[:4])}): "
+            "choose another --workdir, or the same values."
+        )
+
+
+def check_not_foreign(path: pathlib.Path) -> None:
+    """Raises: UserError if there is a file in the place of a run's config that no run has written."""
+    try:
+        document = json.loads(path.read_text())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError):
+        document = None
+    if not isinstance(document, dict) or not {"config", "seed"} <= set(document):
+        raise UserError(f"{path} is not the config of a lipjax run and would be overwritten: choose another --workdir.")
