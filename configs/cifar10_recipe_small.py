@@ -3,8 +3,12 @@ recipe of ICLR 2024 (arXiv:2310.02513) without generated images and RandAugment.
 Batch, learning rate, warm-up and power iterations are smaller or shorter than the recipe's, our choice and not tuned.
 
 Run: python train.py --config=configs/cifar10_recipe_small.py --workdir=DIR
-Measured: never. Reported for this net, trained otherwise, by a fork of the original, by power iteration: accuracy 59.98
-%, certified at 36/255 50.97 %, 72/255 42.94 %, 108/255 34.88 %.
+Measured on all 10,000 test images: accuracy 66.64 %, proved at l2 radius 36/255 57.07 %, 72/255 47.13 %, 108/255
+37.24 %, 255/255 9.33 %; under attack, on the first 1,000, 63.6, 57.1 and 51.1 %. Seed 0, commit eca4691, two cores of
+an AMD EPYC with XLA_FLAGS=--xla_force_host_platform_device_count=2: 99 minutes beside other work (73 if quiet), and 16
+to certify and attack.
+Published for this net after as many epochs, trained otherwise, by a fork of the original, by power iteration: accuracy
+59.98 %, certified at 36/255 50.97 %, 72/255 42.94 %, 108/255 34.88 %.
 """
 
 from lipjax.training.config import default_config
