@@ -85,7 +85,7 @@ class Run:
             ZeroDivisionError,
         ) as error:  # of operators that do not fit each other or the images
             raise UserError(f"config.model does not fit images {self.dataset.image_shape}: {error}") from error
-        if config.lipschitz != "liplt":
+        if config.lipschitz == "product":
             _check_vectors(self.model, abstract)
         self.shardings = sharding.state_shardings(abstract, self.mesh)
         self.abstract_state = jax.tree.map(
