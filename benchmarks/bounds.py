@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from lanczos import lanczos_norm
-from made_up import SHAPES
+from made_up import sizes
 from rich.console import Console
 from rich.table import Table
 
@@ -94,7 +94,7 @@ def small_table(console: Console) -> None:
 
 def whole_network(console: Console, path: str) -> None:
     config = runpy.run_path(path)["get_config"]()
-    shape, num_classes = SHAPES[config.data.name]
+    shape, num_classes = sizes(config.data.name)
     model = get_model(config.model, input_shape=shape, num_classes=num_classes)
     variables = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, *shape))))()
     frozen = lipjax.freeze(model, variables)

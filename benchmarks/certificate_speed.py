@@ -28,7 +28,7 @@ import numpy as np
 import optax
 from absl import app, flags
 from lanczos import lanczos_norm
-from made_up import SHAPES
+from made_up import sizes
 from rich.console import Console
 from rich.table import Table
 
@@ -74,7 +74,7 @@ def made_network(path: pathlib.Path, num_steps: int, **changes) -> lipjax.Frozen
     config = runpy.run_path(str(path))["get_config"]()
     with config.unlocked():
         config.model.update(changes)
-    shape, num_classes = SHAPES[config.data.name]
+    shape, num_classes = sizes(config.data.name)
     model = get_model(config.model, input_shape=shape, num_classes=num_classes)
     variables = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, *shape))))()
     return lipjax.freeze(model, crowded(model, variables, num_steps))

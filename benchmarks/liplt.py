@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
-from made_up import SHAPES
+from made_up import sizes
 from ml_collections import ConfigDict
 from sklearn.datasets import load_digits
 
@@ -301,7 +301,7 @@ def tightness() -> None:
 
 def convnet(variant: str):
     """(model, variables, network) at initialisation, and the shape of its images."""
-    shape, num_classes = SHAPES[NETS[variant][0]]
+    shape, num_classes = sizes(NETS[variant][0])
     model = get_model(ConfigDict({"name": "convnet", "variant": variant}), input_shape=shape, num_classes=num_classes)
     variables = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, *shape))))()
     return model, variables, jax.jit(lambda v: model.apply(v, method="build"))(variables), shape

@@ -7,17 +7,17 @@ import numpy as np
 
 from lipjax.training import optimizer as optimizers
 from lipjax.training import sharding, step
+from lipjax.training.config import default_config
 from lipjax.training.loop import Run
 from lipjax.training.plan import planned_dataset
 
-SHAPES = {
-    "digits": ((8, 8, 1), 10),
-    "mnist": ((28, 28, 1), 10),
-    "cifar10": ((32, 32, 3), 10),
-    "cifar100": ((32, 32, 3), 100),
-    "tiny_imagenet": ((64, 64, 3), 200),
-    "imagenet": ((224, 224, 3), 1000),
-}
+
+def sizes(name: str) -> tuple[tuple[int, int, int], int]:
+    """(image shape, number of classes) of a data set."""
+    config = default_config().data
+    config.name = name
+    dataset = planned_dataset(config, 0)
+    return dataset.image_shape, dataset.num_classes
 
 
 def made_up_run(config) -> Run:

@@ -1,7 +1,7 @@
 """LipConvnet-15 with SOC, projection pooling and the MLP head, CIFAR-100 (arXiv:2211.08453).
 
 Run: python train.py --config=configs/cifar100_lipconvnet_mlp.py --workdir=DIR
-Published: no figures known for this net; the abstract states gains of 3.78 % clean and 4.75 % certified.
+Published: no figures known for this net; the paper states gains of 3.78 % clean and 4.75 % certified.
 Measured: never (200 epochs need an accelerator).
 """
 

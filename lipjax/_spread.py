@@ -132,9 +132,9 @@ def each(function: Callable, items: Sequence[Any]) -> list:
     count = len(items)
     if devices == 1 or count < 2:
         return [function(item) for item in items]
-    share = -(-count // devices)
-    if share * devices > 2 * count:  # a sum sends everything twice
+    if devices > 2 * count:  # a sum sends everything twice
         return _each_summed(function, items, axes)
+    share = -(-count // devices)
     padded = [*items, *[items[-1]] * (share * devices - count)]
     stacked = gathered(_stack(padded))
 

@@ -208,7 +208,6 @@ def test_the_pieces_of_a_network():
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.x64_off
 def test_arrays_without_entries_do_not_stop_micro_batches():
     # Such as the pairs of frequencies of a circulant on a map of one pixel.
     total, part = {"paired": jnp.zeros((0, 2)), "real": jnp.ones(2)}, jnp.arange(3.0)
@@ -216,6 +215,7 @@ def test_arrays_without_entries_do_not_stop_micro_batches():
     np.testing.assert_array_equal(jax.jit(_after)({**total, "real": jnp.full(2, np.nan)}, part), jnp.zeros(3))
 
 
+@pytest.mark.x64_off
 def test_centering_and_micro_batches_exclude_each_other():
     changes = {"accumulation": 2, "model.centering": True}
     with pytest.raises(UserError, match="config.accumulation = 2 needs config.model.centering = False"):

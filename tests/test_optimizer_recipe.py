@@ -122,7 +122,6 @@ def test_training_the_head_alone_under_lookahead_moves_nothing_else():
     assert (np.asarray(moved["head"]["matrix"]) < 1).all()
 
 
-@pytest.mark.x64_off
 def test_slow_parameters_are_taken_once_there_are_any():
     params, slow = {"a": jnp.ones(2)}, {"a": jnp.full(2, 3.0)}
     synchronised = optimizer.LookaheadState(jnp.int32(7), slow, ())
@@ -132,6 +131,7 @@ def test_slow_parameters_are_taken_once_there_are_any():
     assert optimizer.slow_parameters(params, optax.EmptyState()) is params
 
 
+@pytest.mark.x64_off
 def test_what_is_kept_as_the_best_is_the_slow_parameters(tmp_path):
     """Also where another run starts from it."""
     changes = {"optimizer.lookahead_period": 2, "optimizer.name": "nadam", "num_epochs": 2}

@@ -96,14 +96,14 @@ def launch(command: Callable[[], object], interrupted: str, flag_values: flags.F
         code = 1
         if isinstance(error, jax.errors.JaxRuntimeError):
             if exhausted:
-                what = "its devices have too little memory: see config.accumulation, remat, precision and batch_size"
+                what = "the devices have too little memory: see config.accumulation, remat, precision and batch_size"
             else:
                 _over.wait(_LAST_WORD_SECONDS)  # another process may have said why
                 what = "an operation of all processes failed, most likely because another one died: see its output"
-            print(
-                f"Error: process {jax.process_index()}: {what} ({str(error).splitlines()[0][:200]}). {_ADVICE}",
-                file=sys.stderr,
-            )
+            several = jax.distributed.is_initialized()
+            who = f"process {jax.process_index()}: " if several else ""
+            advice = _ADVICE if several else "The same command goes on from the last checkpoint."
+            print(f"Error: {who}{what} ({str(error).splitlines()[0][:200]}). {advice}", file=sys.stderr)
         else:
             traceback.print_exc()
     if code and jax.distributed.is_initialized():
