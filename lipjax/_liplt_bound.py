@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from lipjax import _chains, spectral
-from lipjax._chains import HostMap
-from lipjax._liplt import Step
+from lipjax import _chains, _host_map, spectral
+from lipjax._host_map import HostMap
+from lipjax._liplt_path import Step
 from lipjax._verified import float_up, parallel_map
 from lipjax.errors import NotCertifiable
 from lipjax.operators import Conv, Flatten
@@ -112,8 +112,8 @@ def _operator_norm(name: str, op) -> Fraction:
 def _group(name: str, ops: Sequence, shape) -> tuple[Fraction, HostMap | None]:
     """The proved norm of operators in turn, and the map they make."""
     norms = [_operator_norm(name, op) for op in ops]
-    maps = [_chains.host_map(op, float_up(norm)) for op, norm in zip(ops, norms, strict=True)]
-    whole = None if None in maps else _chains.sequence([m for m in maps if m is not None], shape)
+    maps = [_host_map.host_map(op, float_up(norm)) for op, norm in zip(ops, norms, strict=True)]
+    whole = None if None in maps else _host_map.sequence([m for m in maps if m is not None], shape)
     return math.prod(norms, start=Fraction(1)), whole
 
 
@@ -133,9 +133,9 @@ def _piece(step: Step) -> _Piece:
     through = None
     maps = [inner[1], outer[1]] + ([] if skip is None else [skip[1]])
     if float(a) == a and None not in maps:
-        both = _chains.sequence([m for m in maps[:2] if m is not None], step.shape)
+        both = _host_map.sequence([m for m in maps[:2] if m is not None], step.shape)
         zero = HostMap(_zeros(both.out_shape), _zeros(both.in_shape), both.in_shape, both.out_shape, 0.0, 0.0, 0.0)
-        through = _chains.weighted_sum(maps[2] or zero if skip else zero, float(a), both)
+        through = _host_map.weighted_sum(maps[2] or zero if skip else zero, float(a), both)
         composed = _proved(_chains.composition_bound, [through])
         if composed is not None:
             norm = min(norm, Fraction(composed.value))
@@ -307,13 +307,13 @@ class LipLTBound:
                 if piece.outer is None:
                     found[start] = kept(x, error)
                 elif piece.outer[1] is not None:
-                    found[start] = kept(*_chains.carry([piece.outer[1].transposed], x, error))
+                    found[start] = kept(*_host_map.carry([piece.outer[1].transposed], x, error))
                 start -= 1
             if piece.step.is_plain:
                 continue
             if piece.map is None:
                 return found, last
-            x, error = _chains.carry([piece.map.transposed], x, error)
+            x, error = _host_map.carry([piece.map.transposed], x, error)
         found[0] = kept(x, error)
         return found, last if self.acts else found[0]
 
@@ -336,16 +336,16 @@ class LipLTBound:
             method = "rows"
             known = [entry for entry in rows if entry is not None]
             pairwise = self._sum([_pair_bounds(*entry) for entry in known])
-            per_class = self._sum([_chains.row_norms(u) + e for u, e in known])
-            norms = [np.array(spectral.matrix_norm_bound(u).value + _chains.frobenius(e)) for u, e in known]
+            per_class = self._sum([_host_map.row_norms(u) + e for u, e in known])
+            norms = [np.array(spectral.matrix_norm_bound(u).value + _host_map.frobenius(e)) for u, e in known]
             total = float(self._sum(norms))
         if last is not None:
             # From the features after the last activation on, the map is linear: b plays no part.
             upwards = 1 + gamma(4)
             pairwise = np.minimum(pairwise, _times(self.reach, _pair_bounds(*last)) * upwards)
-            lengths = _chains.row_norms(last[0]) + last[1]
+            lengths = _host_map.row_norms(last[0]) + last[1]
             per_class = np.minimum(per_class, _times(self.reach, lengths) * upwards)
-            norm = np.array(spectral.matrix_norm_bound(last[0]).value + _chains.frobenius(last[1]))
+            norm = np.array(spectral.matrix_norm_bound(last[0]).value + _host_map.frobenius(last[1]))
             total = min(total, float(_times(self.reach, norm) * upwards))
         # Without rows the whole constant serves: sqrt(2) of it for a difference of two outputs.
         total = min(total, float(self.end))

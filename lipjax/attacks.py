@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from lipjax._lipschitz_search import LipschitzSearch, lipschitz_lower_bound, unit
+from lipjax.curvature import top_rivals
 
 METHODS = ("pgd", "apgd")
 OBJECTIVES = ("margin", "cross_entropy", "targeted_margin")
@@ -18,8 +19,7 @@ PIXELS = (0.0, 1.0)
 
 # Auto-PGD: the fraction of steps that must have gained, and the weight of the new step against the last one.
 _GAINING, _MOMENTUM = 0.75, 0.75
-# A point that was found is moved towards the image until the way is known to one part in 2^this.
-_HALVINGS = 8
+_HALVINGS = 8  # a point that was found is moved towards the image until the way is known to one part in 2^this
 
 Box = tuple[float, float] | None
 
@@ -52,12 +52,6 @@ def _objective(name: str, logits, labels, targets):
     return jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0] - own
 
 
-def _rivals(logits, labels, count: int):
-    """The classes with the largest logits apart from the label: (b, count), the most likely first."""
-    own = labels[:, None] == jnp.arange(logits.shape[1])
-    return jnp.argsort(-jnp.where(own, -jnp.inf, logits), axis=1)[:, :count]
-
-
 def _ascend(follow, logits: Callable, images, labels, epsilon, key, objective, num_targets, targets, restarts, box):
     """Runs `follow` from random starts, towards one target after another, and keeps the points of largest margin.
 
@@ -78,7 +72,7 @@ def _ascend(follow, logits: Callable, images, labels, epsilon, key, objective, n
     chosen = labels[:, None] if targets is None else targets[:, None]
     if objective == "targeted_margin" and targets is None:
         out = logits(images)
-        chosen = _rivals(out, labels, max(1, min(num_targets, out.shape[1] - 1)))
+        chosen = top_rivals(out, labels, max(1, min(num_targets, out.shape[1] - 1)))
 
     def run(i, carry):
         best, best_margin = carry
@@ -305,13 +299,12 @@ def attack_l2(
     distances = np.full(len(images), np.inf)
     points = np.array(images)
     for rows, count, x, y in _batches(images, labels, batch_size):
-        start_key = jax.random.fold_in(jax.random.key(seed), rows.start)
         best, found = x, _misclassified(network, x, y)
         for i, radius in enumerate(sorted(radii) if num_steps else ()):
             if bool(found[:count].all()):
                 break
             epsilon = jnp.full(len(x), radius, x.dtype)
-            key = jax.random.fold_in(start_key, i)
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), rows.start), i)
             moved, wrong, _ = _attack_batch(network, x, y, epsilon, key, None, attack=attack)
             best, found = jnp.where(_like(wrong & ~found, x), moved, best), found | wrong
         if bool(found.any()):

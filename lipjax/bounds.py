@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lipjax import _liplt, _liplt_bound, _spread, spectral
-from lipjax._liplt import ResidualBlock
+from lipjax import _liplt, _liplt_bound, _liplt_path, _spread, spectral
 from lipjax._liplt_bound import ChainBound, LayerConstant, LipLTReport
+from lipjax._liplt_path import ResidualBlock
 from lipjax.errors import NotCertifiable
 from lipjax.network import Network
 from lipjax.operators import Dense, LinearHead, Residual
@@ -223,7 +223,7 @@ def liplt_vectors(operators: Sequence, key: PRNGKeyArray, slope: Any = (0.0, 1.0
 
     Args, raises: as `liplt_estimate`.
     """
-    path = _liplt.make_path(_named(operators), slope)
+    path = _liplt_path.make_path(_named(operators), slope)
     return _liplt.init_vectors(path, key, _dtype(operators))
 
 
@@ -248,7 +248,7 @@ def liplt_estimate(
       elementwise. Both name the operator.
     Source: Fazlyab et al. 2023, arXiv:2310.00116 (LipLT).
     """
-    return _path_estimate(_liplt.make_path(_named(operators), slope), vectors, num_iters, max_rows)
+    return _path_estimate(_liplt_path.make_path(_named(operators), slope), vectors, num_iters, max_rows)
 
 
 def _path_estimate(path, vectors: Vectors, num_iters: int, max_rows: int):
@@ -287,17 +287,17 @@ def liplt_bound(
     Raises: as `liplt_estimate`; NotCertifiable for operators without a proved norm.
     Source: Fazlyab et al. 2023, arXiv:2310.00116; docs/soundness.md, section 12.
     """
-    return _liplt_bound.LipLTBound(_liplt.make_path(_named(operators), slope)).outputs(max_rows)
+    return _liplt_bound.LipLTBound(_liplt_path.make_path(_named(operators), slope)).outputs(max_rows)
 
 
-def _network_path(network: Network) -> tuple[_liplt.Step, ...]:
+def _network_path(network: Network) -> tuple[_liplt_path.Step, ...]:
     if not isinstance(network.head, LinearHead):
         raise NotCertifiable(
             f"head ({type(network.head).__name__}): LipLT takes a linear head. Use the product of norms, "
             "bounds.margin_lipschitz_bound or margin_lipschitz_estimate."
         )
     ops = [*zip(network.names, network.ops, strict=True), ("head", Dense(network.head.matrix))]
-    return _liplt.make_path(ops, None)
+    return _liplt_path.make_path(ops, None)
 
 
 def has_liplt(network: Network) -> bool:

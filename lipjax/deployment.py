@@ -14,8 +14,9 @@ import numpy as np
 
 from lipjax import conv, operators
 from lipjax._float32 import LARGEST, LEAST, ROOM, UNIT_ROUNDOFF, HeadConstants, gamma32, locals_of
+from lipjax._float64 import FLOOR, advance, check_arithmetic, finish, float64_on_cpu, propagate
 from lipjax.certify import Certificate, radius_of
-from lipjax.frozen import _FLOOR, FrozenNetwork, _check_arithmetic, _finish, _propagate, advance, float64_on_cpu
+from lipjax.frozen import FrozenNetwork
 from lipjax.network import Network
 from lipjax.operators.softplus import softplus_of
 
@@ -37,9 +38,9 @@ BALL_CLAIM = (
 
 @jax.jit
 def _propagate_conv(op, norm, error, x):
-    """As `_propagate`, and | |A||x| | of every image: the same sums that the operator's own bound takes."""
+    """As `propagate`, and | |A||x| | of every image: the same sums that the operator's own bound takes."""
     sums = conv.conv2d(jnp.abs(x), jnp.abs(op.kernel), strides=op.strides, padding=op.padding)
-    return *_propagate(op, norm, error, x), operators.norm_per_image(sums)
+    return *propagate(op, norm, error, x), operators.norm_per_image(sums)
 
 
 def _observe(op, norms, error, x):
@@ -118,7 +119,7 @@ class _Analysis:
     def evaluate(self, images, batch_size: int) -> _Evaluation:
         if batch_size < 1:
             raise ValueError(f"Expected a batch_size of at least 1, got {batch_size}.")
-        _check_arithmetic()
+        check_arithmetic()
         images = self._frozen._check_images(images)
         none, size = np.empty((0, self._frozen.num_classes)), min(batch_size, len(images))
         parts: list[tuple[np.ndarray, ...]] = [(none, np.empty(0), np.empty(0), none, none)]
@@ -132,7 +133,7 @@ class _Analysis:
         return _Evaluation(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     def _batch(self, network: Network, images: np.ndarray) -> tuple[np.ndarray, ...]:
-        x, error64 = jnp.asarray(images), jnp.full(len(images), _FLOOR)
+        x, error64 = jnp.asarray(images), jnp.full(len(images), FLOOR)
         flat = images.reshape(len(images), -1)
         error = (gamma32(5) * np.linalg.norm(flat, axis=1) + 4 * LEAST * math.sqrt(flat.shape[1])) * ROOM
         for op, row, local in zip((network.normalize, *network.ops), self._rows, self._locals, strict=True):
@@ -142,7 +143,7 @@ class _Analysis:
             error = row.bound * error + local.absolute + local.relative * length + local.slope * distance
             error = (error + local.weighted * weighted) * ROOM
             error = np.where(largest <= LARGEST, error, np.inf)
-        logits, head64 = map(np.asarray, _finish(network.head, x))
+        logits, head64 = map(np.asarray, finish(network.head, x))
         head32, largest = _head_local(self._frozen.network.head, np.asarray(x))
         distance = error + np.asarray(error64)
         inside = np.isfinite(distance) & (largest + self.head.gain * distance <= LARGEST)

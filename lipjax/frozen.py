@@ -1,13 +1,11 @@
 """Frozen networks: float64 host arrays that certify, save and load. docs/soundness.md says what is proved."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import pathlib
-import re
 from typing import Any
 
 import jax
@@ -16,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
-from jax.sharding import AxisType, Mesh
 
 from lipjax import bounds, operators
+from lipjax._float64 import check_arithmetic, evaluate, float64_on_cpu
 from lipjax._mlp import MLPCertifier
 from lipjax.certify import Certificate, certify_margins, replacing, write_json
 from lipjax.errors import NotCertifiable, UserError
@@ -32,33 +30,6 @@ def _read_only(array) -> np.ndarray:
     copy = np.array(array)
     copy.setflags(write=False)
     return copy.view()  # owns nothing, so that it cannot be made writable again
-
-
-def host_device():
-    """JAX's first CPU device. Raises: UserError if JAX_PLATFORMS leaves out the CPU, which certifies."""
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError as error:
-        platforms = os.environ.get("JAX_PLATFORMS", "")
-        raise UserError(
-            f"Certificates are computed on the CPU, which JAX_PLATFORMS={platforms!r} leaves out: append ',cpu' to it."
-        ) from error
-
-
-@contextlib.contextmanager
-def float64_on_cpu():
-    """JAX in double precision on the host, whatever the process uses elsewhere.
-
-    The precision of products is pinned: some settings of it compute products of float64 arrays in bfloat16.
-    """
-    host = host_device()
-    with contextlib.ExitStack() as stack:
-        for context in (jax.enable_x64(True), jax.default_device(host), jax.default_matmul_precision("highest")):
-            stack.enter_context(context)
-        if not jax.sharding.get_abstract_mesh().empty:  # a mesh of the user's, which goes before the default device
-            mesh = Mesh(np.array([host]), ("host",), axis_types=(AxisType.Auto,))
-            stack.enter_context(jax.set_mesh(mesh))
-        yield
 
 
 def freeze(model, variables) -> "FrozenNetwork":
@@ -79,83 +50,6 @@ def freeze(model, variables) -> "FrozenNetwork":
 def _host_float64(array):
     array = np.asarray(jax.device_get(array))
     return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
-
-
-# Underflow to zero, which XLA's CPU code does for all subnormal numbers, is covered by this much in every step.
-_FLOOR = 2.0**-480
-
-
-# Each operator is compiled on its own. Compiled together, x -> W x + b becomes a sum that starts at b, whose rounding
-# error neither operator's bound covers (docs/soundness.md).
-@jax.jit
-def _propagate(op, norm, error, x):
-    """An operator's output at the computed x, and a bound on its distance to the exact output at the exact input.
-
-    norm: proved Lipschitz bound of the operator. error: (b,), bound on the distance of x to the exact input.
-    """
-    local = op.rounding_error(x) + _FLOOR * (1 + operators.norm_per_image(x))
-    return op(x), (jnp.maximum(norm, _FLOOR) * error + local) * (1 + operators.gamma(8))
-
-
-@jax.jit
-def _add(x, error, y, error_of_y):
-    """x + y, and a bound on its distance to the exact sum."""
-    total = x + y
-    size = operators.norm_per_image(total)
-    local = operators.gamma(2) * size + _FLOOR * (1 + size)
-    return total, (error + error_of_y + local) * (1 + operators.gamma(8))
-
-
-def advance(op, norms, error, x):
-    """`_propagate`, for any operator: those of a `Residual` one after another, each compiled on its own.
-
-    norms: of `LayerBound.norms`.
-    """
-    if not isinstance(op, operators.Residual):
-        return _propagate(op, norms, error, x)
-    y, error_of_y = x, error
-    for part, norm in zip(op.ops, norms, strict=True):
-        y, error_of_y = _propagate(part, norm, error_of_y, y)
-    return _add(x, error, y, error_of_y)
-
-
-@jax.jit
-def _finish(head, x):
-    """Logits, and a bound on the head's own error of each."""
-    floor = _FLOOR * (1 + operators.norm_per_image(x))
-    return head(x), head.rounding_error(x) + floor[:, None]
-
-
-def _evaluate(network: Network, norms: tuple, x):
-    """Logits, features, a bound on the l2 error of the features, and a bound on the head's own error of each logit."""
-    if x.dtype != jnp.float64 or any(a.dtype != jnp.float64 for a in jax.tree.leaves(network)):
-        raise ValueError("Certification runs in float64: an array of another type reached it.")
-    error = jnp.full(x.shape[0], _FLOOR)
-    for op, norm in zip((network.normalize, *network.ops), norms, strict=True):
-        x, error = advance(op, norm, error, x)
-    logits, head_error = _finish(network.head, x)
-    return logits, x, error, head_error
-
-
-@jax.jit
-def _probe(large, small, nan):
-    return (large + small) - large, nan != nan
-
-
-def _check_arithmetic() -> None:
-    """Raises: NotCertifiable if this process does not compute as docs/soundness.md assumes."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    with float64_on_cpu():
-        difference, sees_nan = _probe(*(jnp.asarray(a, jnp.float64) for a in (1e16, 1.0, np.nan)))
-    devices = difference.devices()
-    if devices != {host_device()}:
-        raise NotCertifiable(f"Certificates are computed on {host_device()}, but JAX computes on {devices} here.")
-    if re.search(r"enable_fast_math(?!=(false|0)\b)", flags) or float(difference) != 0 or not bool(sees_nan):
-        raise NotCertifiable(
-            f"XLA computes with fast math, whose rounding errors nobody bounds: unset it in XLA_FLAGS ({flags!r})."
-        )
-    if np.float64(5e-324) * np.float64(1.0) == 0:
-        raise NotCertifiable("This process flushes subnormal numbers to zero (a library was built with fast math?).")
 
 
 class FrozenNetwork:
@@ -266,7 +160,7 @@ class FrozenNetwork:
         return images
 
     def _run(self, images, norms: tuple, batch_size: int) -> list[np.ndarray]:
-        """`_evaluate` on all images: logits (n, k), features (n, d), feature errors (n,), head errors (n, k)."""
+        """`evaluate` on all images: logits (n, k), features (n, d), feature errors (n,), head errors (n, k)."""
         if batch_size < 1:
             raise ValueError(f"Expected a batch_size of at least 1, got {batch_size}.")
         none = np.empty((0, self.num_classes))
@@ -276,7 +170,7 @@ class FrozenNetwork:
             for start in range(0, len(images), batch_size):
                 batch = images[start : start + batch_size]
                 padding = [(0, batch_size - len(batch))] + [(0, 0)] * (images.ndim - 1)
-                found = _evaluate(network, norms, jnp.asarray(np.pad(batch, padding)))
+                found = evaluate(network, norms, jnp.asarray(np.pad(batch, padding)))
                 parts.append([np.asarray(a)[: len(batch)] for a in found])
         return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
@@ -299,7 +193,7 @@ class FrozenNetwork:
         return predicted, self._lower_margins(predicted, logits, error, head_error)
 
     def _run_with_errors(self, images, batch_size: int) -> list[np.ndarray]:
-        _check_arithmetic()
+        check_arithmetic()
         return self._run(self._check_images(images), tuple(row.norms for row in self._bounds), batch_size)
 
     def _lower_margins(self, predicted, logits, error, head_error) -> np.ndarray:

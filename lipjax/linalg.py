@@ -14,9 +14,7 @@ from jax import lax
 from jaxtyping import Array, Complex, Float, Inexact
 
 from lipjax import _cholesky, _spread
-
-# A matrix as its real and its imaginary part; None is an imaginary part that is zero.
-_Parts = tuple[Array, Any]
+from lipjax._parts import Parts, add, add_identity, adjoint, product, reciprocal, scaled, times
 
 # exp on i[-theta, theta] as a polynomial of degree 8 in three products, in the form of Bader, Blanes & Casas:
 #   a2 = a a,  a4 = a2 (x1 a + x2 a2),  p(a) = I + a + y2 a2 + (a2 + a4)(x4 I + x5 a + x6 a2 + x7 a4).
@@ -94,27 +92,27 @@ def expm_skew_split(
 
 
 @jax.custom_vjp
-def _exponential(a: _Parts) -> _Parts:
+def _exponential(a: Parts) -> Parts:
     return _exponential_forward(a)[0]
 
 
-def _exponential_forward(a: _Parts):
+def _exponential_forward(a: Parts):
     # Everything is computed for d = exp - I: doubling by 2 d + d^2 rounds relative to |d|, not to |I + d|.
     start, derivative, squarings = jax.linearize(_polynomial, a, has_aux=True)
     d = lax.fori_loop(0, squarings, lambda _, d: _doubled(d), start)
-    v = _add_identity(1.0, d)
+    v = add_identity(1.0, d)
     v = lax.cond(squarings > _UNPOLISHED[str(v[0].dtype)], _newton_schulz, lambda v: v, v)
     return v, (start, derivative, squarings)
 
 
-def _exponential_backward(residuals, g: _Parts):
+def _exponential_backward(residuals, g: Parts):
     # L_exp(a)^*[g] = L_exp(a)[g^H]^H: the derivative itself gives its adjoint, with no transposes but these two. The
     # derivatives of the squarings and of the polynomial commute, as all their matrices do: the loops come first, so
     # that XLA transposes g once, on entering them, instead of in every product.
     d, derivative, squarings = residuals
 
     def along(d, tangent):
-        return _add(_product(d, tangent), _product(tangent, d), _scaled(2.0, tangent))
+        return add(product(d, tangent), product(tangent, d), scaled(2.0, tangent))
 
     def step(_, carry):
         d, tangent = carry
@@ -122,27 +120,27 @@ def _exponential_backward(residuals, g: _Parts):
         return d, along(d, tangent)
 
     # The d of the forward pass are made again rather than kept; one squaring, the common case, makes none.
-    tangent = lax.fori_loop(0, jnp.minimum(squarings, 1), lambda _, t: along(d, t), _adjoint(g))
+    tangent = lax.fori_loop(0, jnp.minimum(squarings, 1), lambda _, t: along(d, t), adjoint(g))
     _, tangent = lax.fori_loop(1, squarings, step, (d, tangent))
-    return (_adjoint(derivative(tangent)),)
+    return (adjoint(derivative(tangent)),)
 
 
 _exponential.defvjp(_exponential_forward, _exponential_backward)
 
 
-def _polynomial(a: _Parts) -> tuple[_Parts, Array]:
+def _polynomial(a: Parts) -> tuple[Parts, Array]:
     """p(a / 2^s) - I and s."""
     x1, x2, x4, x5, x6, x7, y2 = _COEFFICIENTS[str(a[0].dtype)]
-    a2 = _product(a, a)
+    a2 = product(a, a)
     squarings = _squarings(lax.stop_gradient(a2))
     scale = jnp.ldexp(jnp.ones((), a[0].dtype), -squarings)  # a power of two: scaling rounds nothing
-    a, a2 = _scaled(scale, a), _scaled(scale * scale, a2)
-    a4 = _product(a2, _add(_scaled(x1, a), _scaled(x2, a2)))
-    right = _add(_scaled(x7, a4), _scaled(x6, a2), _scaled(x5, a))
-    return _add(_product(_add(a4, a2), _add_identity(x4, right)), _scaled(y2, a2), a), squarings
+    a, a2 = scaled(scale, a), scaled(scale * scale, a2)
+    a4 = product(a2, add(scaled(x1, a), scaled(x2, a2)))
+    right = add(scaled(x7, a4), scaled(x6, a2), scaled(x5, a))
+    return add(product(add(a4, a2), add_identity(x4, right)), scaled(y2, a2), a), squarings
 
 
-def _squarings(a2: _Parts) -> Array:
+def _squarings(a2: Parts) -> Array:
     """The least s >= 0 for which the norm bound of every a / 2^s is at most theta; 0 if that is not finite."""
     real, imag = a2
     squared = real**2 if imag is None else real**2 + imag**2
@@ -153,15 +151,15 @@ def _squarings(a2: _Parts) -> Array:
     return jnp.where(jnp.isfinite(bound), jnp.maximum(exponent, 0.0), 0.0).astype(jnp.int32)
 
 
-def _doubled(d: _Parts) -> _Parts:
+def _doubled(d: Parts) -> Parts:
     """(I + d)^2 - I."""
-    return _add(_product(d, d), _scaled(2.0, d))
+    return add(product(d, d), scaled(2.0, d))
 
 
-def _newton_schulz(v: _Parts) -> _Parts:
+def _newton_schulz(v: Parts) -> Parts:
     """v + v (I - v^H v) / 2: unitary to second order in the departure of v from unitarity."""
-    half = _scaled(-0.5, _add_identity(-1.0, _product(_adjoint(v), v)))
-    return _add(v, _product(v, half))
+    half = scaled(-0.5, add_identity(-1.0, product(adjoint(v), v)))
+    return add(v, product(v, half))
 
 
 @functools.partial(jax.jit, static_argnames="method")
@@ -198,7 +196,7 @@ def cayley(w: Inexact[Array, "*batch m n"], *, method: str = "elimination") -> I
         return real if imag is None else lax.complex(real, imag)
     upper, lower = w[..., :n, :], w[..., n:, :]
     conjugate = lambda x: jnp.conj(jnp.swapaxes(x, -1, -2))  # noqa: E731
-    a = upper - conjugate(upper) + _matmul(conjugate(lower), lower)
+    a = upper - conjugate(upper) + _spread.product(conjugate(lower), lower)
     eye = jnp.eye(n, dtype=w.dtype)
     # (I + A)^-1 and I - A commute, so all rows are divided by I + A from the right: one system, no inverse.
     rows = jnp.concatenate([eye - a, -2 * lower], -2)
@@ -216,19 +214,19 @@ def cayley_split(
     return _spread.gathered(_cayley_parts((real, imag)))
 
 
-def _cayley_parts(w: _Parts) -> _Parts:
+def _cayley_parts(w: Parts) -> Parts:
     """[I - 2 A (I + A)^-1; -2 V (I + A)^-1] for a tall w = [U; V]."""
     n = w[0].shape[-1]
     upper, lower = (jax.tree.map(lambda part, rows=rows: part[..., rows, :], w) for rows in (slice(n), slice(n, None)))
-    a = _add(upper, _scaled(-1.0, _adjoint(upper)))
+    a = add(upper, scaled(-1.0, adjoint(upper)))
     if lower[0].shape[-2]:
-        a = _add(a, _product(_adjoint(lower), lower))
-    inverse = _inverse(_add_identity(1.0, a))
+        a = add(a, product(adjoint(lower), lower))
+    inverse = _inverse(add_identity(1.0, a))
     # 2 (I + A)^-1 - I, without the rounding errors of an inverse close to I.
-    top = _add_identity(1.0, _scaled(-2.0, _product(a, inverse)))
+    top = add_identity(1.0, scaled(-2.0, product(a, inverse)))
     if not lower[0].shape[-2]:
         return top
-    bottom = _scaled(-2.0, _product(lower, inverse))
+    bottom = scaled(-2.0, product(lower, inverse))
     return jax.tree.map(lambda x, y: jnp.concatenate([x, y], -2), top, bottom)
 
 
@@ -236,27 +234,27 @@ _BLOCK = 32  # sides of the pivot blocks; their elimination reads and writes the
 
 
 @jax.custom_vjp
-def _inverse(m: _Parts) -> _Parts:
+def _inverse(m: Parts) -> Parts:
     """m^-1 for m whose Hermitian part is at least I."""
     x = _eliminate(m)
     # x + x (I - m x): what elimination has amplified is squared away, and the correction is too small to round much.
-    return _add(x, _product(x, _add_identity(1.0, _scaled(-1.0, _product(m, x)))))
+    return add(x, product(x, add_identity(1.0, scaled(-1.0, product(m, x)))))
 
 
-def _inverse_forward(m: _Parts):
+def _inverse_forward(m: Parts):
     x = _inverse(m)
     return x, x
 
 
-def _inverse_backward(x: _Parts, g: _Parts):
-    adjoint = _adjoint(x)
-    return (_scaled(-1.0, _product(_product(adjoint, g), adjoint)),)
+def _inverse_backward(x: Parts, g: Parts):
+    transposed = adjoint(x)
+    return (scaled(-1.0, product(product(transposed, g), transposed)),)
 
 
 _inverse.defvjp(_inverse_forward, _inverse_backward)
 
 
-def _eliminate(m: _Parts) -> _Parts:
+def _eliminate(m: Parts) -> Parts:
     """m^-1 by Gauss-Jordan elimination in place, block by block, the pivots in their order."""
     n = m[0].shape[-1]
     if n == 0:
@@ -269,15 +267,15 @@ def _eliminate(m: _Parts) -> _Parts:
         block = slice(start, min(start + _BLOCK, n))
         pivot = _eliminate_rows(jax.tree.map(lambda part, b=block: part[..., b, b], m))
         column = jax.tree.map(lambda part, b=block: part[..., :, b].at[..., b, :].set(0), m)
-        row = _product(pivot, jax.tree.map(lambda part, b=block: part[..., b, :], m))
+        row = product(pivot, jax.tree.map(lambda part, b=block: part[..., b, :], m))
         row = jax.tree.map(lambda part, inverse, b=block: part.at[..., :, b].set(inverse), row, pivot)
         rest = jax.tree.map(lambda part, b=block: part.at[..., :, b].set(0).at[..., b, :].set(0), m)
-        rest = _add(rest, _scaled(-1.0, _product(column, row)))
+        rest = add(rest, scaled(-1.0, product(column, row)))
         m = jax.tree.map(lambda part, new, b=block: part.at[..., b, :].set(new), rest, row)
     return m
 
 
-def _eliminate_columns(m: _Parts) -> _Parts:
+def _eliminate_columns(m: Parts) -> Parts:
     """`_eliminate` on devices that hold some columns each and send each other those of the pivot blocks."""
     n, size = m[0].shape[-1], _spread.PANEL
 
@@ -288,10 +286,10 @@ def _eliminate_columns(m: _Parts) -> _Parts:
             column = jax.tree.map(lambda part, start=start: columns.take(part, start, size), m)
             pivot = _eliminate_rows(jax.tree.map(lambda part, b=block: part[..., b, :], column))
             m = jax.tree.map(lambda part, old, start=start: columns.put(part, jnp.zeros_like(old), start), m, column)
-            row = _product(pivot, jax.tree.map(lambda part, b=block: part[..., b, :], m))
+            row = product(pivot, jax.tree.map(lambda part, b=block: part[..., b, :], m))
             row = jax.tree.map(lambda part, inverse, start=start: columns.put(part, inverse, start), row, pivot)
             column, m = jax.tree.map(lambda part, b=block: part.at[..., b, :].set(0), (column, m))
-            m = _add(m, _scaled(-1.0, _product(column, row)))
+            m = add(m, scaled(-1.0, product(column, row)))
             m = jax.tree.map(lambda part, new, b=block: part.at[..., b, :].set(new), m, row)
         return tuple(part for part in m if part is not None)
 
@@ -299,40 +297,24 @@ def _eliminate_columns(m: _Parts) -> _Parts:
     return found[:2]
 
 
-def _eliminate_rows(m: _Parts) -> _Parts:
+def _eliminate_rows(m: Parts) -> Parts:
     """m^-1 by Gauss-Jordan elimination in place, one row at a time."""
     n = m[0].shape[-1]
     index = jnp.arange(n)
 
-    def step(k, m: _Parts) -> _Parts:
+    def step(k, m: Parts) -> Parts:
         here = index == k
         row = jax.tree.map(lambda part: lax.dynamic_slice_in_dim(part, k, 1, -2), m)
         column = jax.tree.map(lambda part: lax.dynamic_slice_in_dim(part, k, 1, -1), m)
-        pivot = _reciprocal(jax.tree.map(lambda part: lax.dynamic_slice_in_dim(part, k, 1, -1), row))
+        pivot = reciprocal(jax.tree.map(lambda part: lax.dynamic_slice_in_dim(part, k, 1, -1), row))
         one = jnp.ones((), m[0].dtype)
-        row = _times(pivot, (jnp.where(here, one, row[0]), None if row[1] is None else jnp.where(here, 0, row[1])))
+        row = times(pivot, (jnp.where(here, one, row[0]), None if row[1] is None else jnp.where(here, 0, row[1])))
         column = jax.tree.map(lambda part: jnp.where(here[:, None], 0, part), column)
         rest = jax.tree.map(lambda part: jnp.where(here, 0, part), m)
-        rest = jax.tree.map(jnp.subtract, rest, _times(column, row))
+        rest = jax.tree.map(jnp.subtract, rest, times(column, row))
         return jax.tree.map(lambda part, new: jnp.where(here[:, None], new, part), rest, row)
 
     return lax.fori_loop(0, n, step, m)
-
-
-def _reciprocal(x: _Parts) -> _Parts:
-    real, imag = x
-    if imag is None:
-        return 1 / real, None
-    squared = real**2 + imag**2
-    return real / squared, -imag / squared
-
-
-def _times(x: _Parts, y: _Parts) -> _Parts:
-    """Entry by entry, with broadcasting."""
-    (xr, xi), (yr, yi) = x, y
-    if xi is None or yi is None:
-        return xr * yr, None
-    return xr * yr - xi * yi, xr * yi + xi * yr
 
 
 def _solve_real_block(a: Complex[Array, "*batch n n"], b: Complex[Array, "*batch n m"]) -> Complex[Array, "*batch n m"]:
@@ -344,35 +326,6 @@ def _solve_real_block(a: Complex[Array, "*batch n n"], b: Complex[Array, "*batch
     )
     x = jnp.linalg.solve(block, jnp.concatenate([b.real, b.imag], -2))
     return lax.complex(x[..., :n, :], x[..., n:, :])
-
-
-def _product(x: _Parts, y: _Parts) -> _Parts:
-    (xr, xi), (yr, yi) = x, y
-    if xi is None or yi is None:
-        return _matmul(xr, yr), None
-    # Three real products instead of four (Gauss): faster, and as accurate relative to |x| |y|.
-    rr, ii = _matmul(xr, yr), _matmul(xi, yi)
-    return rr - ii, _matmul(xr + xi, yr + yi) - rr - ii
-
-
-_matmul = _spread.product
-
-
-def _adjoint(x: _Parts) -> _Parts:
-    real, imag = x
-    return jnp.swapaxes(real, -1, -2), None if imag is None else -jnp.swapaxes(imag, -1, -2)
-
-
-def _scaled(c, x: _Parts) -> _Parts:
-    return jax.tree.map(lambda part: c * part, x)
-
-
-def _add(*terms: _Parts) -> _Parts:
-    return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *terms)
-
-
-def _add_identity(c: float, x: _Parts) -> _Parts:
-    return x[0] + c * jnp.eye(x[0].shape[-1], dtype=x[0].dtype), x[1]
 
 
 @functools.partial(jax.jit, static_argnames=("ridge", "method"))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import threadpoolctl
 
-from lipjax import FrozenNetwork, _chains, _liplt, bounds, certify, network
+from lipjax import FrozenNetwork, _chains, _host_map, _liplt, _liplt_path, bounds, certify, network
 from lipjax.bounds import ResidualBlock
 from lipjax.errors import NotCertifiable
 from lipjax.operators import (
@@ -266,7 +266,7 @@ def randomised(ops, seed):
 
 
 def host_maps(ops):
-    return [_chains.host_map(op, op.bound().value) for op in ops]
+    return [_host_map.host_map(op, op.bound().value) for op in ops]
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -556,7 +556,7 @@ def test_networks_that_liplt_does_not_take(key):
 
 def test_sweeps_cost_as_many_operator_calls_as_there_are_operators():
     operators = jax.tree.map(jnp.asarray, random_mlp(20, (5, 6, 7, 8, 4)))
-    path = _liplt.make_path([(str(i), op) for i, op in enumerate(operators)])
+    path = _liplt_path.make_path([(str(i), op) for i, op in enumerate(operators)])
     vectors = _liplt.init_vectors(path, jax.random.key(0), jnp.float64)
     sweep = jax.make_jaxpr(lambda v: _liplt._chain_images(path, v))([vectors[str(s)] for s in range(3)])
     assert str(sweep).count("dot_general") == 3  # the last operator's rows are exact

@@ -12,16 +12,16 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from lipjax import bounds
 from lipjax.certify import write_json
 from lipjax.errors import NotCertifiable, UserError
 from lipjax.models import get_model
 from lipjax.nn import COLLECTION
-from lipjax.training import cluster, randaugment, sharding, warm_start
+from lipjax.training import cluster, sharding, warm_start
 from lipjax.training import optimizer as optimizers
 from lipjax.training import step as steps
 from lipjax.training.accumulate import check_accumulation
 from lipjax.training.checkpoint import Checkpointer
+from lipjax.training.checks import check_augmentation, check_finite, check_loss, check_vectors
 from lipjax.training.data import (
     ArrayDataset,
     GeneratedDataset,
@@ -56,7 +56,7 @@ class Run:
                 f"config.batch_size = {config.batch_size}{less} exceeds the {self.num_images} training images: "
                 "lower it."
             )
-        _check_augmentation(config, self.dataset, self.mesh)
+        check_augmentation(config, self.dataset, self.mesh)
         self.total_steps = self.steps_per_epoch * config.num_epochs
         self.model = get_model(
             config.model,
@@ -64,7 +64,7 @@ class Run:
             num_classes=self.dataset.num_classes,
             batch_size=config.batch_size // self.mesh.devices.size,
         )
-        _check_loss(config.loss, self.model)
+        check_loss(config.loss, self.model)
         self.optimizer = optimizers.make_optimizer(
             config.optimizer, self.steps_per_epoch, config.num_epochs, config.train_head_only
         )
@@ -86,7 +86,7 @@ class Run:
         ) as error:  # of operators that do not fit each other or the images
             raise UserError(f"config.model does not fit images {self.dataset.image_shape}: {error}") from error
         if config.lipschitz == "product":
-            _check_vectors(self.model, abstract)
+            check_vectors(self.model, abstract)
         self.shardings = sharding.state_shardings(abstract, self.mesh)
         self.abstract_state = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, self.shardings
@@ -220,47 +220,6 @@ class Run:
         return validate
 
 
-def _check_vectors(model, state) -> None:
-    """Raises: UserError if norms are estimated in training steps that are not in validation, or of other shapes."""
-
-    def wanted(variables):
-        network, _ = model.apply(variables, True, method="build", mutable=[COLLECTION])
-        return bounds.init_vectors(network, jax.random.key(0))
-
-    found = state.lip["vectors"]
-    asked = jax.eval_shape(wanted, {"params": state.params, COLLECTION: state.lip})
-    other = [name for name, v in asked.items() if name not in found or found[name].shape != v.shape]
-    if other:
-        raise UserError(
-            f"config.model: the norms of {', '.join(other[:4])} would be estimated in training steps, but not alike in "
-            'validation. Set config.model.form to "response", or config.model.train_terms and eval_terms to None.'
-        )
-
-
-def _check_loss(config, model) -> None:
-    """Raises: UserError for a loss that the model's head has no curvature for."""
-    if config.name == steps.CURVATURE and getattr(model, "head", None) != "mlp":
-        raise UserError('config.loss.name "curvature" is for models with config.model.head = "mlp": choose another.')
-
-
-def _check_augmentation(config, dataset, mesh: Mesh) -> None:
-    """Raises: UserError for images that RandAugment is not for, and for a batch whose parts do not divide."""
-    if config.data.randaugment.probability > 0 and (
-        dataset.pixel_max != 255 or dataset.image_shape[2] not in randaugment.CHANNELS
-    ):
-        raise UserError(
-            "config.data.randaugment.probability: RandAugment is for values 0 … 255 in "
-            f"{' or '.join(map(str, randaugment.CHANNELS))} channels, and {dataset.name} has 0 … {dataset.pixel_max} "
-            f"in {dataset.image_shape[2]}: set it to 0."
-        )
-    generated = num_generated(config)
-    if generated % mesh.size:
-        raise UserError(
-            f"config.data.generated.per_batch = {generated} does not divide over {mesh.size} devices, as both the "
-            "generated and the real images of a batch must: change it, or config.mesh."
-        )
-
-
 def _of_size(dataset, image_size: int):
     """The data set with the images that config.data.image_size asks for."""
     if image_size == 0:
@@ -273,18 +232,6 @@ def _of_size(dataset, image_size: int):
             f"got {image_size}, leave it at 0."
         )
     return dataset
-
-
-def _check_finite(metrics: dict, step: int, epoch: int) -> None:
-    """Raises: UserError saying where, if the step met a value that is not finite."""
-    flags = {name: bool(value) for name, value in metrics.pop("finite").items()}
-    bad = [name for name, good in flags.items() if not good]
-    if bad:
-        raise UserError(
-            f"Training stopped at step {step + 1} (epoch {epoch + 1}): not finite were {', '.join(bad)}. Nothing of "
-            "that step was kept, and the checkpoints are intact. Lower config.optimizer.learning_rate or "
-            "config.optimizer.clip_norm and train into another --workdir."
-        )
 
 
 def train(config, workdir: str | os.PathLike, seed: int) -> Run:
@@ -344,7 +291,7 @@ def _train_epochs(run: Run, state, checkpointer: Checkpointer, writer: MetricWri
     def collect(found):
         step, metrics = found
         metrics = jax.device_get(metrics)
-        _check_finite(metrics, step, step // run.steps_per_epoch)
+        check_finite(metrics, step, step // run.steps_per_epoch)
         for name, value in {**metrics, "count": 1}.items():
             totals[name] = totals.get(name, 0.0) + float(value)
         means = averages()

@@ -6,9 +6,9 @@ import pathlib
 import jax
 from rich.console import Console
 
+from lipjax._float64 import host_device
 from lipjax.certify import write_json
 from lipjax.errors import UserError
-from lipjax.frozen import host_device
 from lipjax.training import cluster, warm_start
 from lipjax.training import report as reports
 from lipjax.training.config import validate

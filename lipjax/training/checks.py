@@ -1,0 +1,64 @@
+"""What a run is checked for: parts of a config that do not fit each other, and values that are not finite."""
+
+import jax
+from jax.sharding import Mesh
+
+from lipjax import bounds
+from lipjax.errors import UserError
+from lipjax.nn import COLLECTION
+from lipjax.training import randaugment
+from lipjax.training import step as steps
+from lipjax.training.data import num_generated
+
+
+def check_vectors(model, state) -> None:
+    """Raises: UserError if norms are estimated in training steps that are not in validation, or of other shapes."""
+
+    def wanted(variables):
+        network, _ = model.apply(variables, True, method="build", mutable=[COLLECTION])
+        return bounds.init_vectors(network, jax.random.key(0))
+
+    found = state.lip["vectors"]
+    asked = jax.eval_shape(wanted, {"params": state.params, COLLECTION: state.lip})
+    other = [name for name, v in asked.items() if name not in found or found[name].shape != v.shape]
+    if other:
+        raise UserError(
+            f"config.model: the norms of {', '.join(other[:4])} would be estimated in training steps, but not alike in "
+            'validation. Set config.model.form to "response", or config.model.train_terms and eval_terms to None.'
+        )
+
+
+def check_loss(config, model) -> None:
+    """Raises: UserError for a loss that the model's head has no curvature for."""
+    if config.name == steps.CURVATURE and getattr(model, "head", None) != "mlp":
+        raise UserError('config.loss.name "curvature" is for models with config.model.head = "mlp": choose another.')
+
+
+def check_augmentation(config, dataset, mesh: Mesh) -> None:
+    """Raises: UserError for images that RandAugment is not for, and for a batch whose parts do not divide."""
+    if config.data.randaugment.probability > 0 and (
+        dataset.pixel_max != 255 or dataset.image_shape[2] not in randaugment.CHANNELS
+    ):
+        raise UserError(
+            "config.data.randaugment.probability: RandAugment is for values 0 … 255 in "
+            f"{' or '.join(map(str, randaugment.CHANNELS))} channels, and {dataset.name} has 0 … {dataset.pixel_max} "
+            f"in {dataset.image_shape[2]}: set it to 0."
+        )
+    generated = num_generated(config)
+    if generated % mesh.size:
+        raise UserError(
+            f"config.data.generated.per_batch = {generated} does not divide over {mesh.size} devices, as both the "
+            "generated and the real images of a batch must: change it, or config.mesh."
+        )
+
+
+def check_finite(metrics: dict, step: int, epoch: int) -> None:
+    """Raises: UserError saying where, if the step met a value that is not finite."""
+    flags = {name: bool(value) for name, value in metrics.pop("finite").items()}
+    bad = [name for name, good in flags.items() if not good]
+    if bad:
+        raise UserError(
+            f"Training stopped at step {step + 1} (epoch {epoch + 1}): not finite were {', '.join(bad)}. Nothing of "
+            "that step was kept, and the checkpoints are intact. Lower config.optimizer.learning_rate or "
+            "config.optimizer.clip_norm and train into another --workdir."
+        )
