@@ -3,9 +3,8 @@
 Run: python train.py --config=configs/cifar10_6c2f_crm.py --workdir=DIR
 All radii, loss.radius among them, are in [0, 1]-pixel units. The released code scales images to [-1, 1] and certifies
 at 36/255 there, which is 18/255 of a pixel unit. This error is not repeated: the network sees the same images, and the
-factor 2 enters the Lipschitz constants. So 74.82 % clean and 64.16 % certified at 36/255, which a secondary summary of
-the paper reports, are no figures to compare with; a later paper of its authors reports 36.25 % certified at 36/255 for
-CRM with 6C2F.
+factor 2 enters the Lipschitz constants, so that the paper's figures at 36/255 are none to compare with.
+Published: known to us at second hand only, and not repeated.
 Measured: never.
 """
 

@@ -1,8 +1,8 @@
 """4C3F (1,974,762 parameters, ReLU) trained by CRM with LipLT, MNIST (arXiv:2310.00116).
 
 Run: python train.py --config=configs/mnist_4c3f_crm.py --workdir=DIR
-Published, as a secondary summary quotes it: 96.27 % clean, 63.37 % certified at l2 radius 1.58, by power iteration. Its
-code holds out 10 % of the training images; here it is 2 %.
+Published: known to us at second hand only, and not repeated. The paper certifies by power iteration, and its code holds
+out 10 % of the training images; here it is 2 %.
 Measured, not in full: 16 epochs: 91.02 % clean, 45.56 % proved at 1.58 (flags: docs/liplt.md).
 """
 

@@ -1,152 +1,32 @@
-"""LipLT against the papers' code, dense oracles and sampled slopes; its refusals."""
+"""LipLT against dense oracles and sampled slopes; its refusals."""
 
 import functools
 import itertools
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import threadpoolctl
+from liplt_helpers import CHAINS, dense, estimate, norm, off_diagonal, on_host, randomised
 
-from lipjax import FrozenNetwork, _chains, _host_map, _liplt, _liplt_path, bounds, certify, network
+from lipjax import FrozenNetwork, _chains, _liplt, _liplt_path, bounds, certify, network
 from lipjax.bounds import ResidualBlock
 from lipjax.errors import NotCertifiable
 from lipjax.operators import (
     Bias,
     Conv,
     ConvExponential,
-    CropChannels,
     Dense,
     Flatten,
     LeakyReLU,
     LinearHead,
     MaxMin,
     MLPHead,
-    PadChannels,
     ReLU,
-    SpaceToDepth,
     Tanh,
 )
-
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "crm_liplt.npz"
-ONE = ((1, 1), (1, 1))
-estimate = jax.jit(bounds.liplt_estimate, static_argnums=(2, 3), static_argnames="max_rows")
-
-
-@functools.cache
-def golden():
-    with np.load(GOLDEN) as file:
-        return {name: file[name] for name in file.files if name != "meta"}
-
-
-def golden_operators():
-    found = golden()
-    kernels = [jnp.asarray(found[f"param/linear.{n}.weight"].transpose(2, 3, 1, 0)) for n in (0, 2, 4)]
-    shapes, strides = [(16, 16, 3), (16, 16, 4), (8, 8, 6)], (1, 2, 2)
-    convs = [Conv(k, shape, s, ONE) for k, shape, s in zip(kernels, shapes, strides, strict=True)]
-    first, last = (found[f"param/linear.{n}.weight"] for n in (7, 9))
-    first = first.reshape(24, 8, 4, 4).transpose(0, 2, 3, 1).reshape(24, -1)  # flattened as (c, h, w) there
-    return [*convs, Flatten((4, 4, 8)), Dense(jnp.asarray(first)), Dense(jnp.asarray(last))]
-
-
-def golden_vectors(prefix):
-    found = {}
-    for s in range(4):
-        v = golden()[f"input/{prefix}/{s}"]
-        v = v.reshape(-1, 8, 4, 4) if s == 3 else v
-        v = v.transpose(0, 2, 3, 1)
-        found[str(s)] = jnp.asarray(v.reshape(1, -1) if s == 3 else v)
-    return found
-
-
-def off_diagonal(matrix):
-    return np.asarray(matrix)[~np.eye(len(matrix), dtype=bool)]
-
-
-def test_three_iterations_are_those_of_the_papers_code():
-    pairwise, found = estimate(golden_operators(), golden_vectors("pi_start"), 3)
-    np.testing.assert_allclose(found.constants, golden()["output/liplt_m_3it"], rtol=1e-12)
-    np.testing.assert_allclose(off_diagonal(pairwise), off_diagonal(golden()["output/liplt_pairwise_3it"]), rtol=1e-12)
-    # the start vectors matter: these are not the converged values
-    assert abs(found.constants[-1] / golden()["output/liplt_m_exact"][-1] - 1) > 1e-3
-
-
-def test_converged_constants_are_the_exact_ones():
-    operators = golden_operators()
-    pairwise, found = estimate(operators, golden_vectors("pi_start"), 4000)
-    exact = golden()
-    for value, name in (
-        (found.constants, "m"),
-        (found.per_class, "per_class"),
-        (found.total, "global"),
-        (off_diagonal(pairwise), "pairwise"),
-        (off_diagonal(found.fallback), "pairwise_fallback"),
-    ):
-        wanted = exact[f"output/liplt_{name}_exact"]
-        wanted = off_diagonal(wanted) if wanted.ndim == 2 else wanted
-        np.testing.assert_allclose(value, wanted, rtol=2e-5)  # close singular values: from below
-        assert (np.asarray(value) <= wanted * (1 + 1e-12)).all()
-    few, _ = estimate(operators, golden_vectors("pi_start"), 4000, max_rows=9)
-    np.testing.assert_allclose(few, found.fallback, rtol=1e-12)
-
-
-def test_gradient_is_that_of_the_papers_code():
-    keep = jnp.asarray(golden()["input/pairwise_cotangent"] * (1 - np.eye(10)))
-    vectors = golden_vectors("pairwise_grad_vectors")
-
-    @jax.jit
-    @functools.partial(jax.grad, has_aux=True)
-    def gradient(operators):
-        pairwise, _ = bounds.liplt_estimate(operators, vectors, 0)
-        return jnp.sum(pairwise * keep), pairwise
-
-    grads, pairwise = gradient(golden_operators())
-    np.testing.assert_allclose(off_diagonal(pairwise), off_diagonal(golden()["output/pairwise_value"]), rtol=1e-12)
-    for i, n in ((0, 0), (1, 2), (2, 4)):
-        wanted = golden()[f"output/pairwise_grad/linear.{n}.weight"].transpose(2, 3, 1, 0)
-        np.testing.assert_allclose(grads[i].kernel, wanted, rtol=1e-9, atol=1e-9 * np.abs(wanted).max())
-    first = golden()["output/pairwise_grad/linear.7.weight"].reshape(24, 8, 4, 4).transpose(0, 2, 3, 1)
-    for i, wanted in ((4, first.reshape(24, -1)), (5, golden()["output/pairwise_grad/linear.9.weight"])):
-        np.testing.assert_allclose(grads[i].matrix, wanted, rtol=1e-9, atol=1e-9 * np.abs(wanted).max())
-
-
-def on_host(tree):
-    return jax.tree.map(np.asarray, tree)
-
-
-def test_proved_constants_of_the_golden_network():
-    pairwise, report = bounds.liplt_bound(on_host(golden_operators()))
-    exact = golden()
-    excess = off_diagonal(pairwise) / off_diagonal(exact["output/liplt_pairwise_exact"]) - 1
-    assert (excess >= 0).all() and (excess < 1e-6).all()
-    rows = np.array([row.bound for row in report.layers]) / exact["output/liplt_m_exact"] - 1
-    assert (rows > -1e-13).all() and (rows < 1e-6).all()
-    assert 0 <= report.total / exact["output/liplt_global_exact"] - 1 < 1e-6
-    assert 0 <= report.product / exact["output/naive_global_exact"] - 1 < 1e-6
-    excess = report.per_class / exact["output/liplt_per_class_exact"] - 1
-    assert (excess > -1e-13).all() and (excess < 1e-6).all()
-    assert len(report.chains) == 10 and all(row.bound <= row.product for row in report.layers)
-    assert (np.diag(pairwise) == 0).all() and (pairwise == pairwise.T).all()
-
-
-# --- dense oracles ---
-
-
-def dense(ops):
-    """The matrix of operators in turn, from the images of unit vectors."""
-    ops = jax.tree.map(jnp.asarray, ops)
-    size = int(np.prod(ops[0].in_shape))
-    x = jnp.eye(size).reshape(size, *ops[0].in_shape)
-    for op in ops:
-        x = op(x)
-    return np.asarray(x).reshape(size, -1).T
-
-
-def norm(matrix):
-    return np.linalg.norm(matrix, 2)
 
 
 def oracle(matrices, slopes):
@@ -229,123 +109,6 @@ def test_sampled_slopes_stay_below_and_products_above(activation):
     assert (pairwise <= report.per_class[:, None] + report.per_class + 1e-6).all()
 
 
-# --- convolutions: every kind of composition ---
-
-CHAINS = {
-    "strides": [
-        Conv(np.ones((3, 3, 2, 3)), (8, 7, 2), 1, ONE),
-        Conv(np.ones((4, 4, 3, 4)), (8, 7, 3), (2, 1), ONE),
-        Conv(np.ones((2, 3, 4, 2)), (4, 6, 4), 2, "VALID"),
-    ],
-    "circular": [
-        Conv(np.ones((3, 3, 2, 3)), (8, 8, 2), 2, "CIRCULAR"),
-        Conv(np.ones((5, 3, 3, 3)), (4, 4, 3), 1, "CIRCULAR"),
-        Conv(np.ones((3, 2, 3, 2)), (4, 4, 3), 2, "CIRCULAR"),
-    ],
-    "mixed": [
-        Conv(np.ones((3, 3, 2, 3)), (8, 8, 2), 1, "CIRCULAR"),
-        Conv(np.ones((3, 3, 3, 2)), (8, 8, 3), 2, "ZERO"),
-        Conv(np.ones((5, 5, 2, 2)), (4, 4, 2), 1, "CIRCULAR"),
-    ],
-    "reordered": [
-        Conv(np.ones((3, 3, 2, 3)), (4, 6, 2), 1, ONE),
-        SpaceToDepth((4, 6, 3), 2),
-        PadChannels((2, 3, 12), 14),
-        Conv(np.ones((1, 3, 14, 5)), (2, 3, 14), 1, "ZERO"),
-        CropChannels((2, 3, 5), 3),
-    ],
-}
-
-
-def randomised(ops, seed):
-    rng = np.random.default_rng(seed)
-    return [
-        Conv(rng.normal(size=op.kernel.shape), op.in_shape, op.strides, op.padding) if isinstance(op, Conv) else op
-        for op in ops
-    ]
-
-
-def host_maps(ops):
-    return [_host_map.host_map(op, op.bound().value) for op in ops]
-
-
-@pytest.mark.parametrize("name", CHAINS)
-def test_host_maps_are_the_operators_and_their_adjoints(name):
-    ops = randomised(CHAINS[name], 5)
-    for op, host in zip(ops, host_maps(ops), strict=True):
-        matrix, size = dense([op]), int(np.prod(op.in_shape))
-        forward = host.apply(np.eye(size).reshape(size, *op.in_shape)).reshape(size, -1).T
-        np.testing.assert_allclose(forward, matrix, atol=1e-14)
-        count = len(matrix)
-        backward = host.adjoint(np.eye(count).reshape(count, *op.out_shape)).reshape(count, -1)
-        np.testing.assert_allclose(backward, matrix, atol=1e-14)
-        assert host.in_shape == tuple(op.in_shape) and host.transposed.out_shape == tuple(op.in_shape)
-
-
-@pytest.mark.parametrize("name", CHAINS)
-def test_compositions_are_bounded_by_what_they_are(name):
-    ops = randomised(CHAINS[name], 6)
-    exact = norm(dense(ops))
-    found = _chains.composition_bound(host_maps(ops))
-    assert exact <= found.value <= exact * (1 + 1e-8)
-    backwards = _chains.composition_bound([m.transposed for m in reversed(host_maps(ops))])
-    assert backwards.value == pytest.approx(exact, rel=1e-8)
-    assert _chains.lower_estimate(host_maps(ops), 400) == pytest.approx(exact, rel=1e-3)
-
-
-@pytest.mark.parametrize("name", ["strides", "reordered"])
-def test_banded_gram_matrices_give_the_same(name, monkeypatch):
-    monkeypatch.setattr(_chains, "_DENSE_ENTRIES", 0)
-    ops = randomised(CHAINS[name], 7)
-    exact = norm(dense(ops))
-    found = _chains.composition_bound(host_maps(ops))
-    assert "banded" in found.method
-    assert exact <= found.value <= exact * (1 + 1e-4)
-
-
-def test_banded_factorisations_refuse_a_shift_below_the_norm():
-    tall = [Conv(np.ones((3, 3, 2, 2)), (12, 3, 2), 1, ONE), Conv(np.ones((3, 3, 2, 2)), (12, 3, 2), 1, ONE)]
-    maps = host_maps(randomised(tall, 8))
-    band = _chains._half_band(maps)
-    assert band == 4
-    gram = dense(randomised(tall, 8))
-    gram = gram @ gram.T
-    side, top = 6, norm(gram)
-    blocks = {
-        (i, j): gram[i * side : (i + 1) * side, j * side : (j + 1) * side].copy()
-        for j in range(12)
-        for i in range(j, min(12, j + band + 1))
-    }
-    rest = gram.copy()
-    for i, j in blocks:
-        rest[i * side : (i + 1) * side, j * side : (j + 1) * side] = 0
-    assert np.abs(np.tril(rest, -side)).max() < 1e-12  # nothing outside the band
-    assert _chains._verify_banded(blocks, 12, band, top * (1 - 1e-9)) is None
-    assert 0 < _chains._verify_banded(blocks, 12, band, top * (1 + 1e-9)) < 1e-9 * top
-
-
-def test_composed_circular_kernels_give_the_norm():
-    ops = randomised(CHAINS["circular"], 9)
-    exact = norm(dense(ops))
-    found = _chains.circular_bound(ops)
-    assert exact <= found.value <= exact * (1 + 1e-6)
-    chain = [*ops, Flatten((2, 2, 2)), Dense(np.eye(3, 8))]
-    _, report = bounds.liplt_bound(chain)
-    assert any("composed circular kernel" in row.method for row in report.chains)
-
-
-def test_a_composed_zero_padded_chain_is_not_its_symbol():
-    # the first takes the image apart to the right, the second to the left: around a circle they cancel
-    right, left = np.zeros((1, 3, 1, 1)), np.zeros((1, 3, 1, 1))
-    right[0, :, 0, 0], left[0, :, 0, 0] = (0, 1, 1), (1, -1, 0)
-    ops = [Conv(right, (1, 6, 1)), Conv(left, (1, 6, 1))]
-    exact = norm(dense(ops))
-    symbol = bounds.spectral.conv_norm_bound(_chains._composed(right, left, (1, 1)), (1, 6, 1), 1, "CIRCULAR").value
-    found = _chains.composition_bound(host_maps(ops))
-    assert exact <= found.value <= exact * (1 + 1e-9)
-    assert abs(symbol - exact) > 1e-3
-
-
 def test_whole_networks_with_convolutions(key):
     ops = randomised(CHAINS["strides"], 10)
     ops = [*ops, Flatten(ops[-1].out_shape), Dense(np.random.default_rng(1).normal(size=(4, 8)))]
@@ -395,9 +158,6 @@ def test_huge_and_tiny_entries_are_not_composed_but_bounded():
     _, report = bounds.liplt_bound(scaled)
     _, plain = bounds.liplt_bound(operators)
     assert plain.total * 2.0**10 <= report.total <= plain.product * 2.0**10 * (1 + 1e-6)
-
-
-# --- residual blocks ---
 
 
 def random_blocks(seed, count, width, skip=True):
@@ -480,9 +240,6 @@ def test_maps_between_blocks_and_convolutions_in_them():
     np.testing.assert_allclose(off_diagonal(low), off_diagonal(pairwise), rtol=1e-4)
 
 
-# --- refusals ---
-
-
 def test_what_is_refused_is_named():
     first, second = random_mlp(17, (4, 6, 3))
     with pytest.raises(NotCertifiable, match=r"operators\[1\] \(MaxMin\).*product of norms"):
@@ -506,9 +263,6 @@ def test_what_is_refused_is_named():
     with pytest.raises(ValueError, match="num_iters >= 0"):
         jax_ops = jax.tree.map(jnp.asarray, [first, second])
         bounds.liplt_estimate(jax_ops, bounds.liplt_vectors(jax_ops, jax.random.key(0)), -1)
-
-
-# --- networks ---
 
 
 def relu_network(std=1.0, head=None):
@@ -579,9 +333,6 @@ def test_frozen_networks_certify_by_the_least_of_both():
     assert FrozenNetwork(on_host(pairs)).liplt_report() is None and certify.liplt_rows(None) is None
 
 
-# --- what a review found ---
-
-
 @pytest.mark.parametrize("max_rows", [100, 0])
 @pytest.mark.parametrize("after", [0, 1])
 def test_a_block_at_the_end_with_a_small_outer_map(max_rows, after):
@@ -593,74 +344,11 @@ def test_a_block_at_the_end_with_a_small_outer_map(max_rows, after):
     assert (report.per_class >= 1.1 - 1e-15).all()
 
 
-def scalings(*exponents, padding="ZERO"):
-    return [Conv(np.full((1, 1, 1, 1), 2.0**e), (4, 4, 1), 1, padding) for e in exponents]
-
-
-@pytest.mark.parametrize("entries", [_chains._DENSE_ENTRIES, 0], ids=["dense", "banded"])
-@pytest.mark.parametrize("exponents", [(-100,) * 6, (-100,) * 5 + (-35,), (-99,) * 11, (-100,) * 11 + (100,) * 3])
-def test_numbers_that_underflow_on_the_way_are_covered(entries, exponents, monkeypatch):
-    monkeypatch.setattr(_chains, "_DENSE_ENTRIES", entries)
-    found = _chains.composition_bound(host_maps(scalings(*exponents)))
-    assert found.value >= 2.0 ** max(sum(exponents), -1074)
-    assert _chains.circular_bound(scalings(*exponents, padding="CIRCULAR")).value >= 2.0 ** max(sum(exponents), -1074)
-    _, report = bounds.liplt_bound([Dense(np.full((1, 1), 2.0**e)) for e in exponents], (1.0, 1.0))
-    assert report.total >= 2.0 ** max(sum(exponents), -1074)
-
-
-@pytest.mark.parametrize("entries", [_chains._DENSE_ENTRIES, 0], ids=["dense", "banded"])
-def test_numbers_that_overflow_on_the_way_have_no_proof(entries, monkeypatch):
-    monkeypatch.setattr(_chains, "_DENSE_ENTRIES", entries)
-    for exponents in ((99,) * 6, (99,) * 11):
-        try:
-            assert _chains.composition_bound(host_maps(scalings(*exponents))).value >= 2.0 ** sum(exponents)
-        except (NotCertifiable, OverflowError) as error:
-            assert isinstance(error, NotCertifiable)
-    rng = np.random.default_rng(21)
-    convolution = Conv(rng.normal(size=(1, 1, 1, 1)), (2, 2, 1))
-    huge = [Dense(rng.normal(size=(4, 4)) * 2.0**95) for _ in range(6)]
-    pairwise, report = bounds.liplt_bound([convolution, Flatten((2, 2, 1)), *huge])  # |row|^2 overflows
-    assert (off_diagonal(pairwise) > 1e150).all() and 1e150 < report.total <= report.product
-
-
 def test_blas_keeps_its_threads():
     limits = [library["num_threads"] for library in threadpoolctl.threadpool_info()]
     for _ in range(3):
         bounds.liplt_bound(random_mlp(22, (30,) * 6))
     assert [library["num_threads"] for library in threadpoolctl.threadpool_info()] == limits
-
-
-GEOMETRIES = [
-    # (kernel, strides, padding) of two convolutions on (9, 3, 1)
-    (((1, 2), (3, 1), "VALID"), ((2, 1), (1, 1), ((2, 3), (0, 1)))),
-    (((2, 1), (4, 2), ((3, 2), (0, 1))), ((3, 1), (2, 1), ((3, 3), (1, 1)))),  # strides > kernel, windows in zeros
-    (((5, 3), (1, 1), ((0, 4), (2, 0))), ((4, 2), (3, 1), ((4, 0), (1, 1)))),
-    (((3, 3), (2, 1), "ZERO"), ((4, 4), (1, 3), ((3, 3), (3, 3)))),
-    (((1, 1), (1, 1), ((6, 6), (1, 1))), ((2, 2), (5, 1), "VALID")),
-]
-
-
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_bands_of_any_geometry(geometry, monkeypatch):
-    monkeypatch.setattr(_chains, "_DENSE_ENTRIES", 0)
-    rng, shape, ops = np.random.default_rng(23), (9, 3, 1), []
-    for kernel, strides, padding in geometry:
-        ops.append(Conv(rng.normal(size=(*kernel, shape[2], 2)), shape, strides, padding))
-        shape = ops[-1].out_shape
-    maps = host_maps(ops)
-    x = np.eye(27).reshape(27, 9, 3, 1)
-    for m in maps:
-        x = m.apply(x)
-    exact = norm(x.reshape(27, -1))
-    found = _chains.composition_bound(maps)
-    assert "banded" in found.method and exact <= found.value <= exact * (1 + 1e-4)
-    # nothing outside of the band
-    matrix = x.reshape(27, -1).T
-    if matrix.shape[0] > matrix.shape[1]:
-        maps, matrix = [m.transposed for m in reversed(maps)], matrix.T
-    rows = maps[-1].out_shape[0]
-    gram = np.abs(matrix @ matrix.T).reshape(rows, len(matrix) // rows, rows, -1).max(axis=(1, 3))
-    assert max(abs(i - j) for i, j in np.argwhere(gram > 0)) <= _chains._half_band(maps)
 
 
 def test_bad_parts_are_named():

@@ -1,0 +1,280 @@
+"""Tamperings of what a certificate states of operators, heads, residual blocks and LipLT, and where they are."""
+
+import shutil
+
+import numpy as np
+import pytest
+from checker_helpers import Forger, honest_runs
+
+from lipjax import checker
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return honest_runs(tmp_path_factory)
+
+
+def not_skew(f):
+    kernel = f.arrays["ops/exponential/kernel"]
+    kernel[0, 0, 0, 1] = np.nextafter(kernel[0, 0, 0, 1], 1)
+    f.write()
+
+
+def lower_skew_norm(f):
+    f.layer("exponential")["details"]["skew_norm"] *= 0.5
+    f.write()
+
+
+def lower_gain(f):
+    f.layer("exponential")["bound"] *= 1 - 1e-8
+    f.write()
+
+
+def more_terms(f):
+    f.op("exponential")["num_terms"] = 6
+    f.layer("exponential")["details"]["num_terms"] = 6
+    f.write()
+
+
+def long_direction(f):
+    f.arrays["ops/fold/direction"] *= 3
+    f.write()
+
+
+def side_of_sector(f):
+    f.arrays["ops/sectors/directions"][1, 1] *= -1
+    f.write()
+
+
+def lower_bound_of_blocks(f):
+    f.layer("circular")["bound"] *= 1 - 1e-7
+    f.write()
+
+
+def larger_block(f):
+    f.arrays["ops/circular/paired"][2] *= 3
+    f.write()
+
+
+def lower_bound_of_small_map(f):
+    f.layer("small")["bound"] *= 1 - 1e-7
+    f.write()
+
+
+def twist_around(f):
+    f.layer("around")["details"]["twist"] = [1, 0]
+    f.write()
+
+
+MANY = {
+    not_skew: "network.json, exponential (ConvExponential): the kernel is not skew",
+    lower_skew_norm: "layers, exponential (ConvExponential): |J|",
+    lower_gain: "layers, exponential (ConvExponential): the bound",
+    more_terms: "exponential",
+    long_direction: "network.json, fold (Householder): direction of lengths",
+    side_of_sector: "network.json, sectors (Householder2): directions with a negative",
+    lower_bound_of_blocks: "layers, circular (CircularConv): the bound",
+    larger_block: "layers, circular (CircularConv): the bound",
+    lower_bound_of_small_map: "layers, small (Conv): the bound",
+    twist_around: "layers, around (Conv): grid",
+}
+
+
+def lower_bound_of_block(f):
+    f.layer("block")["bound"] *= 1 - 1e-7
+    f.write()
+
+
+def lower_bound_inside(f):
+    row = f.layer("block")
+    row["details"]["parts"][0]["bound"] *= 1 - 1e-6
+    f.write()
+
+
+def part_left_out(f):
+    del f.layer("block")["details"]["parts"][2]
+    f.write()
+
+
+def other_part(f):
+    f.layer("vectors")["details"]["parts"][1]["type"] = "Tanh"
+    f.write()
+
+
+def part_that_is_no_number(f):
+    f.layer("vectors")["details"]["parts"][1]["bound"] = None
+    f.write()
+
+
+def larger_weights_inside(f):
+    f.arrays["ops/vectors/2/matrix"] *= 1 + 1e-6
+    f.write()
+
+
+def other_weights_inside(f):
+    f.arrays["ops/vectors/2/matrix"] *= -1
+    f.write()
+
+
+def bias_inside_of_another_shape(f):
+    f.arrays["ops/block/1/bias"] = f.arrays["ops/block/1/bias"][:2]
+    f.write()
+
+
+def array_missing_inside(f):
+    del f.arrays["ops/block/0/kernel"]
+    f.write()
+
+
+def operator_left_out_inside(f):
+    del f.op("vectors")["ops"][2]
+    del f.arrays["ops/vectors/2/matrix"]
+    f.write()
+
+
+def block_in_a_block(f):
+    f.op("vectors")["ops"][1] = {"type": "Residual", "ops": []}
+    f.write()
+
+
+def name_inside(f):
+    f.op("block")["ops"][2]["name"] = "act"
+    f.write()
+
+
+def ops_that_are_no_list(f):
+    f.op("block")["ops"] = 3
+    f.write()
+
+
+RESIDUAL = {
+    lower_bound_of_block: "layers, block (Residual): the bound",
+    lower_bound_inside: "layers, block (Residual): operator 0 (Conv): the bound",
+    part_left_out: "layers, block (Residual): details state no bounds",
+    other_part: "layers, vectors (Residual): operator 1 (Softplus): stated of a 'Tanh'",
+    part_that_is_no_number: "layers, vectors (Residual): operator 1 (Softplus): bound",
+    larger_weights_inside: "layers, vectors (Residual): operator 2 (Dense): the bound",
+    other_weights_inside: "certificate.json, images",
+    bias_inside_of_another_shape: "network.json, block (Residual): a bias of shape (2,)",
+    array_missing_inside: "network.json, block (Residual): the array ops/block/0/kernel is missing",
+    operator_left_out_inside: "network.json, vectors (Residual): (5,) cannot be added to (48,)",
+    block_in_a_block: "network.json, vectors (Residual): an operator that cannot stand",
+    name_inside: "network.json, block (Residual): expected the fields ['in_shape']",
+    ops_that_are_no_list: "network.json, block (Residual): ops is no list",
+}
+
+
+def raise_mlp_radii(f):
+    for row in f.rows:
+        row["radius"] *= 1 + 1e-8
+    f.write()
+
+
+def lower_curvature(f):
+    f.certificate["head"]["curvatures"][0][2] *= 0.99
+    f.write()
+
+
+def lower_norm_of_head(f):
+    f.certificate["head"]["norm"] *= 1 - 1e-8
+    f.write()
+
+
+def no_minorants(f):
+    for name in ("minorant_images", "minorant_rivals", "minorant_points"):
+        f.images[name] = f.images[name][:0]
+    f.write()
+
+
+def other_minorants(f):
+    f.images["minorant_points"] += np.float32(0.3)
+    f.write()
+
+
+MLP = {
+    raise_mlp_radii: "certificate.json, images[",
+    lower_curvature: "certificate.json, head (MLPHead): curvature",
+    lower_norm_of_head: "certificate.json, head (MLPHead): |W1|",
+    no_minorants: "cannot be proved against class",
+    other_minorants: "cannot be proved against class",
+}
+
+
+def steeper_slope(f):
+    f.op("leaky")["negative_slope"] = -1.5
+    f.write()
+
+
+def other_slope(f):
+    f.op("leaky")["negative_slope"] = -0.9
+    f.write()
+
+
+def scale_constants(f, factor):
+    f.certificate["margin_lipschitz"] = [[factor * value for value in row] for row in f.constants]
+    f.set_radii()
+    f.write()
+
+
+def negative_chain(f):
+    row = f.certificate["liplt"]["chains"][0]
+    row |= {"bound": -1.01 * row["bound"], "method": "Cholesky of the banded Gram matrix of the composition"}
+    scale_constants(f, 1e-9)
+
+
+def lower_chain(f):
+    f.certificate["liplt"]["chains"][1]["bound"] *= 0.99
+    scale_constants(f, 0.999)
+
+
+def lower_chains_that_no_constant_needs(f):
+    for row in f.certificate["liplt"]["chains"]:
+        row["bound"] = 0.0
+    scale_constants(f, 1e6)
+
+
+def lower_transformed_constants(f):
+    scale_constants(f, 0.999)
+
+
+def chain_left_out(f):
+    f.certificate["liplt"]["chains"].pop(2)
+    f.write()
+
+
+def chain_stated_twice(f):
+    f.certificate["liplt"]["chains"] += [dict(f.certificate["liplt"]["chains"][0], bound=0.0)]
+    f.write()
+
+
+ELEMENTWISE = {
+    negative_chain: "is not a number of at least 0",
+    lower_chain: "certificate.json, liplt: chain from",
+    lower_chains_that_no_constant_needs: "certificate.json, liplt: chain from",
+    lower_transformed_constants: "certificate.json, margin_lipschitz",
+    chain_left_out: "is missing",
+    chain_stated_twice: "stated twice",
+    steeper_slope: "network.json, leaky (LeakyReLU): negative_slope",
+    other_slope: "certificate.json, ",
+}
+
+
+TAMPERINGS = [
+    pytest.param(name, forge, place, id=forge.__name__)
+    for name, table in (
+        ("many_operators", MANY),
+        ("mlp_network", MLP),
+        ("elementwise_network", ELEMENTWISE),
+        ("residual_network", RESIDUAL),
+    )
+    for forge, place in table.items()
+]
+
+
+@pytest.mark.parametrize(("name", "forge", "place"), TAMPERINGS)
+def test_tamperings_are_caught_at_their_place(runs, tmp_path, name, forge, place):
+    directory = tmp_path / "run"
+    shutil.copytree(runs(name), directory)
+    forge(Forger(directory))
+    code, lines = checker.check(directory)
+    assert code == 1 and any(place in line for line in lines), lines
