@@ -41,6 +41,9 @@ def init_vectors(network: Network, key: PRNGKeyArray) -> Vectors:
     """Random unit start vectors of the power iterations, by operator name, for operators that need an `estimate`.
 
     Those of the operators of a `Residual` are named after it and their place: "block/0".
+
+    Returns: name -> vector of the operator's in_shape, in the network's dtype; deterministic in the key and the place
+      of the operator.
     """
     vectors = {}
     for i, (name, op) in enumerate(zip(network.names, network.ops, strict=True)):
@@ -56,6 +59,12 @@ def norm_estimates(network: Network, vectors: Vectors, num_iters: int) -> tuple[
 
     Operators that are made to have a norm of at most 1 are left out. That of a `Residual` is 1 + the product of its
     operators' norms.
+
+    Args: vectors: of `init_vectors`, or of the last call. num_iters: power iterations of each operator, >= 0.
+    Returns: name -> scalar, not above the norm but for rounding, so that nothing may be certified with it; and the
+      vectors, without gradient.
+    Raises: KeyError if a vector is missing; ValueError if num_iters is negative.
+    Source: Miyato et al. 2018, arXiv:1802.05957, with v detached.
     """
     parts = [_estimated(name, op) for name, op in zip(network.names, network.ops, strict=True)]
     tasks = {label: (part, vectors[label]) for label, part in itertools.chain(*parts)}

@@ -39,7 +39,10 @@ def norm_table(sigma: Float[Array, ""], w2: W2) -> Table:
 
 @jax.jit
 def eigenvalue_table(w1: W1, w2: W2) -> Table:
-    """m for all pairs: eigenvalue problems of side min(hidden, features), minutes for 10 classes of width 2048."""
+    """m for all pairs: eigenvalue problems of side min(hidden, features), minutes for 10 classes of width 2048.
+
+    Not rounded upwards: `bound` proves.
+    """
     num_classes = w2.shape[0]
 
     def one(pair):

@@ -61,7 +61,11 @@ def margin(logits: Logits, labels: Labels, lipschitz: Lipschitz, epsilon) -> Per
 
 
 def bottom_logit(logits: Logits, lipschitz: Lipschitz, epsilon) -> PerExample:
-    """y_bot = max_{i != j} (y_i + epsilon lipschitz[j, i]), j the predicted class: below y_j if certified."""
+    """y_bot = max_{i != j} (y_i + epsilon lipschitz[j, i]), j the predicted class: below y_j if certified.
+
+    Args: as `emma`, without labels. Returns: (b,), in units of logits; for one class -inf.
+    Source: Leino, Wang & Fredrikson 2021, arXiv:2102.08452.
+    """
     predicted = jnp.argmax(logits, axis=1)
     raised = logits + epsilon * lipschitz[predicted]
     return jnp.max(jnp.where(_own_class(predicted, logits.shape[1]), -jnp.inf, raised), axis=1)

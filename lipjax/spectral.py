@@ -305,7 +305,13 @@ def norm_bound(operator: Any) -> float:
 def norm_estimate(
     operator: Any, v: Float[Array, "..."], num_iters: int
 ) -> tuple[Float[Array, ""], Float[Array, "..."]]:
-    """Differentiable estimate (sigma, v) of an operator's norm, from the vector v: `operator.estimate`. May be low."""
+    """Differentiable estimate of a linear operator's norm by power iteration: `operator.estimate`. No bound: may be low.
+
+    Args: v: in_shape of the operator, any nonzero start vector. num_iters: steps, >= 0.
+    Returns: (sigma, v): scalar; unit vector to start from next time, without gradient.
+    Raises: ValueError if num_iters is negative.
+    Source: as `power_iteration`.
+    """
     return operator.estimate(v, num_iters)
 
 
