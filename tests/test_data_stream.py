@@ -1,15 +1,12 @@
 """ImageNet as a stream: TFDS's own builder on a made-up archive, and batches that depend on seed and step alone."""
 
 import dataclasses
-import io
 import itertools
 import multiprocessing
-import tarfile
 
 import numpy as np
 import pytest
-from data_helpers import add_file, block_network, data_config, encoded, expect, random_images
-from PIL import Image
+from data_helpers import block_network, data_config, encoded, expect, write_imagenet
 
 from lipjax.errors import UserError
 from lipjax.training import prepare
@@ -28,28 +25,7 @@ def held_out(dataset):
 
 @pytest.fixture(scope="module")
 def imagenet_archive(tmp_path_factory):
-    """data_dir with ImageNet's two archives: 24 training images of two classes, one of them CMYK, and 10 for test."""
-    data_dir = tmp_path_factory.mktemp("imagenet")
-    folder = data_dir / "downloads" / "manual"
-    folder.mkdir(parents=True)
-    sizes = [(40, 60), (60, 40), (33, 33)] * 4
-    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as train:
-        for label, wnid in enumerate(("n01440764", "n01739381")):
-            inner = io.BytesIO()
-            with tarfile.open(fileobj=inner, mode="w") as images:
-                for index, size in enumerate(sizes):
-                    pixels = np.full((*size, 3), 20 * index + label, np.uint8)
-                    image = Image.fromarray(pixels)
-                    name = f"{wnid}_{index}.JPEG"
-                    if label == 1 and index == 0:
-                        name, image = f"{wnid}_1309.JPEG", image.convert("CMYK")  # TFDS mends the images of this name
-                    add_file(images, name, encoded(image))
-            add_file(train, f"{wnid}.tar", inner.getvalue())
-    with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as test:
-        for index, size in enumerate(sizes[:10]):
-            pixels = random_images(1, *size, 3, seed=index)[0]
-            add_file(test, f"ILSVRC2012_val_{index:08}.JPEG", encoded(pixels))
-    return data_dir
+    return write_imagenet(tmp_path_factory.mktemp("imagenet"))
 
 
 @pytest.fixture
