@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from lipjax._input_gradient import of_images
+
 # All pairs of up to ten classes are searched; of more, as many.
 _MAX_PAIRS = 45
 # Images among which the search starts.
@@ -154,6 +156,8 @@ def _logits(network, x):
 
 @jax.jit
 def _gradient_sizes(network, x, directions):
+    network = of_images(network)
+
     def sizes(direction):
         gradient = jax.grad(lambda z: jnp.sum(network(z) @ direction))(x)
         return jnp.sqrt(jnp.sum(gradient**2, axis=tuple(range(1, x.ndim))))
@@ -164,7 +168,7 @@ def _gradient_sizes(network, x, directions):
 @functools.partial(jax.jit, static_argnames="num_steps")
 def _search(network, x, y, directions, free, *, num_steps):
     """The point of largest gradient met from each start, that gradient, and its norm."""
-    axes, count = tuple(range(1, x.ndim)), x.shape[0]
+    axes, count, network = tuple(range(1, x.ndim)), x.shape[0], of_images(network)
 
     def column(values):
         return values.reshape(-1, *(1,) * (x.ndim - 1))

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from lipjax._input_gradient import of_images
 from lipjax._lipschitz_search import LipschitzSearch, lipschitz_lower_bound, unit
 from lipjax.curvature import top_rivals
 
 METHODS = ("pgd", "apgd")
 OBJECTIVES = ("margin", "cross_entropy", "targeted_margin")
 PIXELS = (0.0, 1.0)
-
 # Auto-PGD: the fraction of steps that must have gained, and the weight of the new step against the last one.
 _GAINING, _MOMENTUM = 0.75, 0.75
 _HALVINGS = 8  # a point that was found is moved towards the image until the way is known to one part in 2^this
@@ -62,7 +62,7 @@ def _ascend(follow, logits: Callable, images, labels, epsilon, key, objective, n
         raise ValueError(f"Expected an objective of {OBJECTIVES}, got {objective!r}.")
     if restarts < 1 or num_targets < 1:
         raise ValueError(f"Expected at least one restart and one target, got {restarts} and {num_targets}.")
-    epsilon = _like(jnp.asarray(epsilon, images.dtype), images)
+    epsilon, logits = _like(jnp.asarray(epsilon, images.dtype), images), of_images(logits)
 
     def inside(points):
         moved = images + project_l2(points - images, epsilon)

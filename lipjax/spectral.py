@@ -305,7 +305,7 @@ def norm_bound(operator: Any) -> float:
 def norm_estimate(
     operator: Any, v: Float[Array, "..."], num_iters: int
 ) -> tuple[Float[Array, ""], Float[Array, "..."]]:
-    """Differentiable estimate of a linear operator's norm by power iteration: `operator.estimate`. No bound: may be low.
+    """Differentiable estimate of a linear operator's norm, `operator.estimate`: no bound, it may be low.
 
     Args: v: in_shape of the operator, any nonzero start vector. num_iters: steps, >= 0.
     Returns: (sigma, v): scalar; unit vector to start from next time, without gradient.
