@@ -41,12 +41,13 @@ def _through(op, x):
 
 
 def of_images(network: Callable) -> Callable:
-    """The same function, for gradients with respect to images alone: those with respect to the network are wrong.
+    """The same function of images, in which the network is a constant under differentiation; reverse mode only.
 
-    What is no `Network` is returned as it is. Reverse mode only.
+    What is no `Network` is returned as it is.
     """
     if not isinstance(network, Network):
         return network
+    network = jax.lax.stop_gradient(network)
 
     def logits(x):
         if x.shape[1:] != network.in_shape:

@@ -92,7 +92,7 @@ def _ascend(follow, logits: Callable, images, labels, epsilon, key, objective, n
         return jnp.where(_like(better, images), points, best), jnp.where(better, margin, best_margin)
 
     nothing = (images, jnp.full(images.shape[0], -jnp.inf, images.dtype))
-    return jax.lax.fori_loop(0, restarts * chosen.shape[1], run, nothing)[0]
+    return jax.lax.stop_gradient(jax.lax.fori_loop(0, restarts * chosen.shape[1], run, nothing)[0])
 
 
 def pgd_l2(
@@ -120,7 +120,8 @@ def pgd_l2(
         logit_label for the num_targets most likely rivals one after another, each with all steps and restarts, or for
         one rival that is given: targets (b,).
       box: lowest and highest pixel; None: pixels may take any value.
-    Returns: images of the same shape within epsilon of the originals, at which the margin was largest.
+    Returns: images of the same shape within epsilon of the originals, at which the margin was largest; constant under
+      differentiation, as adversarial training takes them.
     Raises: ValueError for an unknown objective and for counts below 1.
     Source: Madry et al. 2018, arXiv:1706.06083, with l2 steps.
     """
@@ -172,9 +173,7 @@ def apgd_l2(
     three quarters of the steps since the last checkpoint raised the objective, or if neither the step length nor the
     best value has changed since then.
 
-    Args: as `pgd_l2`.
-    Returns: images of the same shape within epsilon of the originals, at which the margin was largest.
-    Raises: ValueError for an unknown objective and for counts below 1.
+    Args, returns, raises: as `pgd_l2`.
     Source: Croce & Hein 2020, arXiv:2003.01690, Algorithm 1, with l2 steps along the normalised gradient.
     """
     scale = _like(jnp.asarray(epsilon, images.dtype), images)

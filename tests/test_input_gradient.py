@@ -29,6 +29,21 @@ def test_gradients_are_those_of_automatic_differentiation(name):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12 * float(np.abs(wanted).max()))
 
 
+def test_attacks_are_constants_of_adversarial_training():
+    frozen = frozen_network("convolutional")
+    network = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), frozen.network)
+    x, y = jnp.asarray(pixels(frozen, 2), jnp.float32), jnp.zeros(2, int)
+
+    def loss(network, through):
+        moved = attacks.pgd_l2(network, x, y, 0.1, jax.random.key(0), num_steps=2)
+        return jnp.sum(network(moved if through else jax.lax.stop_gradient(moved))[:, 0])
+
+    ours, constant = (jax.jit(jax.grad(loss), static_argnums=1)(network, through) for through in (True, False))
+    assert max(float(jnp.abs(a).max()) for a in jax.tree.leaves(ours)) > 0
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(constant), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_other_functions_and_wrong_images():
     function = lambda x: x  # noqa: E731
     assert of_images(function) is function
