@@ -75,7 +75,8 @@ def certify_run(workdir: str | os.PathLike, config, seed: int, run: Run | None =
     console.print(f"Certifying {len(labels)} test images with the checkpoint of step {step} ...")
     certificate = certify_images(network, images, pixel_max, options.batch_size, console)
     attacked = min(options.attack_images or len(labels), len(labels))
-    console.print(f"Attacking {attacked} of them at {len(options.radii)} radii and inside their own ...")
+    if options.attack_steps:
+        console.print(f"Attacking {attacked} of them at {len(options.radii)} radii and inside their own ...")
     settings = falsify.make_settings(options, seed)
     of_all_logits = falsify.whole_bound(network.network.head, network.lipschitz_report())
     claims = network, certificate, network.margin_lipschitz(), of_all_logits
