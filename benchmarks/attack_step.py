@@ -33,7 +33,7 @@ flags.DEFINE_integer("rounds", 3, "In each, every program runs once.")
 
 
 def programs(run):
-    """Compiled functions without arguments, by name."""
+    """Compiled functions of (images, network), by name, and these."""
     state = run.fresh_state()
     variables = {"params": state.params, COLLECTION: state.lip}
     network: Any = jax.jit(lambda v: run.model.apply(v, method="build"))(variables)

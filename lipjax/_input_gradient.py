@@ -5,18 +5,20 @@ computation alone (JAX 0.10.2). Inside a loop the convolutions that automatic di
 images keep an order for which there is only slow code; `Linear.adjoint` asks for the fast one from the start.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lipjax.network import Network
 from lipjax.operators import Residual
-from lipjax.operators._base import Linear
+from lipjax.operators._base import Linear, operator
 
 
 @jax.custom_vjp
-def _linear(op, x):
+def _apply(op, x):
     return op(x)
 
 
@@ -28,16 +30,31 @@ def _backward(op, g):
     return jax.tree.map(jnp.zeros_like, op), op.adjoint(g)
 
 
-_linear.defvjp(_forward, _backward)
+_apply.defvjp(_forward, _backward)
 
 
-def _through(op, x):
+@operator("op", static=())
+class _ByAdjoint:
+    """A linear operator as a constant under differentiation."""
+
+    op: Any
+
+    @property
+    def in_shape(self):
+        return self.op.in_shape
+
+    @property
+    def out_shape(self):
+        return self.op.out_shape
+
+    def __call__(self, x):
+        return _apply(self.op, x)
+
+
+def _by_adjoint(op):
     if isinstance(op, Residual):
-        y = x
-        for part in op.ops:
-            y = _through(part, y)
-        return x + y
-    return _linear(op, x) if isinstance(op, Linear) else op(x)
+        return Residual(tuple(map(_by_adjoint, op.ops)))
+    return _ByAdjoint(op) if isinstance(op, Linear) else op
 
 
 def of_images(network: Callable) -> Callable:
@@ -48,13 +65,4 @@ def of_images(network: Callable) -> Callable:
     if not isinstance(network, Network):
         return network
     network = jax.lax.stop_gradient(network)
-
-    def logits(x):
-        if x.shape[1:] != network.in_shape:
-            return network(x)  # which says what is wrong
-        x = network.normalize(x)
-        for op in network.ops:
-            x = _through(op, x)
-        return network.head(x)
-
-    return logits
+    return dataclasses.replace(network, ops=tuple(map(_by_adjoint, network.ops)))

@@ -10,15 +10,7 @@ import sys
 import time
 
 import numpy as np
-from training_helpers import (  # noqa: F401  quick_compiles is a fixture
-    differing,
-    final_state,
-    interrupt_at,
-    quick_compiles,
-    scratch,
-    tiny_config,
-    trained,
-)
+from training_helpers import scratch
 
 from lipjax.training.checkpoint import Checkpointer
 from lipjax.training.same_run import plain

@@ -26,7 +26,6 @@ from training_helpers import (  # noqa: F401  quick_compiles is a fixture
     final_state,
     interrupt_at,
     quick_compiles,
-    scratch,
     tiny_config,
     trained,
 )
