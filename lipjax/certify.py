@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -332,13 +333,17 @@ def image_rows(certificate: Certificate, labels=None) -> list[dict]:
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Gives a temporary path to write; what lies there then replaces `path`, or nothing does if the block raises.
 
-    The old file or the whole new one is there, also after a power failure.
+    The old file or the whole new one is there, also after a power failure. Who may read it, the umask says.
     """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        with open(temporary, "wb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         yield temporary
         with open(temporary, "rb") as file:
+            if stat.S_IMODE(os.fstat(file.fileno()).st_mode) != mode:
+                os.fchmod(file.fileno(), mode)  # a library has put a private file of its own in its place
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:

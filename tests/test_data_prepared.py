@@ -8,6 +8,7 @@ import gzip
 import importlib.util
 import io
 import json
+import os
 import shutil
 import tarfile
 import types
@@ -99,6 +100,18 @@ def test_cifar10_is_prepared_and_read_as_it_was(cifar_archive, cifar_dir, networ
     again, other = (load_arrays(data_config("cifar10", cifar_dir), seed=seed) for seed in (0, 1))
     assert again.fingerprint("train") == dataset.fingerprint("train") != other.fingerprint("train")
     assert other.fingerprint("test") == dataset.fingerprint("test")
+
+
+def test_prepared_files_respect_the_umask(cifar_archive, accept, network, tmp_path):
+    accept("cifar10", cifar_archive[0], train=100, test=20)
+    shutil.copytree(cifar_archive[0] / "downloads", tmp_path / "downloads")
+    before = os.umask(0o027)
+    try:
+        prepare.prepare("cifar10", tmp_path, download=False)
+    finally:
+        os.umask(before)
+    found = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "cifar10").rglob("*") if path.is_file()}
+    assert "dataset_info.json" in found and set(found.values()) == {0o640}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorflow") is not None, reason="nothing is replaced with TensorFlow")
