@@ -51,7 +51,7 @@ def default_config() -> Any:
     config.data.workers = 0  # processes that read and decode streamed images (ImageNet); 0: threads of this one
     config.data.validation_fraction = 0.1  # of the training images; keep-best selects on them
     config.data.test_fraction = 0.2  # of all images, for sets without a test split of their own
-    config.data.image_size = 0  # ImageNet's, in pixels; 0: 224 there, and the size that the images have elsewhere
+    config.data.image_size = 0  # pixels that the centre square is resized to; 0: 224 for ImageNet, others stay
     config.data.crop_padding = 0  # random crops after zero padding of this many pixels
     config.data.flip = False  # random horizontal flips
     config.data.affine = (0.0, 0.0, 0.0)  # random rotation (degrees), scale and shift (fractions), each up to +-

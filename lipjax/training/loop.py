@@ -44,8 +44,7 @@ class Run:
         self.config, self.seed = config, seed
         self.mesh = sharding.make_mesh(**config.mesh, batch_size=config.batch_size) if mesh is None else mesh
         check_accumulation(config, self.mesh)
-        dataset = load_dataset(config.data, seed) if dataset is None else dataset
-        self.dataset = _of_size(dataset, config.data.image_size)
+        self.dataset = load_dataset(config.data, seed) if dataset is None else dataset
         self.num_images = self.dataset.size("train")
         self.num_generated = num_generated(config)
         self.num_real = config.batch_size - self.num_generated  # of a step; an epoch is one pass over the real images
@@ -220,20 +219,6 @@ class Run:
         return validate
 
 
-def _of_size(dataset, image_size: int):
-    """The data set with the images that config.data.image_size asks for."""
-    if image_size == 0:
-        return dataset
-    if isinstance(dataset, StreamDataset):
-        return dataclasses.replace(dataset, image_size=image_size)
-    if dataset.image_shape[:2] != (image_size, image_size):
-        raise UserError(
-            f"config.data.image_size: the images of {dataset.name} are {dataset.image_shape[:2]} and are not resized; "
-            f"got {image_size}, leave it at 0."
-        )
-    return dataset
-
-
 def train(config, workdir: str | os.PathLike, seed: int) -> Run:
     """Trains one seed to the end, or goes on where an earlier call on the same directory stopped.
 
@@ -263,6 +248,8 @@ def train(config, workdir: str | os.PathLike, seed: int) -> Run:
             console.print(f"{workdir} is trained already, to step {latest} of {run.total_steps}.")
             return run
         console.print(f"Training {run}.")
+        for note in run.dataset.notes:
+            console.print(note, markup=False)
         if latest is None:
             state = run.fresh_state()
         else:

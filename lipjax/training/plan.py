@@ -163,9 +163,11 @@ def planned_dataset(config: Any, seed: int) -> ArrayDataset | StreamDataset:
     sizes = {"train": prepared.train - validation, "validation": validation, "test": prepared.test}
     if prepared.image_shape is None:
         splits = {split: _NoRecords(size) for split, size in sizes.items()}
-        return StreamDataset(config.name, splits, prepared.num_classes, IMAGENET_SIZE)
+        return StreamDataset(config.name, splits, prepared.num_classes, config.image_size or IMAGENET_SIZE)
+    height, width, channels = prepared.image_shape
+    shape = config.image_size or height, config.image_size or width, channels
     images = {
-        split: Split(np.broadcast_to(np.uint8(0), (size, *prepared.image_shape)), np.broadcast_to(np.int32(0), (size,)))
+        split: Split(np.broadcast_to(np.uint8(0), (size, *shape)), np.broadcast_to(np.int32(0), (size,)))
         for split, size in sizes.items()
     }
     return ArrayDataset(config.name, images["train"], images["validation"], images["test"], prepared.num_classes)

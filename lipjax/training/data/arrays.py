@@ -37,7 +37,10 @@ class Split:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ArrayDataset:
-    """A data set in host memory. A pixel in [0, 1] is `image / pixel_max`."""
+    """A data set in host memory. A pixel in [0, 1] is `image / pixel_max`.
+
+    notes: sentences for its owner: what was not read, what became of it, what is missing.
+    """
 
     name: str
     train: Split
@@ -46,6 +49,7 @@ class ArrayDataset:
     num_classes: int
     pixel_max: int = 255
     class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -1,5 +1,6 @@
 """Data sets that need no preparation: the digits inside scikit-learn, and a user's own npz file or folder per class."""
 
+import collections
 import pathlib
 import zipfile
 import zlib
@@ -8,8 +9,9 @@ import numpy as np
 
 from lipjax.errors import UserError
 from lipjax.training.data.arrays import ArrayDataset, Split, split_by_seed
+from lipjax.training.data.images import BACKGROUND, SUFFIXES, ReadImage, read_image, resized_name
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+NAMED = 3  # files that a note names; the others it counts
 
 
 def load_digits(*, validation_fraction: float, test_fraction: float, seed: int) -> ArrayDataset:
@@ -31,6 +33,7 @@ def load_npz(path: str, *, validation_fraction: float, test_fraction: float, see
     """A user's arrays: `images` uint8 (n, h, w, c) or (n, h, w) and integer `labels` (n,) from 0.
 
     `test_images` and `test_labels` are the test split where the file has them; otherwise test_fraction is held out.
+    `class_names` (k,), texts, may name the classes.
     """
     file = _existing(path, "npz", pathlib.Path.is_file)
     try:
@@ -61,40 +64,103 @@ def load_npz(path: str, *, validation_fraction: float, test_fraction: float, see
     train, validation, test = split_by_seed(
         everything, test, validation_fraction=validation_fraction, test_fraction=test_fraction, seed=seed
     )
-    return ArrayDataset(f"npz:{file.name}", train, validation, test, num_classes)
+    names = _class_names(found["class_names"], num_classes, file) if "class_names" in found else None
+    return ArrayDataset(f"npz:{file.name}", train, validation, test, num_classes, class_names=names)
 
 
-def load_folder(path: str, *, validation_fraction: float, test_fraction: float, seed: int) -> ArrayDataset:
-    """A user's images as PATH/class_name/*.png|jpg|jpeg, all of one size; classes are numbered in sorted order.
+def load_folder(
+    path: str, *, image_size: int, validation_fraction: float, test_fraction: float, seed: int
+) -> ArrayDataset:
+    """A user's images as PATH/class_name/FILE with the endings `SUFFIXES`; classes are numbered in sorted order.
 
-    Images become RGB, or one channel if every one of them is grey.
+    Images become RGB, or one channel if every one of them is grey. What is not read, and what is not as it is in the
+    files, is told by the `notes` of the data set.
+
+    Args: image_size: they become so large by `images.resize`; 0: all must have one size.
     """
     root = _existing(path, "folder", pathlib.Path.is_dir)
-    names = sorted(folder.name for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-    if len(names) < 2:
-        raise UserError(f"{root} must hold one folder of images for each class, at least two; it holds {len(names)}.")
-    images, labels = [], []
-    for label, name in enumerate(names):
-        inside = (file for file in (root / name).iterdir() if not file.name.startswith(".") and file.is_file())
-        files = sorted(file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not files:
-            raise UserError(f"{root / name} holds no image; expected files ending in {', '.join(IMAGE_SUFFIXES)}.")
-        for file in files:
-            images.append(_read_image(file))
-            labels.append(label)
-            if images[-1].shape[:2] != images[0].shape[:2]:
-                raise UserError(
-                    f"{file} is {images[-1].shape[:2]} (height, width), the first image is {images[0].shape[:2]}; "
-                    "resize them all to one size."
-                )
-    if any(image.ndim == 3 for image in images):
-        images = [image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2) for image in images]
-    array = np.stack(images)
-    everything = Split(array if array.ndim == 4 else array[..., None], np.array(labels, np.int32))
+    names, files, labels, ignored = _listing(root)
+    read: list[ReadImage] = []
+    for file in files:
+        read.append(read_image(file, image_size))
+        shape, first = (image.pixels.shape[:2] for image in (read[-1], read[0]))
+        if shape != first:
+            raise UserError(
+                f"{file} is {shape} (height, width), the first image is {first}; resize them all to one size, or let "
+                "config.data.image_size say to how many pixels a side."
+            )
+    notes = [f"Not read in {root}: {_ignored(ignored, root)}."] if ignored else []
+    pixels = _alike(read, files, root, notes)
+    everything = Split(pixels, np.array(labels, np.int32))
     train, validation, test = split_by_seed(
         everything, None, validation_fraction=validation_fraction, test_fraction=test_fraction, seed=seed
     )
-    return ArrayDataset(f"folder:{root.name}", train, validation, test, len(names), 255, tuple(names))
+    name = f"folder:{root.name}"
+    if any(image.resized for image in read):
+        name = resized_name(name, image_size)
+    return ArrayDataset(name, train, validation, test, len(names), 255, names, tuple(notes))
+
+
+def _listing(root: pathlib.Path) -> tuple[tuple[str, ...], list[pathlib.Path], list[int], list[pathlib.Path]]:
+    """Class names, image files, their labels, and what else lies there but hidden files."""
+
+    def inside(folder):
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+    names = tuple(folder.name for folder in inside(root) if folder.is_dir())
+    if len(names) < 2:
+        raise UserError(f"{root} must hold one folder of images for each class, at least two; it holds {len(names)}.")
+    files, labels, ignored = [], [], [path for path in inside(root) if not path.is_dir()]
+    for label, name in enumerate(names):
+        paths = inside(root / name)
+        known = [path for path in paths if path.is_file() and path.suffix.lower() in SUFFIXES]
+        others = sorted({*paths} - {*known})
+        if not known:
+            held = f" but {_ignored(others, root)}" if others else ""
+            raise UserError(f"{root / name} holds no image{held}; expected files ending in {', '.join(SUFFIXES)}.")
+        files += known
+        labels += [label] * len(known)
+        ignored += others
+    return names, files, labels, ignored
+
+
+def _alike(read: list[ReadImage], files: list[pathlib.Path], root: pathlib.Path, notes: list[str]) -> np.ndarray:
+    """Pixels (n, h, w, c) of images of one size, c = 1 if all are grey, and notes about what the files have else."""
+    transparent = [file for file, image in zip(files, read, strict=True) if image.composited]
+    if transparent:
+        notes.append(
+            f"Transparent in part, and put onto {BACKGROUND}: {len(transparent)} of {len(files)} images "
+            f"({_some(transparent, root)})."
+        )
+    pixels = [image.pixels for image in read]
+    grey, colour = ([file for file, a in zip(files, pixels, strict=True) if a.ndim == ndim] for ndim in (2, 3))
+    if not colour:
+        return np.stack(pixels)[..., None]
+    if grey:
+        few, kind = (grey, "Grey") if len(grey) < len(colour) else (colour, "In colour")
+        notes.append(
+            f"All images became RGB, because they disagree. {kind}: {len(few)} of {len(files)} ({_some(few, root)})."
+        )
+    return np.stack([a if a.ndim == 3 else np.repeat(a[..., None], 3, axis=2) for a in pixels])
+
+
+def _ignored(paths: list[pathlib.Path], root: pathlib.Path) -> str:
+    """What was not read, in words: files counted by the ends of their names, folders by name."""
+    folders = [path for path in paths if path.is_dir()]
+    kinds = collections.Counter(path.suffix.lower() or "without an ending" for path in paths if not path.is_dir())
+    said = []
+    if kinds:
+        listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        said.append(f"{kinds.total()} file{'s' * (kinds.total() > 1)} ({listed})")
+    if folders:
+        said.append(f"{len(folders)} nested folder{'s' * (len(folders) > 1)} ({_some(folders, root)})")
+    return " and ".join(said)
+
+
+def _some(paths: list[pathlib.Path], root: pathlib.Path) -> str:
+    """The first of some paths."""
+    shown = ", ".join(str(path.relative_to(root)) for path in paths[:NAMED])
+    return shown + (f" and {len(paths) - NAMED} more" if len(paths) > NAMED else "")
 
 
 def _existing(path: str, kind: str, is_right) -> pathlib.Path:
@@ -105,19 +171,6 @@ def _existing(path: str, kind: str, is_right) -> pathlib.Path:
         what = "file" if kind == "npz" else "folder"
         raise UserError(f"config.data.path: there is no {what} {found} (looked for {found.absolute()}).")
     return found
-
-
-def _read_image(file: pathlib.Path) -> np.ndarray:
-    """uint8 (h, w) for a grey image, (h, w, 3) otherwise."""
-    from PIL import Image  # here, because only image files need Pillow
-
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):
-                raise UserError(f"{file} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits.")
-            return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-    except (OSError, SyntaxError) as error:
-        raise UserError(f"{file} is not a readable image ({error}); mend or remove it.") from error
 
 
 def _checked(images: np.ndarray, labels: np.ndarray, images_name: str, labels_name: str, file: pathlib.Path) -> Split:
@@ -143,6 +196,15 @@ def _checked(images: np.ndarray, labels: np.ndarray, images_name: str, labels_na
     if labels.min() < 0 or labels.max() >= 2**31:
         raise UserError(f"{file}: {labels_name} must be 0 … k-1, got {labels.min()} … {labels.max()}.")
     return Split(images if images.ndim == 4 else images[..., None], labels.astype(np.int32))
+
+
+def _class_names(names: np.ndarray, num_classes: int, file: pathlib.Path) -> tuple[str, ...]:
+    if names.dtype.kind != "U" or names.shape != (num_classes,):
+        raise UserError(
+            f"{file}: expected class_names as texts ({num_classes},), one for each class, got {names.dtype} "
+            f"{names.shape}. Store np.array(['cat', 'dog', ...])."
+        )
+    return tuple(map(str, names))
 
 
 def _num_classes(labels: np.ndarray, file: pathlib.Path) -> int:

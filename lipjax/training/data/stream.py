@@ -84,6 +84,7 @@ class StreamDataset:
     pixel_max: int = 255
     class_names: tuple[str, ...] | None = None
     workers: int = 0
+    notes: tuple[str, ...] = ()  # as of an ArrayDataset
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
