@@ -160,7 +160,10 @@ class FrozenNetwork:
         return images
 
     def _run(self, images, norms: tuple, batch_size: int) -> list[np.ndarray]:
-        """`evaluate` on all images: logits (n, k), features (n, d), feature errors (n,), head errors (n, k)."""
+        """`evaluate` on all images: logits (n, k), features (n, d), feature errors (n,), head errors (n, k).
+
+        A batch that is not full is padded to the next power of two: few images cost little, and few programs are made.
+        """
         if batch_size < 1:
             raise ValueError(f"Expected a batch_size of at least 1, got {batch_size}.")
         none = np.empty((0, self.num_classes))
@@ -169,7 +172,8 @@ class FrozenNetwork:
             network = jax.tree.map(jnp.asarray, self.network)
             for start in range(0, len(images), batch_size):
                 batch = images[start : start + batch_size]
-                padding = [(0, batch_size - len(batch))] + [(0, 0)] * (images.ndim - 1)
+                size = min(batch_size, 1 << (len(batch) - 1).bit_length())
+                padding = [(0, size - len(batch))] + [(0, 0)] * (images.ndim - 1)
                 found = evaluate(network, norms, jnp.asarray(np.pad(batch, padding)))
                 parts.append([np.asarray(a)[: len(batch)] for a in found])
         return [np.concatenate(column) for column in zip(*parts, strict=True)]
@@ -225,6 +229,28 @@ class FrozenNetwork:
         head_margins = self._lower_margins(predicted, logits, np.zeros_like(error), head_error)
         lipschitz = bounds.product_bound(self._bounds)
         return self._mlp.certify(predicted, margins, features, error, head_margins, lipschitz)
+
+    def predict(self, images, batch_size: int = 256) -> tuple[np.ndarray, np.ndarray]:
+        """Classes (n,), from 0, and proved l2 radii (n,) inside which they cannot change: `certify` for services.
+
+        What cannot be an image is an error here, where `certify` gives NaN pixels radius 0. Pixels outside [0, 1] are
+        refused, as everywhere in this class: the proof would hold for them, but mostly nobody divided them by 255.
+
+        Args: images: (n, *in_shape), float32 or float64 in [0, 1]; of one image, image[None].
+        Returns: radii in [0, 1]-pixel units, float64; 0 where nothing is proved.
+        Raises: UserError (a ValueError) for another shape or type, and for pixels that are NaN, infinite or outside
+          [0, 1]; NotCertifiable if a layer has no proved bound.
+        Example: classes, radii = FrozenNetwork.load("runs/x/frozen").predict(image[None])
+        """
+        pixels = self._check_images(images)
+        wrong = np.flatnonzero(np.isnan(pixels).any(axis=tuple(range(1, pixels.ndim))))
+        if len(wrong):
+            raise UserError(
+                f"Expected pixels in [0, 1], but {len(wrong)} of {len(pixels)} images hold NaN, the first of them "
+                f"image {wrong[0]}: mend these images or leave them out."
+            )
+        certificate = self.certify(pixels, batch_size)
+        return certificate.predictions, certificate.radii
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All arrays by name: ops/<name>/<field>, head/<field>, input_mean, input_std.
