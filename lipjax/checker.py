@@ -1800,6 +1800,10 @@ class Check:
         if len(self.problems) > before:
             return False
         self.in_shape = self.ops[0].in_shape
+        called = self.layout.get("class_names")
+        texts = isinstance(called, list) and all(isinstance(text, str) and text for text in called)
+        if called is not None and not (texts and len(called) == self.head.classes):
+            self.problem("frozen/network.json, class_names", "expected one text for each class, or null")
         chain = [*zip(self.names, self.ops, strict=True), ("head", self.head)]
         for (name, op), (after, following) in zip(chain[:-1], chain[1:], strict=True):
             if tuple(op.out_shape) != tuple(following.in_shape):
@@ -2186,6 +2190,36 @@ class Check:
                 self.problem(
                     f"report.json, certified_accuracy[{key}]", f"{certified.get(key)!r}, not {wanted.get(key)!r}"
                 )
+        self._check_classes(report, right, radii, {f"{r:.6g}": r for r in stated})
+
+    def _check_classes(self, report: dict, right: np.ndarray, proved: np.ndarray, radii: dict[str, float]) -> None:
+        """What report.json counts class by class, where it does."""
+        fields = ("per_class", "mean_over_classes", "confusion")
+        if not any(field in report for field in fields):
+            return
+        k = self.head.classes
+        labels, predictions = (np.array([row[field] for row in self.rows]) for field in ("label", "prediction"))
+        if not ((labels >= 0) & (labels < k)).all():
+            self.problem("report.json, per_class", f"some labels are not in 0 ... {k - 1}")
+            return
+        names, table = self.layout.get("class_names") or [None] * k, []
+        for label in range(k):
+            own = labels == label
+            shares = {
+                key: float(np.mean((right & (proved > r))[own])) if own.any() else None for key, r in radii.items()
+            }
+            clean = float(np.mean(right[own])) if own.any() else None
+            row = {"class": label, "name": names[label], "num_images": int(own.sum()), "clean_accuracy": clean}
+            table.append({**row, "certified_accuracy": shares})
+        present = [row for row in table if row["num_images"]]
+        clean = math.fsum(row["clean_accuracy"] for row in present) / len(present)
+        means = {key: math.fsum(row["certified_accuracy"][key] for row in present) / len(present) for key in radii}
+        confusion = np.zeros((k, k), np.int64)
+        np.add.at(confusion, (labels, predictions), 1)
+        wanted = (table, {"clean_accuracy": clean, "certified_accuracy": means}, confusion.tolist())
+        for field, value in zip(fields, wanted, strict=True):
+            if json.dumps(report.get(field), sort_keys=True) != json.dumps(value, sort_keys=True):
+                self.problem(f"report.json, {field}", "not what the rows of the certificate count")
 
 
 def radius_of(margin: float, constant: float) -> float:

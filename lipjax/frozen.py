@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -32,19 +33,20 @@ def _read_only(array) -> np.ndarray:
     return copy.view()  # owns nothing, so that it cannot be made writable again
 
 
-def freeze(model, variables) -> "FrozenNetwork":
+def freeze(model, variables, class_names: Sequence[str] | None = None) -> "FrozenNetwork":
     """Builds the model's network in float64 and takes it to the host.
 
     Args:
       model: has `apply(variables, method="build")` that returns a Network, such as any model of lipjax.models.
       variables: its parameters and state, on any device and in any float type.
-    Raises: ValueError if an array of the result is not finite or not float64.
+      class_names: as `FrozenNetwork` keeps them.
+    Raises: ValueError if an array of the result is not finite or not float64, or names do not fit the classes.
     """
     variables = jax.tree.map(lambda a: _host_float64(a), variables)
     with float64_on_cpu():
         # In one program: operation by operation a deep network would compile for minutes.
         network = jax.jit(lambda v: model.apply(v, method="build"))(jax.tree.map(jnp.asarray, variables))
-        return FrozenNetwork(jax.tree.map(np.asarray, network))
+        return FrozenNetwork(jax.tree.map(np.asarray, network), class_names)
 
 
 def _host_float64(array):
@@ -56,12 +58,15 @@ class FrozenNetwork:
     """A network of float64 host arrays, the object that a certificate is about.
 
     `frozen(x)` gives logits; `certify` proves radii; `save` and `load` keep it as safetensors and JSON.
+    `class_names`: what people call the classes, in their order, or None. No claim is about them: they are saved beside
+    the network, and are no part of its hash.
     """
 
-    def __init__(self, network: Network):
+    def __init__(self, network: Network, class_names: Sequence[str] | None = None):
         """Takes copies of the network's arrays, which cannot be written to.
 
-        Raises: ValueError if they are not finite float64, or do not fit each other.
+        Raises: ValueError if they are not finite float64, do not fit each other, or class_names are not one text for
+          each class.
         """
         bad = [
             jax.tree_util.keystr(path)
@@ -72,6 +77,7 @@ class FrozenNetwork:
             raise ValueError(f"A frozen network holds finite float64 arrays; these are not: {', '.join(bad)}.")
         check_network(network)
         self.network = jax.tree.map(_read_only, network)
+        self.class_names = _checked_names(class_names, self.num_classes)
 
     @property
     def in_shape(self) -> tuple[int, ...]:
@@ -306,6 +312,7 @@ class FrozenNetwork:
         directory.mkdir(parents=True, exist_ok=True)
         write_arrays(directory / "network.safetensors", self.arrays())
         document = {"format": FORMAT, "schema": SCHEMA, "sha256": self.sha256(), **self._layout()}
+        document["class_names"] = None if self.class_names is None else list(self.class_names)
         write_json(directory / "network.json", document)
 
     @classmethod
@@ -328,12 +335,22 @@ class FrozenNetwork:
             )
         try:
             frozen = cls(_rebuild(document, arrays))
+            frozen.class_names = _checked_names(document.get("class_names"), frozen.num_classes)
             digest = frozen.sha256()
         except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
             raise UserError(f"{directory}: layout and arrays do not fit each other ({error}).") from error
         if digest != document.get("sha256"):
             raise UserError(f"{directory}: the arrays do not have the recorded hash; a file was changed or damaged.")
         return frozen
+
+
+def _checked_names(names: Any, num_classes: int) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    texts = isinstance(names, list | tuple) and all(isinstance(name, str) and name for name in names)
+    if not texts or len(names) != num_classes:
+        raise ValueError(f"Expected class_names as {num_classes} texts, one for each class, got {names!r:.200}.")
+    return tuple(map(str, names))
 
 
 def write_arrays(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:

@@ -17,6 +17,7 @@ from lipjax.document import write_certificate
 from lipjax.errors import NotCertifiable
 from lipjax.training import falsify, sharding
 from lipjax.training import report as reports
+from lipjax.training.classes import class_report
 from lipjax.training.data import StreamDataset
 from lipjax.training.loop import Run, load_best
 from lipjax.training.same_run import plain
@@ -69,7 +70,7 @@ def certify_run(workdir: str | os.PathLike, config, seed: int, run: Run | None =
     variables, state, step = load_best(workdir, run)
     if jax.process_index() != 0:
         return {}
-    network = lipjax.freeze(run.model, variables)
+    network = lipjax.freeze(run.model, variables, run.dataset.class_names)
     options, pixel_max = config.certify, run.dataset.pixel_max
     images, labels = test_images(run.dataset, options.num_images, options.batch_size)
     console.print(f"Certifying {len(labels)} test images with the checkpoint of step {step} ...")
@@ -83,6 +84,9 @@ def certify_run(workdir: str | os.PathLike, config, seed: int, run: Run | None =
     findings = falsify.falsify(*claims, images[:attacked], pixel_max, settings, workdir)
     attack = falsify.of_labels(findings, certificate.predictions, labels[:attacked])
     report = reports.make_report(certificate, labels, options.radii, attack, labels[:attacked])
+    proved = certificate.predictions, labels, certificate.radii
+    keys = {reports.radius_key(radius): radius for radius in options.radii}
+    report |= class_report(*proved, keys, network.num_classes, network.class_names)
     report |= {"seed": seed, "step": step, "frozen_sha256": network.sha256()}
     report["float32"] = _float32(network, certificate, images[:FLOAT32_IMAGES] / np.float64(pixel_max), options)
     # Those of LipLT are of whole chains of layers.

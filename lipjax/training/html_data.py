@@ -76,6 +76,7 @@ def read_run(directory: pathlib.Path) -> CertifiedRun:
     attack = f"Attack the run again: python -m lipjax attack {directory}"
     notes = _read_notes(directory / "attack.json", certificate, len(labels), attack)
     report = report if notes is None else _with_attack(report, notes)
+    frozen = _frozen(directory / "frozen", certificate, certify)
     return CertifiedRun(
         certificate,
         report,
@@ -85,8 +86,8 @@ def read_run(directory: pathlib.Path) -> CertifiedRun:
         radii,
         _read_attack(directory / "attack.npz", predictions, radii, attack),
         notes,
-        _smallest_singular_values(directory / "frozen", certificate, certify),
-        _class_names(certificate),
+        _smallest_singular_values(frozen, certificate),
+        _class_names(frozen, certificate, 1 + int(max(labels.max(), predictions.max()))),
     )
 
 
@@ -255,7 +256,17 @@ def _read_attack(path: pathlib.Path, predictions, radii, remedy: str) -> dict[st
     return arrays
 
 
-def _smallest_singular_values(directory: pathlib.Path, certificate: dict, remedy: str) -> dict[str, str]:
+def _frozen(directory: pathlib.Path, certificate: dict, remedy: str) -> FrozenNetwork | None:
+    """The network that was certified, None if it is not there."""
+    if not (directory / "network.json").exists():
+        return None
+    frozen = FrozenNetwork.load(directory)
+    if frozen.sha256() != certificate["frozen_sha256"]:
+        raise UserError(f"{directory} holds another network than the one that was certified. {remedy}")
+    return frozen
+
+
+def _smallest_singular_values(frozen: FrozenNetwork | None, certificate: dict) -> dict[str, str]:
     """Least singular values by layer: of dense matrices, frequency blocks and reorderings by the SVD in float64.
 
     A truncated exponential of a skew map J has at least 1 - |J|^(p+1) / (p+1)!, by its remainder.
@@ -268,11 +279,8 @@ def _smallest_singular_values(directory: pathlib.Path, certificate: dict, remedy
             remainder = math.exp(min(0.0, (terms + 1) * math.log(norm) - math.lgamma(terms + 2)))
             if remainder < 1:
                 found[row["name"]] = f"≥ {down(1 - remainder)}"
-    if not (directory / "network.json").exists():
+    if frozen is None:
         return found
-    frozen = FrozenNetwork.load(directory)
-    if frozen.sha256() != certificate["frozen_sha256"]:
-        raise UserError(f"{directory} holds another network than the one that was certified. {remedy}")
     network = frozen.network
     found["input"] = f"{1 / float(np.max(network.input_std)):.6g}"
     for name, op in zip(network.names, network.ops, strict=True):
@@ -292,8 +300,13 @@ def _smallest_singular_values(directory: pathlib.Path, certificate: dict, remedy
     return found
 
 
-def _class_names(certificate: dict) -> tuple[str, ...]:
-    """Names of the classes as the data set's own files give them, if those are here."""
+def _class_names(frozen: FrozenNetwork | None, certificate: dict, at_least: int) -> tuple[str, ...]:
+    """Names of the classes: those saved with the network, else what the data set's own files say, if those are here.
+
+    at_least: how many there must be.
+    """
+    if frozen is not None and frozen.class_names is not None:
+        return frozen.class_names if len(frozen.class_names) >= at_least else ()
     name: Any = certificate["data"]["name"]
     config = certificate["config"].get("data", {})
     try:

@@ -9,6 +9,7 @@ import numpy as np
 
 from lipjax.certify import replacing
 from lipjax.errors import UserError
+from lipjax.training.html_classes import classes_section
 from lipjax.training.html_data import CertifiedRun, finite, read_run
 from lipjax.training.html_figures import (
     accuracy_curve,
@@ -66,7 +67,7 @@ def _write(path: pathlib.Path, text: str) -> None:
 
 def _run_page(run: CertifiedRun) -> str:
     title = _title(run)
-    parts = (_header, _claim, _accuracies, _examples, _attack, _layers, _liplt, _training, _provenance)
+    parts = (_header, _claim, _accuracies, classes_section, _examples, _attack, _layers, _liplt, _training, _provenance)
     return document(title, tag("h1", title), *(part(run) for part in parts))
 
 

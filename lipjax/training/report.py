@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lipjax.certify import certified_accuracy
+from lipjax.training.classes import print_classes
 
 
 def radius_key(radius: float) -> str:
@@ -93,6 +94,8 @@ def print_table(report: dict, console: Console | None = None) -> None:
     console.print(table)
     if report["num_attacked_images"] != report["num_images"]:
         console.print(f"The attack ran on the first {report['num_attacked_images']} images.")
+    if "per_class" in report:
+        print_classes(report, radius_key(report["radii"][0]), radius_label(report["radii"][0]), console)
     found = report.get("float32")
     if found and "error" not in found:
         console.print(float32_line(found), markup=False)
