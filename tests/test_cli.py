@@ -11,17 +11,12 @@ import sys
 import jax
 import numpy as np
 import pytest
-from absl import flags
 from training_helpers import npz_file, quick_compiles, scratch, tiny_config, trained  # noqa: F401
 
-import train as train_script
 from lipjax import __main__ as program
 from lipjax import attacks, certify
-from lipjax.training import evaluate, run
+from lipjax.training import command, evaluate, run
 from lipjax.training.same_run import plain
-
-# ml_collections 1.1 loads config files by the loader's old method.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = """
@@ -45,17 +40,11 @@ def config_file(name="tiny.py", **changes):
 
 
 @pytest.fixture
-def train(monkeypatch, capsys):
+def train(capsys):
     """Runs train.py with arguments, in this process. Returns the exit code and what it printed."""
 
     def call(*arguments):
-        monkeypatch.setattr(train_script, "FLAGS", flags.FlagValues())
-        argv = ["train.py", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for the fields that are set
-        try:
-            code = train_script.main(train_script.parse(argv))
-        except SystemExit as end:
-            code = end.code
+        code = command.main([str(a) for a in arguments])
         out, err = capsys.readouterr()
         return code, out, err
 

@@ -23,6 +23,7 @@ DATA = {
     "cifar100": ((32, 32, 3), 100),
     "tiny_imagenet": ((64, 64, 3), 200),
     "imagenet": ((224, 224, 3), 1000),
+    "folder": ((32, 32, 3), 10),  # of any size: tests/test_config_file.py
 }
 
 

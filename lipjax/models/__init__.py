@@ -6,7 +6,7 @@ from lipjax.models.lipconvnet import LipConvnet
 from lipjax.models.liresnet import LiResNet
 from lipjax.nn import LipschitzModel
 
-_MODELS = {"convnet": ConvNet, "lipconvnet": LipConvnet, "liresnet": LiResNet}
+MODELS = {"convnet": ConvNet, "lipconvnet": LipConvnet, "liresnet": LiResNet}
 
 
 def get_model(config, *, input_shape: tuple[int, int, int], num_classes: int, batch_size: int = 128) -> LipschitzModel:
@@ -18,10 +18,10 @@ def get_model(config, *, input_shape: tuple[int, int, int], num_classes: int, ba
     """
     options = dict(config)
     name = options.pop("name")
-    if name not in _MODELS:
-        raise UserError(f"config.model.name: expected one of {sorted(_MODELS)}, got {name!r}.")
+    if name not in MODELS:
+        raise UserError(f"config.model.name: expected one of {sorted(MODELS)}, got {name!r}.")
     try:
-        model = _MODELS[name](input_shape=input_shape, num_classes=num_classes, batch_size=batch_size, **options)
+        model = MODELS[name](input_shape=input_shape, num_classes=num_classes, batch_size=batch_size, **options)
         model.check()
     except (TypeError, ValueError) as error:
         raise UserError(f"config.model does not describe a {name}: {error}") from error

@@ -16,12 +16,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
-from ml_collections import config_flags
 from rich.console import Console
 
 from lipjax.errors import UserError
-from lipjax.training import _flops, _hlo, sharding
+from lipjax.training import _flops, _hlo, config_file, sharding
 from lipjax.training import optimizer as optimizers
 from lipjax.training import step as steps
 from lipjax.training.chips import Topology, parse_topology
@@ -301,23 +299,15 @@ def topology_devices(topology: Topology) -> list:
     return devices[: topology.count]
 
 
-def read_config(path: str, overrides: list[str]) -> Any:
+def read_config(name: str, overrides: list[str]) -> Any:
     """The config of a file, with fields set as train.py sets them. overrides: --config.field=value, ...
 
     Raises: UserError for a file or field that does not exist.
     """
-    values, argv = flags.FlagValues(), ["plan", f"--config={path}", *overrides]
-    config_flags.DEFINE_config_file("config", None, "The experiment.", flag_values=values, sys_argv=argv)
-    try:
-        rest = values(argv)[1:]
-        if rest:
-            raise UserError(f"unexpected arguments {rest}; fields are set as --config.field=value")
-        values.config.to_dict()  # raises if the file could not be loaded
-    except UserError:
-        raise
-    except Exception as error:  # a config file is a program, which may fail in any way
-        raise UserError(f"{path}: {error}. lipjax/training/config.py lists all fields.") from error
-    return values.config
+    config, rest = config_file.read_config(name, overrides)
+    if rest:
+        raise UserError(f"unexpected arguments {rest}; fields are set as --config.field=value")
+    return config
 
 
 def run_plans(config: Any, topologies: Iterable[str], images_per_chip: int | None, console: Console) -> None:

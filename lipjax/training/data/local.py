@@ -101,6 +101,11 @@ def load_folder(
     return ArrayDataset(name, train, validation, test, len(names), 255, names, tuple(notes))
 
 
+def folder_files(root: pathlib.Path) -> list[pathlib.Path]:
+    """The image files of a folder per class, as `load_folder` reads them. Raises: UserError as there."""
+    return _listing(root)[1]
+
+
 def _listing(root: pathlib.Path) -> tuple[tuple[str, ...], list[pathlib.Path], list[int], list[pathlib.Path]]:
     """Class names, image files, their labels, and what else lies there but hidden files."""
 

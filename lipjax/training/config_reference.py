@@ -1,0 +1,143 @@
+"""What every field of a config is, read from the comments of `config.default_config`: --help and docs/config.md.
+
+Run: python -m lipjax.training.config_reference > docs/config.md
+"""
+
+import ast
+import dataclasses
+import functools
+import inspect
+import io
+import textwrap
+import tokenize
+from typing import Any
+
+import ml_collections
+
+from lipjax.models import MODELS
+from lipjax.training import config as source
+from lipjax.training.config_file import model_fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """A field of the default config, or a group of fields.
+
+    Attributes: name: with its groups, such as "optimizer.eps". default: as the source writes it; "" of a group.
+      comment: what it is. note: of a field, what is said about it and those after it in its group; else "".
+    """
+
+    name: str
+    default: str
+    comment: str
+    note: str
+
+
+@functools.cache
+def fields() -> tuple[Field, ...]:
+    """All fields and groups, in the order of `default_config`.
+
+    A comment behind a field is about it; one above it as well, unless there is one behind it, too: then the one above
+    is about the field and those that follow.
+    """
+    text = textwrap.dedent(inspect.getsource(source.default_config))
+    comments = {
+        token.start[0]: (token.string.lstrip("# ").rstrip(), token.line.lstrip().startswith("#"))
+        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        if token.type == tokenize.COMMENT
+    }
+    function = ast.parse(text).body[0]
+    assert isinstance(function, ast.FunctionDef)
+    found = []
+    for statement in function.body:
+        if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Attribute):
+            continue
+        name = ast.unparse(statement.targets[0]).removeprefix("config.")
+        behind, alone = comments.get(statement.end_lineno or 0, ("", False))
+        above, line = [], statement.lineno - 1
+        while comments.get(line, ("", False))[1]:
+            above.insert(0, comments[line][0])
+            line -= 1
+        is_group = ast.unparse(statement.value) == "ml_collections.ConfigDict()"
+        default = "" if is_group else ast.get_source_segment(text, statement.value) or ""
+        if default.startswith("config_dict.placeholder"):
+            default = "None"
+        behind = "" if alone else behind
+        note = " ".join(above) if behind else ""
+        found.append(Field(name, " ".join(default.split()), behind or " ".join(above), note))
+    return tuple(found)
+
+
+def _model_text(name: str) -> str:
+    return inspect.getdoc(MODELS[name]) or ""
+
+
+def as_text(config: Any = None) -> str:
+    """All fields for a terminal. config: whose values are shown; None: the defaults."""
+    lines = []
+    for field in fields():
+        about = [textwrap.fill(t, 110, initial_indent=" " * 6, subsequent_indent=" " * 6) for t in [field.comment] if t]
+        if field.note:
+            lines.append(textwrap.fill(field.note, 114, initial_indent="  ", subsequent_indent="  "))
+        if not field.default:
+            lines += ["", f"  config.{field.name}", *about]
+            continue
+        value = field.default
+        if config is not None:
+            if field.name.startswith("model.") and field.name != "model.name":
+                continue  # below, since each model has its own
+            owner: Any = config
+            for part in field.name.split("."):
+                owner = owner[part]
+            value = repr(owner)
+        lines += [f"  --config.{field.name}={value}", *about]
+        if config is not None and field.name == "model.name":
+            model = {n: v for n, v in config.model.items() if n != "name"}
+            lines += [f"  --config.model.{attribute}={given!r}" for attribute, given in model.items()]
+    lines += ["", "  Models, and the attributes of config.model with their own defaults:"]
+    for name in MODELS:
+        given = " ".join(f"{attribute}={_value(value)}" for attribute, value in model_fields(name).items())
+        lines += ["", f"  {name}: {given}", textwrap.indent(_model_text(name), " " * 6)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _value(value: Any) -> str:
+    return "None" if isinstance(value, ml_collections.FieldReference) else repr(value)
+
+
+def as_markdown() -> str:
+    """The page docs/config.md."""
+    page = [
+        "# Fields of a config",
+        "",
+        "Written by `python -m lipjax.training.config_reference > docs/config.md` from the comments of",
+        "`lipjax/training/config.py`; `lipjax train --config=NAME --help` shows the same with the values of a config.",
+        "A field is set by a config file, or by a flag: `--config.optimizer.learning_rate=0.01`. Radii are l2 in",
+        "[0, 1]-pixel units.",
+    ]
+    table = ["", "| field | default | what it is |", "|---|---|---|"]
+    page += ["", "## config", *table]
+    for field in fields():
+        comment = field.comment.replace("|", r"\|")
+        if not field.default:
+            page += ["", f"## config.{field.name}"]
+            page += ["", comment] if comment else []
+            page += table
+            continue
+        page += [f"| | | *{field.note}* |"] if field.note else []
+        page.append(f"| `{field.name}` | `{field.default}` | {comment} |")
+    page += [
+        "",
+        "## Models",
+        "",
+        "`config.model.name` says which. The flag `--config.model.name=convnet` alone takes that model with the",
+        "defaults below; `input_mean` and `input_std` stay those of the config.",
+    ]
+    for name in MODELS:
+        given = ", ".join(f"`{attribute}={_value(value)}`" for attribute, value in model_fields(name).items())
+        page += ["", f"### {name}", "", given, "", "```text", _model_text(name), "```"]
+    return "\n".join(page) + "\n"
+
+
+if __name__ == "__main__":
+    print(as_markdown(), end="")
