@@ -44,12 +44,12 @@ def test_class_names_are_saved_and_loaded_beside_the_network(tmp_path):
 
 
 @pytest.mark.parametrize("names", [["a"], ["a", "b", "c", ""], ["a", "b", "c", 4], "abcd", {"a": 1}, 5], ids=str)
-def test_names_that_do_not_fit_the_classes_are_refused(tmp_path, names):
-    network = FrozenNetwork(jax.tree.map(np.asarray, NETWORKS["mlp_network"]()))
+def test_names_that_do_not_fit_the_classes_are_refused(honest, tmp_path, names):
+    shutil.copytree(honest, tmp_path, dirs_exist_ok=True)
+    network = FrozenNetwork.load(tmp_path / "frozen")
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
         with pytest.raises(ValueError, match="Expected class_names as 4 texts"):
             FrozenNetwork(network.network, names)
-    write_run(tmp_path, network.network)
     path = tmp_path / "frozen" / "network.json"
     path.write_text(json.dumps(read(path) | {"class_names": names}))
     with pytest.raises(UserError, match="Expected class_names as 4 texts"):
@@ -82,9 +82,17 @@ def counted(rows, radii, num_classes, names):
     return table, confusion
 
 
-def named_run(directory, report=True):
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("honest")
+    write_run(directory, NETWORKS["mlp_network"]())
+    return directory
+
+
+def named_run(honest, directory, report=True):
     """A run of `mlp_network` whose classes have names and are reported, one of them without an image."""
-    frozen = write_run(directory, NETWORKS["mlp_network"]())
+    shutil.copytree(honest, directory, dirs_exist_ok=True)
+    frozen = FrozenNetwork.load(directory / "frozen")
     FrozenNetwork(frozen.network, NAMES).save(directory / "frozen")
     forger = Forger(directory)
     rows = forger.rows
@@ -95,8 +103,8 @@ def named_run(directory, report=True):
     return rows
 
 
-def test_a_report_counts_class_by_class_and_the_checker_proves_it(tmp_path):
-    rows = named_run(tmp_path)
+def test_a_report_counts_class_by_class_and_the_checker_proves_it(honest, tmp_path):
+    rows = named_run(honest, tmp_path)
     report = read(tmp_path / "report.json")
     table, confusion = counted(rows, RADII, 4, NAMES)
     assert report["per_class"] == table and report["confusion"] == confusion
@@ -129,8 +137,8 @@ def _present(report):
 
 
 @pytest.mark.parametrize("case", FORGERIES)
-def test_false_numbers_of_a_class_are_refused(tmp_path, case):
-    named_run(tmp_path)
+def test_false_numbers_of_a_class_are_refused(honest, tmp_path, case):
+    named_run(honest, tmp_path)
     forge, field = FORGERIES[case]
     report = read(tmp_path / "report.json")
     forge(report)
@@ -141,8 +149,8 @@ def test_false_numbers_of_a_class_are_refused(tmp_path, case):
     assert contents(tmp_path) == before
 
 
-def test_a_report_without_classes_is_accepted(tmp_path):
-    named_run(tmp_path, report=False)
+def test_a_report_without_classes_is_accepted(honest, tmp_path):
+    named_run(honest, tmp_path, report=False)
     assert "per_class" not in read(tmp_path / "report.json") and checker.check(tmp_path)[0] == 0
 
 
@@ -179,8 +187,8 @@ def test_the_table_shows_every_class_of_few_and_the_lowest_of_many():
 # ---- the page
 
 
-def test_a_page_shows_the_classes(tmp_path):
-    rows = named_run(tmp_path / "run")
+def test_a_page_shows_the_classes(honest, tmp_path):
+    rows = named_run(honest, tmp_path / "run")
     forger = Forger(tmp_path / "run")
     certificate = forger.certificate | {"config": {}, "seed": 0, "step": 1, "versions": {}}
     certificate |= {"precision": "float64", "platform": "here"}

@@ -163,6 +163,7 @@ BAD = {
     "model.input_mean": ["zero", float("nan"), (0.5, "a")],
     "model.input_std": [0.0, -1.0, (0.5, 0.0)],
     "loss.name": ["hinge"],
+    "loss.class_weights": ["auto", 1, ""],
     "loss.epsilon": [0.0, float("inf"), "36/255"],
     "loss.epsilon_start": [-1.0],
     "loss.epsilon_end": [0.0],

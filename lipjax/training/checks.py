@@ -8,7 +8,7 @@ from lipjax.errors import UserError
 from lipjax.nn import COLLECTION
 from lipjax.training import randaugment
 from lipjax.training import step as steps
-from lipjax.training.data import num_generated
+from lipjax.training.data import StreamDataset, num_generated
 
 
 def check_vectors(model, state) -> None:
@@ -32,6 +32,20 @@ def check_loss(config, model) -> None:
     """Raises: UserError for a loss that the model's head has no curvature for."""
     if config.name == steps.CURVATURE and getattr(model, "head", None) != "mlp":
         raise UserError('config.loss.name "curvature" is for models with config.model.head = "mlp": choose another.')
+
+
+def check_class_weights(config, dataset) -> None:
+    """Raises: UserError for class weights where it is not known how often the classes occur."""
+    if config.loss.class_weights == "none":
+        return
+    what = f'config.loss.class_weights "{config.loss.class_weights}" counts the labels of the training images, '
+    if isinstance(dataset, StreamDataset):
+        raise UserError(f'{what}and {dataset.name} is streamed, its labels never read at once: set it to "none".')
+    if num_generated(config):
+        raise UserError(
+            f"{what}and would count generated images by how often their class occurs among the real ones: set it to "
+            '"none", or config.data.generated.path to "".'
+        )
 
 
 def check_augmentation(config, dataset, mesh: Mesh) -> None:

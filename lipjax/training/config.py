@@ -16,7 +16,7 @@ from lipjax.training.accumulate import centering_refused
 from lipjax.training.data import NAMES
 from lipjax.training.randaugment import MAX_MAGNITUDE
 from lipjax.training.report import radius_key
-from lipjax.training.step import CURVATURE, LIPSCHITZ, LOSSES
+from lipjax.training.step import CLASS_WEIGHTS, CURVATURE, LIPSCHITZ, LOSSES
 
 PRECISIONS = ("default", "high", "highest")
 
@@ -85,6 +85,8 @@ def default_config() -> Any:
 
     config.loss = ml_collections.ConfigDict()
     config.loss.name = "emma"  # docs/training.md lists them
+    # Whether images of rare classes count for more, in training and validation: "balanced": all classes count alike.
+    config.loss.class_weights = "none"
     config.loss.epsilon = 36 / 255  # the radius that validation certifies at
     config.loss.epsilon_start = 0.1  # training radius as a multiple of epsilon, in the first epoch
     config.loss.epsilon_end = 3.0  # and from epsilon_ramp on
@@ -197,6 +199,8 @@ def validate(config) -> None:
     _check(positive, "model.input_std", "positive float32 numbers, one or one per channel", std)
     names = sorted([*LOSSES, CURVATURE])
     _check(config.loss.name in names, "loss.name", f"one of {names}", config.loss.name)
+    weights = config.loss.class_weights
+    _check(weights in CLASS_WEIGHTS, "loss.class_weights", f"one of {CLASS_WEIGHTS}", weights)
     for field in ("epsilon", "epsilon_end", "temperature", "radius"):
         _check(0 < config.loss[field] < math.inf, f"loss.{field}", "a positive number", config.loss[field])
     for field in ("weight_growth", "radius_growth"):

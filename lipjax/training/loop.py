@@ -21,7 +21,13 @@ from lipjax.training import optimizer as optimizers
 from lipjax.training import step as steps
 from lipjax.training.accumulate import check_accumulation
 from lipjax.training.checkpoint import Checkpointer
-from lipjax.training.checks import check_augmentation, check_finite, check_loss, check_vectors
+from lipjax.training.checks import (
+    check_augmentation,
+    check_class_weights,
+    check_finite,
+    check_loss,
+    check_vectors,
+)
 from lipjax.training.data import (
     ArrayDataset,
     GeneratedDataset,
@@ -56,6 +62,7 @@ class Run:
                 "lower it."
             )
         check_augmentation(config, self.dataset, self.mesh)
+        check_class_weights(config, self.dataset)
         self.total_steps = self.steps_per_epoch * config.num_epochs
         self.model = get_model(
             config.model,
@@ -124,6 +131,13 @@ class Run:
         dataset = self.dataset
         return open_generated(self.config, dataset.image_shape, dataset.num_classes, dataset.pixel_max)
 
+    @functools.cached_property
+    def class_weights(self) -> np.ndarray | None:
+        """(k,), what an image of each class counts for in the loss and in validation; None if all count alike."""
+        if self.config.loss.class_weights == "none" or isinstance(self.dataset, StreamDataset):
+            return None  # of a stream `check_class_weights` refuses others
+        return steps.balanced_weights(self.dataset.split("train").labels, self.dataset.num_classes)
+
     @property
     def training_identity(self) -> dict:
         """`data_identity`, and what identifies the generated images."""
@@ -139,7 +153,9 @@ class Run:
 
     def batch_runner(self, first_step: int):
         """A function (state, step, schedule) -> (state, metrics) that trains on the batch of that step."""
-        train_step = steps.make_train_step(self.model, self.optimizer, self.config, self.mesh, self.pixel_max)
+        train_step = steps.make_train_step(
+            self.model, self.optimizer, self.config, self.mesh, self.pixel_max, self.class_weights
+        )
         if isinstance(self.dataset, StreamDataset):
             return self._stream_runner(train_step, self.dataset, first_step)
         everywhere = sharding.replicated(self.mesh)
@@ -185,8 +201,12 @@ class Run:
         return images, labels
 
     def validator(self):
-        """A function state -> metrics on the validation split, by norm estimates; {} if the split is empty."""
-        prepare, evaluate = steps.make_eval_step(self.model, self.config, self.mesh, self.pixel_max)
+        """A function state -> metrics on the validation split, by norm estimates; {} if the split is empty.
+
+        With class weights they are means by these weights, so that the checkpoint is kept that is best by them.
+        """
+        weights = self.class_weights
+        prepare, evaluate = steps.make_eval_step(self.model, self.config, self.mesh, self.pixel_max, weights)
         size, batch = self.dataset.size("validation"), self.config.batch_size
         split = sharding.batch_sharded(self.mesh)
 
@@ -212,7 +232,10 @@ class Run:
                 for name, value in evaluate(network, constants, *inputs).items():
                     totals[name] = totals.get(name, 0.0) + float(value)
             lipschitz = np.asarray(constants["lipschitz"])
-            return {name: value / size for name, value in totals.items()} | {
+            total = float(size)
+            if weights is not None and isinstance(self.dataset, ArrayDataset):
+                total = float(weights[self.dataset.validation.labels].sum(dtype=np.float64))
+            return {name: value / total for name, value in totals.items()} | {
                 "lipschitz_estimate": float(lipschitz.max())
             }
 

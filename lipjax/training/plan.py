@@ -191,7 +191,7 @@ class _NoRecords:
 def traced_step(run: Run) -> Any:
     """The step that a run would jit, traced (`jax.stages.Traced`) for arrays that need not exist."""
     config, mesh = run.config, run.mesh
-    train_step = steps.make_train_step(run.model, run.optimizer, config, mesh, run.pixel_max)
+    train_step = steps.make_train_step(run.model, run.optimizer, config, mesh, run.pixel_max, run.class_weights)
     schedule = optimizers.loss_schedule(config.loss, 0, config.num_epochs)
     split, everywhere = sharding.batch_sharded(mesh), sharding.replicated(mesh)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -50,6 +51,7 @@ LOSSES = {
 CURVATURE = "curvature"
 CRM = ("crm", "crm_max")
 LIPSCHITZ = ("product", "grid", "liplt")
+CLASS_WEIGHTS = ("none", "balanced")
 METRIC = "certified_accuracy_estimate"
 # Up to this many classes the curvatures of all pairs are cheaper than those of every image's own rivals, of which the
 # papers' code takes 9. Power iterations from a warm vector.
@@ -211,11 +213,28 @@ def make_build(model, config, mesh: Mesh):
     return build
 
 
-def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int):
+def balanced_weights(labels, num_classes: int) -> np.ndarray:
+    """What an image of each class counts for, (k,) float32, so that all classes count alike: n / (k n_class).
+
+    Args: labels: (n,), of the training images, over which the mean of the weights is 1. Classes without one get 0.
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    present = np.count_nonzero(counts)
+    return np.where(counts > 0, len(labels) / (present * np.maximum(counts, 1)), 0).astype(np.float32)
+
+
+def _counted(values, labels, class_weights):
+    """Values of images, each times the weight of its class; labels of -1 stand for no image."""
+    return values if class_weights is None else values * jnp.asarray(class_weights)[jnp.maximum(labels, 0)]
+
+
+def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int, class_weights: np.ndarray | None = None):
     """The training step (state, images, labels, schedule) -> (state, metrics).
 
     images: uint8 (global batch, h, w, c); labels: int32; or each a pair, of the real and the generated part of the
-    batch; schedule: `optimizer.LossSchedule` of the epoch. A step that meets a value that is not finite leaves
+    batch; schedule: `optimizer.LossSchedule` of the epoch. class_weights: (k,), by which the losses of images are
+    multiplied before their mean over the batch, which is divided by the number of images: then it does not depend on
+    how the batch is divided over devices and micro-batches. A step that meets a value that is not finite leaves
     parameters, state and optimizer as they are; metrics["finite"] says where it was.
     """
 
@@ -239,7 +258,8 @@ def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int):
             if config.train_head_only:
                 features = jax.lax.stop_gradient(features)
             logits = network.head(features)
-            loss = jnp.mean(_per_example_loss(config.loss, network, lip, logits, labels, constants, schedule))
+            each = _per_example_loss(config.loss, network, lip, logits, labels, constants, schedule)
+            loss = jnp.mean(_counted(each, labels, class_weights))
             return loss, (logits, radius_estimate(network, constants, features, logits), means)
 
         (loss, (logits, radii, means)), cotangents = accumulate(
@@ -309,11 +329,11 @@ def _state_and_metrics(mesh: Mesh, shardings):
     return everywhere if shardings is None else shardings, everywhere
 
 
-def make_eval_step(model, config, mesh: Mesh, pixel_max: int):
+def make_eval_step(model, config, mesh: Mesh, pixel_max: int, class_weights: np.ndarray | None = None):
     """Two jitted functions: (params, lip) -> (network, constants); (network, constants, images, labels) -> sums.
 
-    constants: as `estimate_constants`; sums are over the batch. images: uint8; labels: int32, -1 for images that only
-    fill up the batch.
+    constants: as `estimate_constants`; sums are over the batch, of each image times the weight of its class. images:
+    uint8; labels: int32, -1 for images that only fill up the batch.
     """
     everywhere = sharding.replicated(mesh)
 
@@ -331,10 +351,11 @@ def make_eval_step(model, config, mesh: Mesh, pixel_max: int):
         logits = network.head(features)
         correct = jnp.argmax(logits, axis=1) == labels
         radii = radius_estimate(network, constants, features, logits)
-        return {
-            "accuracy": jnp.sum(correct),
-            "certified_accuracy_estimate": jnp.sum(correct & (radii > config.loss.epsilon)),
-            "cross_entropy": jnp.sum(jnp.where(labels >= 0, losses.cross_entropy(logits, jnp.maximum(labels, 0)), 0.0)),
+        found = {
+            "accuracy": correct,
+            "certified_accuracy_estimate": correct & (radii > config.loss.epsilon),
+            "cross_entropy": jnp.where(labels >= 0, losses.cross_entropy(logits, jnp.maximum(labels, 0)), 0.0),
         }
+        return {name: jnp.sum(_counted(values, labels, class_weights)) for name, values in found.items()}
 
     return prepare, evaluate

@@ -43,8 +43,9 @@ def read_image(file: str | os.PathLike, image_size: int = 0) -> ReadImage:
             if image.mode.startswith(("I", "F")):
                 raise UserError(f"{file} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits.")
             # Cameras write JPEG files of this kind whose further images are previews.
-            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-                raise UserError(f"{file} holds {image.n_frames} images; store each in a file of its own.")
+            frames = getattr(image, "n_frames", 1)
+            if image.format != "MPO" and frames > 1:
+                raise UserError(f"{file} holds {frames} images; store each in a file of its own.")
             pixels, composited = _pixels(image)
     except UserError:
         raise
