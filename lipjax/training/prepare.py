@@ -1,6 +1,7 @@
 """Prepares a data set once, from archives on disk or from the network, for reading without TensorFlow.
 
 Run: python -m lipjax.training.prepare NAME --data_dir DIR [--download]
+With the name "export" it writes a split of a run's data set: see lipjax/training/export.py.
 """
 
 import argparse
@@ -153,6 +154,11 @@ def _to_rgb_jpeg(image_bytes: bytes, quality: int = 100) -> bytes:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["export"]:
+        from lipjax.training import export  # here, because it reads configs, and with them imports JAX
+
+        return export.main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m lipjax.training.prepare", description=__doc__)
     parser.add_argument("name", choices=tuple(prepared.PREPARED))
     parser.add_argument("--data_dir", default="", help="default: $TFDS_DATA_DIR or ~/tensorflow_datasets")
