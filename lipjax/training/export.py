@@ -8,6 +8,8 @@ import json
 import os
 import pathlib
 
+import numpy as np
+
 from lipjax.errors import UserError, run_command
 from lipjax.training.config import load_config
 from lipjax.training.data import StreamDataset, load_dataset
@@ -54,7 +56,7 @@ def export_split(
     prefix = "test_" if split == "test" else ""
     arrays = {f"{prefix}images": part.images, f"{prefix}labels": part.labels}
     if dataset.class_names is not None:
-        arrays["class_names"] = list(dataset.class_names)
+        arrays["class_names"] = np.array(dataset.class_names)
     output.parent.mkdir(parents=True, exist_ok=True)
     save_arrays(output, **arrays)
     return part
