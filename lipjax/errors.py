@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable
 
+from lipjax import _streams
+
 
 class UserError(ValueError):
     """Bad input (a config value, a data set, a checkpoint, images): the command line prints it and exits with code 2.
@@ -23,18 +25,20 @@ def run_command(command: Callable[[], object], interrupted: str) -> int:
     """Runs a command of the command line; what the user can mend ends as one message on stderr.
 
     Args: command: without arguments. interrupted: the message after Ctrl-C.
+    A standard output that cannot be written any more does not end it, nor does a letter that it has no code for.
     Returns: the exit code: 0, 1 for a refuted claim, 2 for a user's error or a claim without proof, 130 after Ctrl-C.
       Other errors pass.
     """
-    try:
-        command()
-    except Refuted as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    except (UserError, NotCertifiable, OSError) as error:  # OSError: a full disk, a directory without permission
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return 130
-    return 0
+    with _streams.guarded():
+        try:
+            command()
+        except Refuted as error:
+            print(f"Error: {error}", file=sys.stderr)
+            return 1
+        except (UserError, NotCertifiable, OSError) as error:  # OSError: a full disk, a directory without permission
+            print(f"Error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(interrupted, file=sys.stderr)
+            return 130
+        return 0

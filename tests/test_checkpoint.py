@@ -228,7 +228,7 @@ def test_a_full_disk_names_the_last_good_step_and_keeps_it(saved, monkeypatch, w
         if where == "caller":
             patch.setattr(checkpointer._manager, "save", fail)
         else:
-            patch.setattr("lipjax.training.checkpoint._digests", fail)
+            patch.setattr("lipjax.training.damage.write_digests", fail)
         with pytest.raises(UserError, match="no space left.*last good step is 2.*free some space") as caught:
             checkpointer.save(3, make_state(3), {}, 0.9)
             checkpointer.wait()
@@ -244,11 +244,11 @@ def test_a_full_disk_names_the_last_good_step_and_keeps_it(saved, monkeypatch, w
 KILLED = """
 import os, signal, sys
 import jax.numpy as jnp
-from lipjax.training import checkpoint
+from lipjax.training import checkpoint, damage
 checkpointer = checkpoint.Checkpointer(sys.argv[1])
 checkpointer.save(1, {"w": jnp.ones(4)}, {})
 checkpointer.wait()
-checkpoint._digests = lambda path: os.kill(os.getpid(), signal.SIGKILL)  # every file is written, none is committed
+damage.write_digests = lambda path: os.kill(os.getpid(), signal.SIGKILL)  # every file is written, none is committed
 checkpointer.save(2, {"w": jnp.zeros(4)}, {})
 checkpointer.wait()
 """

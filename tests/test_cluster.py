@@ -26,13 +26,14 @@ from training_helpers import (  # noqa: F401  quick_compiles is a fixture
     final_state,
     interrupt_at,
     quick_compiles,
+    signal_in,
     tiny_config,
     trained,
 )
 
 from lipjax.errors import UserError
-from lipjax.training import cluster, run
-from lipjax.training.loop import Run, train
+from lipjax.training import cluster, lock, run, stopping
+from lipjax.training.loop import train
 
 # Nine steps of 16 images, saved after 2, 3, 4, 6, 8 and 9, all of which stay.
 WHOLE = {"mesh.data": -1, "checkpoint.keep": 10}
@@ -50,7 +51,7 @@ def test_two_processes_of_two_devices_are_one_run(tmp_path):
     assert "4 x cpu" in out and "epoch 3/3" in out and "Written to" in out and other_out == ""
     written = {path.name for path in (tmp_path / "two").iterdir()}
     assert {"config.json", "checkpoints", "metrics.jsonl", "certificate.json", "report.json", "frozen"} <= written
-    assert cluster.LOCK not in written and len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1
+    assert lock.LOCK not in written and len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1
     found = metrics(tmp_path / "two")
     for devices in (1, 4):
         train(tiny_config(**{"mesh.data": devices}), tmp_path / str(devices), 0)
@@ -82,10 +83,10 @@ def test_eight_devices_go_on_as_two_processes_until_one_gets_sigterm(tmp_path, m
         processes.wait_for(workdir / "metrics.jsonl", 5)
         processes.processes[1].send_signal(signal.SIGTERM)
         (code, out, err), (other_code, other_out, other_err) = processes.finish()
-    assert (code, other_code, other_out) == (0, 0, ""), f"{err}\n{other_err}"
+    assert (code, other_code, other_out) == (75, 75, ""), f"{err}\n{other_err}"
     assert "Resuming" in out and "from step 50 of 1500" in out and "Certifying" not in out
     step = latest_step(workdir)
-    assert 50 < step < 1500 and f"Stopped by SIGTERM after step {step} of 1500" in out
+    assert 50 < step < 1500 and f"Stopped by a signal after step {step} of 1500" in out
     assert not (workdir / "certificate.json").exists()
     # The first epochs after 50 are those of one process; later ones drift apart, as errors grow in training.
     before = [json.loads(line) for line in (tmp_path / "until_60.jsonl").read_text().splitlines()]
@@ -126,7 +127,7 @@ def test_processes_that_were_started_differently_say_so(tmp_path):
 
 
 def test_an_error_in_one_process_ends_the_others_with_a_word(tmp_path):
-    with cluster.exclusive(tmp_path / "run"):  # which only process 0 looks at, while process 1 waits for it
+    with lock.exclusive(tmp_path / "run"):  # which only process 0 looks at, while process 1 waits for it
         with Processes(tiny_config(**WHOLE), tmp_path / "run") as processes:
             (code, out, err), (other_code, other_out, other_err) = processes.finish()
     assert (code, out, other_code, other_out) == (2, "", 2, "")
@@ -141,31 +142,14 @@ def launch(config, workdir):
     return cluster.launch(lambda: run.run(config, workdir), "interrupted", values)
 
 
-def terminate_in(monkeypatch, step):
-    """SIGTERM for this process while it runs a step, counted from 0."""
-    original = Run.batch_runner
-
-    def batch_runner(self, first_step):
-        train_batch = original(self, first_step)
-
-        def terminated(state, at, schedule):
-            if at == step:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return train_batch(state, at, schedule)
-
-        return terminated
-
-    monkeypatch.setattr(Run, "batch_runner", batch_runner)
-
-
 # In the middle of an epoch; at the end of one that neither validates nor saves; in the last step.
 @pytest.mark.parametrize(("step", "changes"), [(4, {}), (2, {"checkpoint.every_epochs": 3}), (8, {})])
 @pytest.mark.x64_off
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys, step, changes):
     config = tiny_config(**changes)
     with monkeypatch.context() as patch:
-        terminate_in(patch, step)
-        assert launch(config, tmp_path) == 0
+        signal_in(patch, step, signal.SIGTERM)
+        assert launch(config, tmp_path) == os.EX_TEMPFAIL
     out = capsys.readouterr().out
     assert f"Stopped by SIGTERM after step {step + 1} of 9" in out and "The same command goes on" in out
     assert "Certifying" not in out and not (tmp_path / "certificate.json").exists()
@@ -179,8 +163,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, monkeypatch, capsy
 
 HOLDER = """
 import pathlib, sys
-from lipjax.training import cluster
-with cluster.exclusive(pathlib.Path(sys.argv[1])):
+from lipjax.training import lock
+with lock.exclusive(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -194,14 +178,14 @@ def test_one_directory_is_for_one_run_at_a_time(tmp_path):
         with pytest.raises(
             UserError, match=f"in use by another training .process {process.pid} on .*another --workdir"
         ):
-            with cluster.exclusive(directory):
+            with lock.exclusive(directory):
                 pass
         process.kill()  # what it held is free
-    with cluster.exclusive(directory):
-        assert (directory / cluster.LOCK).exists()
+    with lock.exclusive(directory):
+        assert (directory / lock.LOCK).exists()
         (directory / "something").touch()
     assert [path.name for path in directory.iterdir()] == ["something"]
-    with pytest.raises(UserError), cluster.exclusive(tmp_path / "new" / "run"):
+    with pytest.raises(UserError), lock.exclusive(tmp_path / "new" / "run"):
         raise UserError("of the config")
     assert not (tmp_path / "new" / "run").exists()
 
@@ -247,15 +231,15 @@ def test_sigterm_is_heeded_in_runs_that_resume_and_between_seeds(monkeypatch):
         service["stops_at"] = service["last"] + 1
 
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(cluster.multihost_utils, "reached_preemption_sync_point", sync_point)
-    with cluster.preemption() as preempted:
+    monkeypatch.setattr(stopping.multihost_utils, "reached_preemption_sync_point", sync_point)
+    with stopping.preemption(cluster.leave) as preempted:
         assert not any(map(preempted, range(1, 5)))
     signalled()  # while the first seed is certified
-    with cluster.preemption() as preempted:
+    with stopping.preemption(cluster.leave) as preempted:
         assert preempted(501)  # the first step of the next one, which resumes
         assert preempted(502)
     service["stops_at"] = None
-    with cluster.preemption() as preempted:
+    with stopping.preemption(cluster.leave) as preempted:
         assert not preempted(1)  # control
         signalled()  # in the validation after the last step
         assert preempted(1)

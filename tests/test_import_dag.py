@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Each room may import the rooms of earlier rows (and itself). A new module needs a place here.
 ROWS = (
+    ("_streams",),
     ("errors", "checker", "_spread"),
     ("_dft", "_cholesky", "_parts"),
     ("linalg", "conv", "activations", "_verified"),

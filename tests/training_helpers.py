@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import os
 import pathlib
 import shutil
 import tempfile
@@ -134,6 +135,23 @@ def interrupt_at(monkeypatch, step, error=KeyboardInterrupt):
             return train_batch(state, at, epsilon)
 
         return interrupted
+
+    monkeypatch.setattr(Run, "batch_runner", batch_runner)
+
+
+def signal_in(monkeypatch, step, number):
+    """A signal for this process while it runs a step, counted from 0."""
+    original = Run.batch_runner
+
+    def batch_runner(self, first_step):
+        train_batch = original(self, first_step)
+
+        def signalled(state, at, schedule):
+            if at == step:
+                os.kill(os.getpid(), number)
+            return train_batch(state, at, schedule)
+
+        return signalled
 
     monkeypatch.setattr(Run, "batch_runner", batch_runner)
 

@@ -2,13 +2,17 @@
 
 import contextlib
 import errno
-import hashlib
+import importlib
+import itertools
 import json
 import logging
 import math
 import os
-import re
 import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,15 +22,59 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from lipjax.errors import UserError
+from lipjax.training import cluster, damage
 
 FORMAT = {"format": "lipjax.checkpoint", "version": 1}
-_STEP = re.compile(r"\d+")
 _TEMPORARY = ".orbax-checkpoint-tmp"
-_DIGESTS = "digests.json"
 _ADVICE = "choose another --workdir"
 
-# Orbax logs the tracebacks of its threads before it raises them; what matters of them is in the error of this module.
-logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+_ORBAX = f"{os.sep}orbax{os.sep}"
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs the tracebacks of its threads before it raises them, and asyncio those of what Orbax gave up.
+
+    What matters of them is in the error of this module.
+    """
+    trace = record.exc_info[2] if record.exc_info else None
+    places = [record.pathname, record.getMessage(), *(frame.filename for frame in traceback.extract_tb(trace))]
+    return not any(_ORBAX in place for place in places)
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_not_of_orbax)
+
+
+def _of_closed_loop(error: BaseException | None, trace: TracebackType | None) -> bool:
+    """Whether an error is one of those that TensorStore prints after a failed save, when Orbax's loop is closed."""
+    return isinstance(error, RuntimeError) and trace is not None and trace.tb_frame.f_code.co_name == _FROM_THREADS
+
+
+def _without_threads(kind, error, trace, otherwise=sys.excepthook) -> None:
+    if not _of_closed_loop(error, trace):
+        otherwise(kind, error, trace)
+
+
+def _without_unraisable(found, otherwise=sys.unraisablehook) -> None:
+    if not _of_closed_loop(found.exc_value, found.exc_traceback):
+        otherwise(found)
+
+
+_FROM_THREADS = "call_soon_threadsafe"
+sys.excepthook, sys.unraisablehook = _without_threads, _without_unraisable
+
+
+class _SteadyClock:
+    """Stands for the module `time` where Orbax measures time-outs: the clock on the wall may jump."""
+
+    time, sleep = staticmethod(time.monotonic), staticmethod(time.sleep)
+
+
+for _name in ("future", "signaling_client"):
+    with contextlib.suppress(ImportError):  # another Orbax may measure elsewhere
+        vars(importlib.import_module(f"orbax.checkpoint._src.futures.{_name}"))["time"] = _SteadyClock
+
+_opened = itertools.count(1)
 
 
 class Checkpointer:
@@ -41,7 +89,13 @@ class Checkpointer:
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, keep: int = 2, best_metric: str = "metric", read_only: bool = False
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int = 2,
+        best_metric: str = "metric",
+        read_only: bool = False,
+        repaired: Callable[[str], object] | None = None,
     ):
         """Opens or creates `directory`.
 
@@ -50,7 +104,9 @@ class Checkpointer:
           keep: number of latest steps to keep, at least 1.
           best_metric: the name under which the metric of `save` is stored; larger is better.
           read_only: never write, create or clean up.
-        Raises: UserError if the directory is not a checkpoint directory of lipjax or cannot be used.
+          repaired: if given, damaged steps are moved aside (`damage.set_aside`), and it gets a line about each of them.
+        Raises: UserError if the directory is not a checkpoint directory of lipjax or cannot be used, or is to be
+          repaired and holds no good step.
         """
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
@@ -62,6 +118,12 @@ class Checkpointer:
         self._keep = keep
         self._failed = False
         self._check_ours()
+        if repaired is not None:
+            if read_only:
+                raise ValueError("what is read_only cannot be repaired")
+            if jax.process_index() == 0:
+                self._verified = damage.set_aside(self.directory, repaired)
+            cluster.wait(f"checkpoints {next(_opened)}")  # before the others look into the directory
         self._manager = self._open()
 
     def save(self, step: int, state: Any, meta: dict[str, Any], metric: float | None = None) -> bool:
@@ -198,7 +260,7 @@ class Checkpointer:
         try:
             manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
             # It asks with numbers of its own whether to stop, which sets back the count by which the processes of a run
-            # agree on that (`cluster.preemption`); lipjax decides when to save, so that it need not know.
+            # agree on that (`stopping.preemption`); lipjax decides when to save, so that it need not know.
             manager.reached_preemption = lambda step: False
             return manager
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -222,7 +284,7 @@ class Checkpointer:
             names = [path.name for path in self.directory.iterdir() if not path.name.startswith(".")]
         except OSError as error:
             raise UserError(f"{self._place()} cannot be read ({_first_line(error)}); {_ADVICE}") from error
-        foreign = [name for name in names if not _STEP.fullmatch(name) and _TEMPORARY not in name]
+        foreign = [name for name in names if not damage.STEP.fullmatch(name) and _TEMPORARY not in name]
         if foreign:
             raise UserError(
                 f"{self._place()} should hold step directories only, but holds {sorted(foreign)[0]!r}: "
@@ -238,31 +300,20 @@ class Checkpointer:
         return max(steps) if step is None else step
 
     def _steps_on_disk(self) -> list[int]:
-        return sorted(int(path.name) for path in self.directory.iterdir() if _STEP.fullmatch(path.name))
+        return sorted(int(path.name) for path in self.directory.iterdir() if damage.STEP.fullmatch(path.name))
 
     def _write_digests(self) -> None:
         """Runs in Orbax's thread when all files are written, just before the step gets its final name."""
         if jax.process_index() == 0:
             for path in self.directory.glob(f"{self._saving}{_TEMPORARY}*"):
-                (path / _DIGESTS).write_text(json.dumps(_digests(path)))
+                damage.write_digests(path)
 
     def _verify(self, step: int) -> None:
         if step in self._verified or jax.process_index() != 0:
             return
-        try:
-            path = self.directory / str(step)
-            if not (path / _DIGESTS).is_file():
-                what = f"is incomplete or was not written by lipjax (no {_DIGESTS} in it)"
-                raise UserError(f"{self._place(step)} {what}; {self._remedy(step)}")
-            expected, came = json.loads((path / _DIGESTS).read_text()), _digests(path)
-        except UserError:
-            raise
-        except (OSError, ValueError) as error:
-            raise self._corrupt(step, _first_line(error)) from error
-        wrong = sorted(name for name in expected if came.get(name) != expected[name])
-        if wrong:
-            what = "has other content than was written" if wrong[0] in came else "is missing"
-            raise self._corrupt(step, f"{wrong[0]} {what}")
+        what = damage.damage_of(self.directory / str(step))
+        if what is not None:
+            raise self._corrupt(step, what)
         self._verified.add(step)
 
     def _check_structure(self, step: int, abstract_state: Any) -> None:
@@ -313,17 +364,6 @@ class Checkpointer:
         cause = "no space left on the device" if full else _first_line(error)
         remedy = "free some space" if full else "check the directory"
         return UserError(f"{self._place()} could not be saved: {cause}; {good}; {remedy} and start again to resume")
-
-
-def _digests(step: Path) -> dict[str, str]:
-    """Relative path → digest of the files with content, without Orbax's commit marks, which come later."""
-    result = {}
-    for item in ("state", "meta", "metrics"):
-        for path in sorted((step / item).rglob("*")):
-            if path.is_file() and path.name != "commit_success.txt":
-                with path.open("rb") as file:
-                    result[path.relative_to(step).as_posix()] = hashlib.file_digest(file, "blake2b").hexdigest()
-    return result
 
 
 def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], Any]]:

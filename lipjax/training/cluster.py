@@ -1,24 +1,19 @@
-"""Several processes as one run: how they find each other, agree, stop and end together. JAX's runtime does the work."""
+"""Several processes as one run: how they find each other, agree and end together. JAX's runtime does the work."""
 
 import atexit
 import contextlib
-import errno
-import fcntl
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import os
 import pathlib
-import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -27,10 +22,11 @@ from jax._src import distributed  # for its client: jax.distributed offers neith
 from jax.experimental import multihost_utils
 
 import lipjax
+from lipjax import _streams
 from lipjax.errors import UserError, run_command
+from lipjax.training import stopping
 
 AUTO, NONE = "auto", "none"
-LOCK = ".lock"
 HEARTBEAT_SECONDS = 60
 _FLAGS = ("coordinator", "num_processes", "process_id")
 _FAILED = "lipjax/failed"
@@ -38,16 +34,11 @@ _FOREVER_MS = 2**31 - 1  # 24 days
 # A process that failed leaves its word with process 0, which stays so long for the others to read it.
 _LAST_WORD_SECONDS, _POLL_SECONDS = 6.0, 2.0
 _MEET_SECONDS = 300.0
-# What file systems need at most until a file written on one machine is seen on another.
-_VISIBLE_SECONDS = 60.0
 _ADVICE = "Start all processes again with the same command: they go on from the last checkpoint."
 
 _over = threading.Event()
-_calls = itertools.count(1)  # of all trainings of this process: their numbers must never fall
-
-
-class Preempted(Exception):
-    """Training stopped because of SIGTERM; the message says how far it came. The state is saved."""
+_met = threading.Event()
+_stuck = threading.Event()  # a thread of this process is inside JAX and does not come back
 
 
 def define_flags(flag_values: flags.FlagValues) -> None:
@@ -68,47 +59,73 @@ def define_flags(flag_values: flags.FlagValues) -> None:
 def launch(command: Callable[[], object], interrupted: str, flag_values: flags.FlagValues) -> int:
     """`errors.run_command` as one process of several, or alone, as the flags and the cluster say.
 
-    If one process ends with an error, the others end within seconds with a message that names it; if one vanishes,
-    JAX's coordination service aborts them after --heartbeat_seconds (exit code 134, and a message that names it).
-    Returns: the exit code; 0 also after SIGTERM, when the state is saved.
+    However one process ends before its work is done, the others end within seconds with a message that names it; if
+    one vanishes, JAX's coordination service aborts them after --heartbeat_seconds (exit code 134, and a message that
+    names it).
+    Returns: the exit code; 75 (EX_TEMPFAIL) if a signal stopped the run before its end (`stopping.REQUESTS`), 130 if it
+      was Ctrl-C.
     """
+    stopped: list[int] = []
 
     def joined():
         join(**{name: flag_values[name].value for name in (*_FLAGS, "heartbeat_seconds")})
         try:
             command()
             wait("end")
-        except Preempted as end:
+        except stopping.Preempted as end:
+            if not end.agreed:
+                raise
             if jax.process_index() == 0:
                 print(end, flush=True)
             wait("preempted")
+            stopped.append(end.code)
         except UserError as error:
-            if not jax.distributed.is_initialized():
+            if not _met.is_set():
                 raise
             raise UserError(f"process {jax.process_index()} of {jax.process_count()}: {error}") from error
 
-    try:
-        code = run_command(joined, interrupted)
-    except Exception as error:
-        exhausted = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
-        if not (exhausted or jax.distributed.is_initialized()):
-            raise
-        code = 1
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            if exhausted:
-                what = "the devices have too little memory: see config.accumulation, remat, precision and batch_size"
-            else:
-                _over.wait(_LAST_WORD_SECONDS)  # another process may have said why
-                what = "an operation of all processes failed, most likely because another one died: see its output"
-            several = jax.distributed.is_initialized()
-            who = f"process {jax.process_index()}: " if several else ""
-            advice = _ADVICE if several else "The same command goes on from the last checkpoint."
-            print(f"Error: {who}{what} ({str(error).splitlines()[0][:200]}). {advice}", file=sys.stderr)
-        else:
-            traceback.print_exc()
-    if code and jax.distributed.is_initialized():
-        _leave(code)
+    with _streams.guarded():
+        try:
+            with stopping.outside_training():
+                code = run_command(joined, interrupted)
+        except BaseException as error:  # also what is meant to end a process: the others would wait for this one
+            code = _code_of(error)
+            if code is None:
+                raise
+        if stopped:
+            return stopped[0]
+        if code and _met.is_set():
+            _leave(code)
+        if _stuck.is_set():
+            _exit(code)
     return code
+
+
+def _code_of(error: BaseException) -> int | None:
+    """The exit code for what a command raised, after a word about it; None if it is to be raised."""
+    several = _met.is_set()
+    if isinstance(error, stopping.Preempted):
+        print(error, flush=True)
+        return error.code
+    exhausted = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    if not (exhausted or several):
+        return None
+    if isinstance(error, SystemExit):
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        return error.code if isinstance(error.code, int) and error.code else 1
+    if not isinstance(error, jax.errors.JaxRuntimeError):
+        traceback.print_exception(error)
+        return 1
+    if exhausted:
+        what = "the devices have too little memory: see config.accumulation, remat, precision and batch_size"
+    else:
+        _over.wait(_LAST_WORD_SECONDS)  # another process may have said why
+        what = "an operation of all processes failed, most likely because another one died: see its output"
+    who = f"process {jax.process_index()}: " if several else ""
+    advice = _ADVICE if several else "The same command goes on from the last checkpoint."
+    print(f"Error: {who}{what} ({str(error).splitlines()[0][:200]}). {advice}", file=sys.stderr)
+    return 1
 
 
 def join(
@@ -128,17 +145,54 @@ def join(
         return
     if arguments:
         _check_coordinator(arguments["coordinator_address"], arguments["process_id"])
+    options: dict[str, Any] = {"heartbeat_timeout_seconds": heartbeat_seconds or HEARTBEAT_SECONDS}
+    # Of a failure after that time JAX would abort the process; this one ends before, with a message.
+    options["initialization_timeout"] = int(2 * _MEET_SECONDS) + 60
     try:
-        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=heartbeat_seconds or HEARTBEAT_SECONDS)
+        _interruptible(lambda: jax.distributed.initialize(**arguments, **options), _MEET_SECONDS)
+    except TimeoutError as error:
+        place = f" at {arguments['coordinator_address']}" if arguments else ""
+        raise UserError(
+            f"the processes of this run did not meet{place} within {_MEET_SECONDS:.0f} s. See that all are started, "
+            "with the same --coordinator and --num_processes and a --process_id of their own, and whether process 0 "
+            "is the one that listens there."
+        ) from error
     except (ValueError, RuntimeError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise UserError(
             f"the processes of this run did not find each other ({reason}). Give --coordinator=HOST:PORT with a free "
             "port of process 0, --num_processes and --process_id, or --coordinator=none to run alone."
         ) from error
+    _met.set()
     watcher = threading.Thread(target=_watch, daemon=True)
     watcher.start()
     atexit.register(lambda: (_over.set(), watcher.join()))  # Python must not end while a thread is inside JAX
+
+
+def _interruptible(function: Callable[[], object], seconds: float | None = None) -> None:
+    """Calls what waits inside JAX, but in a thread, so that signals are heeded meanwhile.
+
+    Raises: TimeoutError after so many seconds (the thread is left alone); what the function raises.
+    """
+    raised: list[BaseException] = []
+
+    def call():
+        try:
+            function()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    try:
+        thread.join(seconds)
+    finally:
+        if thread.is_alive():
+            _stuck.set()
+    if thread.is_alive():
+        raise TimeoutError
+    if raised:
+        raise raised[0]
 
 
 def initialize_arguments(coordinator, num_processes, process_id) -> dict[str, Any] | None:
@@ -219,7 +273,7 @@ def check_joined() -> None:
 def wait(name: str) -> None:
     """Returns when all processes have come here, however long that takes. name: another one at each place and time."""
     if jax.distributed.is_initialized():
-        _client().wait_at_barrier(f"lipjax/{name}", _FOREVER_MS)
+        _interruptible(lambda: _client().wait_at_barrier(f"lipjax/{name}", _FOREVER_MS))
 
 
 def _client() -> Any:
@@ -241,7 +295,14 @@ def _watch() -> None:
         _exit(int(code))
 
 
-def _leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
+    """Ends this process and, if there are others, those, without waiting for anything of this run."""
+    if _met.is_set():
+        _leave(code)
+    _exit(code)
+
+
+def _leave(code: int) -> NoReturn:
     """Ends this process and the others: not by JAX's shutdown, which would wait for them."""
     _over.set()
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one failed before
@@ -251,9 +312,10 @@ def _leave(code: int) -> None:
     _exit(code)
 
 
-def _exit(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+def _exit(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):  # closed, none, in a handler
+            stream.flush()
     os._exit(code)
 
 
@@ -286,102 +348,6 @@ def code_identity() -> dict[str, str]:
         digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
     return {"sources": digest.hexdigest(), **versions}
-
-
-@contextlib.contextmanager
-def exclusive(workdir: pathlib.Path) -> Iterator[None]:
-    """Keeps other runs out of a directory (process 0 holds the lock), which is made if it does not exist.
-
-    Raises: UserError if another process holds it, or if not all processes see the same directory.
-    """
-    token = np.frombuffer(uuid.uuid4().bytes, np.uint8)
-    with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
-            stack.enter_context(_locked(workdir / LOCK, token.tobytes().hex()))
-        if jax.process_count() > 1:
-            token = multihost_utils.broadcast_one_to_all(token)
-            deadline = time.monotonic() + _VISIBLE_SECONDS
-            while jax.process_index() and token.tobytes().hex() not in _text(workdir / LOCK):
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"this process does not see the directory {workdir} of process 0: give a --workdir on a file "
-                        "system that all processes share."
-                    )
-                time.sleep(0.5)
-        yield
-        wait(f"release {token.tobytes().hex()}")
-
-
-@contextlib.contextmanager
-def _locked(path: pathlib.Path, token: str) -> Iterator[None]:
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however that ends
-            except (BlockingIOError, PermissionError) as error:
-                raise UserError(
-                    f"{path.parent} is in use by another training ({' '.join(_text(path).split()[:4]) or 'unknown'}): "
-                    "wait for it to end, or choose another --workdir."
-                ) from error
-            except OSError as error:  # a file system without locks
-                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                    raise
-            if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
-                continue  # its last holder has just removed it
-            try:
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()} {token}\n")
-                file.flush()
-                os.fsync(file.fileno())
-                yield
-                return
-            finally:
-                path.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):
-                    path.parent.rmdir()  # if nothing else was written
-
-
-def _text(path: pathlib.Path) -> str:
-    try:
-        return path.read_text()
-    except FileNotFoundError:
-        return ""
-
-
-@contextlib.contextmanager
-def preemption() -> Iterator[Callable[[int], bool]]:
-    """Notices SIGTERM; gives a function of the steps done that says whether to save now and stop.
-
-    It must be called after every step, and once more after the last. In a run of several processes it is true in all of
-    them from the same call on, one that none has made when the signal has become known.
-    """
-    if jax.distributed.is_initialized():
-        agreed = False
-
-        def reached(step):
-            nonlocal agreed
-            del step  # JAX asks for the call after the latest one, which is another step in a run that resumes
-            agreed = multihost_utils.reached_preemption_sync_point(next(_calls)) or agreed
-            return agreed
-
-        yield reached
-        return
-    if threading.current_thread() is not threading.main_thread():  # which has no say about signals
-        yield lambda step: False
-        return
-    received = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: received.set())
-    try:
-        yield lambda step: received.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
-
-
-def end_of_training() -> None:
-    """From here on SIGTERM ends the process: there is nothing to save any more."""
-    if jax.distributed.is_initialized():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def global_array(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:

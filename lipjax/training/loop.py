@@ -16,7 +16,7 @@ from lipjax.certify import write_json
 from lipjax.errors import NotCertifiable, UserError
 from lipjax.models import get_model
 from lipjax.nn import COLLECTION
-from lipjax.training import cluster, sharding, warm_start
+from lipjax.training import cluster, sharding, stopping, warm_start
 from lipjax.training import optimizer as optimizers
 from lipjax.training import step as steps
 from lipjax.training.accumulate import check_accumulation
@@ -242,12 +242,13 @@ class Run:
         return validate
 
 
-def train(config, workdir: str | os.PathLike, seed: int) -> Run:
+def train(config, workdir: str | os.PathLike, seed: int, writable: bool = True) -> Run:
     """Trains one seed to the end, or goes on where an earlier call on the same directory stopped.
 
     Args: config: validated. workdir: of this seed; gets config.json, checkpoints/, metrics.jsonl and tensorboard/.
+      writable: whether that is possible; if not, the run must be trained already.
     Raises: UserError for what the user can mend: config, data, a directory of another run, a full disk, NaN.
-      `cluster.Preempted` after SIGTERM, when the state is saved.
+      `stopping.Preempted` after a signal that asks for it, when the state is saved.
     """
     workdir = pathlib.Path(workdir)
     run = Run(config, seed)
@@ -255,7 +256,13 @@ def train(config, workdir: str | os.PathLike, seed: int) -> Run:
     identity = run.training_identity
     console = Console(quiet=jax.process_index() != 0, soft_wrap=True, highlight=False)
     with (
-        Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=METRIC) as checkpointer,
+        Checkpointer(
+            workdir / "checkpoints",
+            keep=config.checkpoint.keep,
+            best_metric=METRIC,
+            read_only=not writable,
+            repaired=console.print if writable else None,
+        ) as checkpointer,
         jax.default_matmul_precision(config.matmul_precision),
     ):
         latest, meta = checkpointer.latest_step(), {}
@@ -265,7 +272,12 @@ def train(config, workdir: str | os.PathLike, seed: int) -> Run:
             check_same_run(workdir, meta, config, seed, identity)
         else:
             check_not_foreign(workdir / "config.json")
-        if jax.process_index() == 0:
+        if not writable and (latest is None or latest < run.total_steps):
+            raise UserError(
+                f"{workdir} cannot be written, and holds step {latest or 0} of {run.total_steps}: make it writable, or "
+                "copy it to where it can be written."
+            )
+        if writable and jax.process_index() == 0:
             write_json(workdir / "config.json", {"config": plain(config), "seed": seed})
         if latest is not None and latest >= run.total_steps:
             console.print(f"{workdir} is trained already, to step {latest} of {run.total_steps}.")
@@ -307,7 +319,7 @@ def _train_epochs(run: Run, state, checkpointer: Checkpointer, writer: MetricWri
         means = averages()
         progress.step(step + 1, **{name: means[name] for name in ("loss", "accuracy", METRIC)})
 
-    with writer.progress(run.total_steps, first) as progress, cluster.preemption() as preempted:
+    with writer.progress(run.total_steps, first) as progress, stopping.preemption(cluster.leave) as preempted:
         for step in range(first, run.total_steps):
             epoch, done = step // run.steps_per_epoch, step + 1
             schedule = optimizers.loss_schedule(config.loss, epoch, config.num_epochs)
@@ -326,7 +338,7 @@ def _train_epochs(run: Run, state, checkpointer: Checkpointer, writer: MetricWri
             if not ends_epoch:
                 save(done, None)
                 if stop:
-                    _stopped(run, checkpointer, done)
+                    _stopped(run, checkpointer, done, preempted)
                 continue
             shown = averages() | {"epsilon": schedule.epsilon, "learning_rate": np.asarray(rate(step)).item()}
             if config.loss.name in steps.CRM:
@@ -344,17 +356,19 @@ def _train_epochs(run: Run, state, checkpointer: Checkpointer, writer: MetricWri
             names = ("loss", "accuracy", METRIC, "val_accuracy", f"val_{METRIC}")
             progress.epoch(epoch + 1, config.num_epochs, {n: shown[n] for n in names if n in shown})
             if stop:
-                _stopped(run, checkpointer, done)
+                _stopped(run, checkpointer, done, preempted)
         if preempted(run.total_steps):
-            _stopped(run, checkpointer, run.total_steps)
+            _stopped(run, checkpointer, run.total_steps, preempted)
 
 
-def _stopped(run: Run, checkpointer: Checkpointer, done: int) -> NoReturn:
-    """Raises: `cluster.Preempted`, as soon as the last save is on disk."""
+def _stopped(run: Run, checkpointer: Checkpointer, done: int, stop: stopping.Stop) -> NoReturn:
+    """Raises: `stopping.Preempted`, as soon as the last save is on disk."""
     checkpointer.wait()
-    raise cluster.Preempted(
-        f"Stopped by SIGTERM after step {done} of {run.total_steps}, which is saved in {checkpointer.directory}. The "
-        "same command goes on from there."
+    raise stopping.Preempted(
+        f"Stopped by {stop.by} after step {done} of {run.total_steps}, which is saved in {checkpointer.directory}. The "
+        "same command goes on from there.",
+        stop.code,
+        agreed=True,
     )
 
 

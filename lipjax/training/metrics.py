@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from tensorboardX.summary import scalar as scalar_summary
 
 from lipjax.certify import replacing
 from lipjax.errors import UserError
+from lipjax.training import damage
 
 FILE_NAME = "metrics.jsonl"
 
@@ -48,7 +50,7 @@ class MetricWriter:
         self._path = Path(workdir) / FILE_NAME
         with self._writing():
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            _keep_until(self._path, -1 if resume_step is None else resume_step)
+            _keep_until(self._path, -1 if resume_step is None else resume_step, self._console)
             self._file = self._path.open("a", encoding="utf-8")
             self._board = self._open_board(resume_step)
 
@@ -152,19 +154,30 @@ class TrainingProgress:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _keep_until(path: Path, last_step: int) -> None:
-    """Drops the lines of steps after `last_step`, and a last line that a killed process left half-written."""
+def _keep_until(path: Path, last_step: int, console: Console) -> None:
+    """Drops the lines of steps after `last_step`, and a last line that a killed process left half-written.
+
+    Other lines that cannot be read are dropped, too; then the file as it was is kept, and the console says where.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    kept, unreadable = [], []
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
         try:
             if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
+                kept.append(line.rstrip(b"\r\n") + b"\n")
+        except (ValueError, KeyError, TypeError):
+            if line.endswith(b"\n"):
+                unreadable.append(number)
+    if unreadable:
+        copy = damage.place_aside(path.parent, path.name)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+        which = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
+        console.print(f"{path} is damaged in line {which}, left out from here on; the whole file is kept as {copy}.")
     with replacing(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.write_bytes(b"".join(kept))
 
 
 def _numbers(scalars: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """What train.py does: all seeds of a config, trained, certified and reported."""
 
+import json
 import os
 import pathlib
 
@@ -9,7 +10,7 @@ from rich.console import Console
 from lipjax._float64 import host_device
 from lipjax.certify import write_json
 from lipjax.errors import UserError
-from lipjax.training import cluster, warm_start
+from lipjax.training import cluster, lock, stopping, warm_start
 from lipjax.training import report as reports
 from lipjax.training.config import validate
 from lipjax.training.evaluate import certify_run
@@ -23,7 +24,7 @@ def run(config, workdir: str | os.PathLike) -> dict:
     With one seed everything lies in workdir; with several, in workdir/seed_<n>, and workdir/report.json sums up.
     Of several processes all train, and process 0 writes and certifies while the others wait.
     Returns: the report that is written to workdir/report.json; {} in other processes than 0.
-    Raises: `cluster.Preempted` if SIGTERM stopped the training.
+    Raises: `stopping.Preempted` if a signal stopped it before its end.
     """
     validate(config)
     cluster.check_joined()
@@ -31,8 +32,8 @@ def run(config, workdir: str | os.PathLike) -> dict:
     workdir, first = pathlib.Path(workdir).expanduser(), jax.process_index() == 0
     console = Console(quiet=not first, soft_wrap=True, highlight=False)
     _check_agreement(config)
-    with cluster.exclusive(workdir):
-        return _run(config, workdir, console)
+    with lock.exclusive(workdir) as writable:
+        return _run(config, workdir, console) if writable else _look(config, workdir, console)
 
 
 def _run(config, workdir: pathlib.Path, console: Console) -> dict:
@@ -46,7 +47,7 @@ def _run(config, workdir: pathlib.Path, console: Console) -> dict:
         directory = workdir / f"seed_{seed}" if several else workdir
         trained = train(config, directory, seed)
         if seed == config.seeds[-1]:
-            cluster.end_of_training()
+            stopping.end_of_training()
         found.append(certify_run(directory, config, seed, trained, console))
         if first:
             reports.print_table(found[-1], console)
@@ -60,6 +61,25 @@ def _run(config, workdir: pathlib.Path, console: Console) -> dict:
         reports.print_table(report, console)
     folders = "seed_*/" if several else ""
     console.print(f"Written to {workdir}: {folders}certificate.json, {folders}certified_accuracy.png, report.json")
+    return report
+
+
+def _look(config, workdir: pathlib.Path, console: Console) -> dict:
+    """`_run` for a directory that cannot be written: says what lies there.
+
+    Returns: report.json. Raises: UserError if the runs are not trained to the end and certified.
+    """
+    several = len(config.seeds) > 1
+    _check_layout(workdir, several)
+    for seed in config.seeds:
+        train(config, workdir / f"seed_{seed}" if several else workdir, seed, writable=False)
+    try:
+        report = json.loads((workdir / "report.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{workdir} is not certified, and cannot be written: copy it to where it can.") from error
+    if jax.process_index() == 0:
+        reports.print_table(report, console)
+    console.print(f"{workdir} cannot be written: its certificate and reports are left as they are.")
     return report
 
 

@@ -1,5 +1,6 @@
 """Data sets too large for memory: ImageNet, read by index through Grain, decoded and cropped on the host."""
 
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -11,6 +12,7 @@ import numpy as np
 from absl import flags
 
 from lipjax.errors import UserError
+from lipjax.training import stopping
 from lipjax.training.data.arrays import check_split, stable_random_words
 from lipjax.training.data.prepared import open_image
 
@@ -217,11 +219,15 @@ def _decoded(images: Any, batch_size: int, workers: int) -> Generator[tuple[np.n
         flags.FLAGS.mark_as_parsed()
     threads = max(NUM_THREADS // workers, 1)
     chunks = images.batch(CHUNK).to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
-    processes = iter(chunks.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)))
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    processes = iter(chunks.mp_prefetch(options, worker_init_fn=stopping.ignore_in_reader))
+    # Earlier than Python's own end of them, by SIGTERM, which they ignore.
+    atexit.register(processes.close)
     try:
         for pixels, labels in processes:
             yield from zip(pixels, labels.tolist(), strict=True)
     finally:
+        atexit.unregister(processes.close)
         processes.close()
 
 
