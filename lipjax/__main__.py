@@ -1,12 +1,15 @@
-"""python -m lipjax certify | check | attack | report | plan: certificates of trained runs, plans of new ones."""
+"""The command `lipjax`, or `python -m lipjax`: train, certify, check, attack, report, predict, compare and more."""
 
 import argparse
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 
 from rich.console import Console
 
+import lipjax
+from lipjax import checker
 from lipjax.attacks import METHODS, OBJECTIVES
 from lipjax.errors import UserError, run_command
 
@@ -92,16 +95,54 @@ def plan(arguments, overrides: list[str]) -> None:
 
 def check(arguments) -> int:
     """Proves the certificates of a directory again, by NumPy alone."""
-    from lipjax import checker
+    return checker.run(arguments.workdir, arguments.images, arguments.data)
 
-    options = {"--images": arguments.images, "--data": arguments.data}
-    given = [f"{name}={value}" for name, value in options.items() if value is not None]
-    return checker.main([*given, "--", arguments.workdir])
+
+def predict(arguments) -> None:
+    """Classifies image files by a frozen network, and says how far each class is proved."""
+    from lipjax.training.predict import predict_files, print_predictions
+
+    directory = pathlib.Path(os.path.expanduser(arguments.workdir))
+    if not (directory / "network.json").exists():
+        runs = run_directories(arguments.workdir) if not (directory / "frozen").exists() else [directory]
+        if len(runs) > 1:
+            raise UserError(f"{directory} holds {len(runs)} runs: name one of them, such as {runs[0]}.")
+        directory = runs[0]
+    print_predictions(predict_files(directory, arguments.files), Console(soft_wrap=True, highlight=False))
+
+
+def compare(arguments) -> None:
+    """Prints a table of runs."""
+    from lipjax.training.compare import print_comparison, read_compared
+
+    runs = [read_compared(directory) for workdir in arguments.workdirs for directory in run_directories(workdir)]
+    print_comparison(runs, Console(highlight=False))
+
+
+def train(arguments: list[str]) -> int:
+    """Trains, certifies and reports; has flags of its own."""
+    from lipjax.training.command import main as train_main
+
+    return train_main(arguments)
+
+
+def prepare(arguments: list[str]) -> int:
+    """Prepares a data set; has flags of its own."""
+    from lipjax.training.prepare import main as prepare_main
+
+    return prepare_main(arguments)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lipjax", description="Proved robustness certificates.")
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="lipjax", description="Proved robustness certificates of image classifiers.")
+    parser.add_argument("--version", action="version", version=f"lipjax {lipjax.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
+    passed_on = {"train": train, "prepare": prepare}
+    commands.add_parser("train", help="train, certify and report; its --help shows all fields", add_help=False)
+    commands.add_parser("prepare", help="prepare a data set once, to be read without TensorFlow", add_help=False)
+    if argv and argv[0] in passed_on:
+        return passed_on[argv[0]](argv[1:])
     command = commands.add_parser("certify", help="freeze and certify a trained run, and write what is proved")
     command.add_argument("workdir", help="the --workdir of train.py")
     command.add_argument("--num_images", type=int, help="only the first test images (default: as configured)")
@@ -112,7 +153,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.add_argument("workdir", help="a run with frozen/, certificate.json and images.safetensors")
     command.add_argument(
-        "--images", metavar="N|all", help="how many are evaluated again (default: all whose pixels are at hand)"
+        "--images",
+        type=checker.number_of_images,
+        metavar="N|all",
+        help="how many are evaluated again (default: all whose pixels are at hand)",
     )
     command.add_argument("--data", metavar="FILE", help="npz or safetensors: test_images and test_labels, all of them")
     command.set_defaults(run=check)
@@ -128,6 +172,13 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("report", help="write report.html about a certified run: one page, no other file")
     command.add_argument("workdir", help="the --workdir of train.py")
     command.set_defaults(run=report)
+    command = commands.add_parser("predict", help="classes of image files, and how far they are proved")
+    command.add_argument("workdir", help="a certified run, or a directory of a frozen network alone")
+    command.add_argument("files", nargs="+", help="image files, prepared as the images of the run were")
+    command.set_defaults(run=predict)
+    command = commands.add_parser("compare", help="a table of runs: config differences, validation and test numbers")
+    command.add_argument("workdirs", nargs="+", help="runs, or directories of several seeds")
+    command.set_defaults(run=compare)
     command = commands.add_parser("plan", help="memory, operations and least time of a training step on other chips")
     command.add_argument("--config", required=True, help="as of train.py, fields too: --config.batch_size=2048")
     command.add_argument(
@@ -137,12 +188,19 @@ def main(argv: list[str] | None = None) -> int:
     command.set_defaults(run=plan)
     arguments, rest = parser.parse_known_args(argv)
     if arguments.run is plan:
-        return run_command(lambda: plan(arguments, rest), "Interrupted.")
+        return _run(lambda: plan(arguments, rest))
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.run is check:
         return check(arguments)
-    return run_command(lambda: arguments.run(arguments), "Interrupted.")
+    return _run(lambda: arguments.run(arguments))
+
+
+def _run(command: Callable[[], None]) -> int:
+    from lipjax.training.compile_alarm import no_slow_compile_alarm
+
+    with no_slow_compile_alarm():
+        return run_command(command, "Interrupted.")
 
 
 if __name__ == "__main__":

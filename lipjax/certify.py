@@ -334,6 +334,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Gives a temporary path to write; what lies there then replaces `path`, or nothing does if the block raises.
 
     The old file or the whole new one is there, also after a power failure. Who may read it, the umask says.
+    Raises: OSError, which names `path`, if it cannot be written: a full disk.
     """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -346,6 +347,10 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
                 os.fchmod(file.fileno(), mode)  # a library has put a private file of its own in its place
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None:  # of writing, which only knows a number of a file
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -354,9 +354,12 @@ def _checked_names(names: Any, num_classes: int) -> tuple[str, ...] | None:
 
 
 def write_arrays(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
-    """Writes a safetensors file; it appears whole or not at all."""
+    """Writes a safetensors file; it appears whole or not at all. Raises: UserError if it cannot: a full disk."""
     with replacing(path) as temporary:
-        safetensors.numpy.save_file(arrays, temporary)
+        try:
+            safetensors.numpy.save_file(arrays, temporary)
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{path} cannot be written ({error}): free some space or choose another place.") from error
 
 
 def _arrays_of(prefix: str, part) -> dict[str, np.ndarray]:

@@ -265,7 +265,8 @@ def test_the_real_commands(tmp_path):
     done = call("train.py", f"--config={config_file()}", f"--workdir={tmp_path / 'run'}")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("Training liresnet with ") and lines[1].startswith("epoch 1/3  loss ")
+    assert lines[0].startswith("Training liresnet with ") and lines[2].startswith("epoch 1/3  loss ")
+    assert lines[1].startswith("Compiling the training step ... ") and lines[1].endswith(" s")
     assert "INFO" not in done.stdout and f"Written to {tmp_path / 'run'}" in lines[-1]
     first = radii(tmp_path / "run")
     done = call("-m", "lipjax", "certify", tmp_path / "run")

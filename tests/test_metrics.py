@@ -2,6 +2,8 @@
 
 import io
 import json
+import math
+import re
 
 import jax.numpy as jnp
 import pytest
@@ -10,7 +12,7 @@ from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttribut
 from tensorboardX.record_writer import masked_crc32c
 
 from lipjax.errors import UserError
-from lipjax.training.metrics import FILE_NAME, MetricWriter
+from lipjax.training.metrics import FILE_NAME, MetricWriter, validation_metrics
 
 
 def read(workdir):
@@ -87,6 +89,37 @@ def test_progress_is_a_bar_on_a_terminal_and_plain_lines_elsewhere(tmp_path, ter
         assert line in text and "10/10" in text and "accuracy 0.75" in text and "\x1b[" in text
     else:
         assert text == line + "\n"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_compiling_is_said_before_and_how_long_it_took_after(tmp_path, terminal):
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=terminal, width=120)
+    with MetricWriter(tmp_path, console=console) as writer, writer.progress(10) as progress:
+        with progress.compiling("the step"):
+            if not terminal:
+                assert output.getvalue() == "Compiling the step ..."
+        progress.epoch(1, 1, {"loss": 1.0})
+        with pytest.raises(KeyboardInterrupt), progress.compiling("it again"):
+            raise KeyboardInterrupt
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.getvalue())
+    assert re.search(r"Compiling the step \.\.\. \d+\.\d s\n", text)
+    if terminal:
+        assert "training" in text
+    else:
+        assert re.fullmatch(r"Compiling the step \.{3} \d+\.\d s\nepoch 1/1  loss 1\nCompiling it again \.{3}\n", text)
+
+
+def test_what_was_validated_at_a_step_is_found(tmp_path):
+    assert validation_metrics(tmp_path, 1) is None
+    with MetricWriter(tmp_path) as writer:
+        writer.write(1, {"accuracy": 0.5}, "validation")
+        writer.write(2, {"accuracy": 0.75}, "train")
+        writer.write(2, {"accuracy": 0.25, "loss": math.nan}, "validation")
+    with (tmp_path / FILE_NAME).open("ab") as file:
+        file.write(b"\xff\n[1]\n{")
+    assert validation_metrics(tmp_path, 2) == {"accuracy": 0.25, "loss": None}
+    assert validation_metrics(tmp_path, 1) == {"accuracy": 0.5} and validation_metrics(tmp_path, 3) is None
 
 
 def test_a_metric_cannot_hide_the_step(tmp_path):

@@ -8,6 +8,7 @@ from absl import flags, logging
 
 from lipjax.errors import UserError
 from lipjax.training import cluster, config_file, config_reference
+from lipjax.training.compile_alarm import no_slow_compile_alarm
 from lipjax.training.run import run
 
 DEFAULT = "digits"
@@ -28,7 +29,7 @@ def parse(arguments: list[str], flag_values: flags.FlagValues):
     config, rest = config_file.read_config(name, rest, flag_values)
     if rest:
         raise UserError(f"unexpected arguments {rest}; fields are set as --config.field=value")
-    return config, flag_values["workdir"].value
+    return config, str(flag_values["workdir"].value)
 
 
 def print_help(arguments: list[str], program: str) -> None:
@@ -66,4 +67,5 @@ def main(arguments: list[str], program: str = "lipjax train") -> int:
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
     interrupted = "Interrupted. The same command goes on from the last checkpoint."
-    return cluster.launch(lambda: run(config, workdir), interrupted, flag_values)
+    with no_slow_compile_alarm():
+        return cluster.launch(lambda: run(config, workdir), interrupted, flag_values)

@@ -20,6 +20,7 @@ from lipjax.training import report as reports
 from lipjax.training.classes import class_report
 from lipjax.training.data import StreamDataset
 from lipjax.training.loop import Run, load_best
+from lipjax.training.metrics import validation_metrics
 from lipjax.training.same_run import plain
 
 # What float32 changes is looked at for so many images.
@@ -88,6 +89,7 @@ def certify_run(workdir: str | os.PathLike, config, seed: int, run: Run | None =
     keys = {reports.radius_key(radius): radius for radius in options.radii}
     report |= class_report(*proved, keys, network.num_classes, network.class_names)
     report |= {"seed": seed, "step": step, "frozen_sha256": network.sha256()}
+    report["validation"] = validation_metrics(workdir, step)  # to select by: test accuracies are not for that
     report["float32"] = _float32(network, certificate, images[:FLOAT32_IMAGES] / np.float64(pixel_max), options)
     # Those of LipLT are of whole chains of layers.
     vectors = state.lip["vectors"] if config.lipschitz == "product" else None

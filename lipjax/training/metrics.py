@@ -147,6 +147,29 @@ class TrainingProgress:
             if shown:
                 self._bar.update(self._task, shown=_numbers(shown))
 
+    @contextlib.contextmanager
+    def compiling(self, what: str) -> Iterator[None]:
+        """Says that something is compiled, as long as it takes, and then how long it took: in one line."""
+        if self._console is None:
+            yield
+            return
+        start, line = time.perf_counter(), f"Compiling {what} ..."
+        if self._bar is not None and self._task is not None:  # the line moves below until it is complete
+            self._bar.update(self._task, shown=line)
+        else:
+            self._console.print(line, end="", markup=False)
+        try:
+            yield
+        except BaseException:
+            if self._bar is None:
+                self._console.print()
+            raise
+        took = f" {time.perf_counter() - start:.1f} s"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, shown="")
+            took = line + took
+        self._console.print(took, markup=False)
+
     def epoch(self, epoch: int, num_epochs: int, scalars: Mapping[str, Any]) -> None:
         """Prints one line for a finished epoch (1 to num_epochs), above the bar if there is one."""
         if self._console is not None:
@@ -178,6 +201,26 @@ def _keep_until(path: Path, last_step: int, console: Console) -> None:
         console.print(f"{path} is damaged in line {which}, left out from here on; the whole file is kept as {copy}.")
     with replacing(path) as temporary:
         temporary.write_bytes(b"".join(kept))
+
+
+def validation_metrics(workdir: str | os.PathLike[str], step: int) -> dict[str, float] | None:
+    """What metrics.jsonl says about the validation split at a step; None if it says nothing, or is not there.
+
+    Lines that are no JSON are passed over: this number is for people, and no claim rests on it.
+    """
+    found = None
+    try:
+        lines = (Path(workdir) / FILE_NAME).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and (row.get("step"), row.get("split")) == (step, "validation"):
+            found = {name: value for name, value in row.items() if name not in ("step", "split")}
+    return found
 
 
 def _numbers(scalars: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Prepares a data set once, from archives on disk or from the network, for reading without TensorFlow.
 
-Run: python -m lipjax.training.prepare NAME --data_dir DIR [--download]
+Run: lipjax prepare NAME --data_dir DIR [--download]
 With the name "export" it writes a split of a run's data set: see lipjax/training/export.py.
 """
 
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         from lipjax.training import export  # here, because it reads configs, and with them imports JAX
 
         return export.main(argv[1:])
-    parser = argparse.ArgumentParser(prog="python -m lipjax.training.prepare", description=__doc__)
+    parser = argparse.ArgumentParser(prog="lipjax prepare", description=__doc__)
     parser.add_argument("name", choices=tuple(prepared.PREPARED))
     parser.add_argument("--data_dir", default="", help="default: $TFDS_DATA_DIR or ~/tensorflow_datasets")
     parser.add_argument("--download", action="store_true", help="fetch the archives that are not on disk")

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from lipjax.certify import certified_accuracy
+from lipjax.certify import certified_accuracy, replacing
 from lipjax.training.classes import print_classes
 
 
@@ -134,4 +134,5 @@ def plot_certified_accuracy(path: pathlib.Path, certificate, labels, attack, rad
     axes.set(xlabel="l2 radius, pixels in [0, 1]", ylabel="accuracy on the test set (%)")
     axes.set(xlim=(0, limit), ylim=(0, 101))
     axes.legend()
-    figure.savefig(path, dpi=120)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")

@@ -20,13 +20,13 @@ def plain(config) -> dict:
     return json.loads(config.to_json_best_effort())
 
 
-def _flat(tree: dict, prefix: str = "") -> dict:
+def flat(tree: dict, prefix: str = "") -> dict:
     """{"group.field": value} of nested dicts."""
     found = {}
     for field, value in tree.items():
         if isinstance(value, list) and len(value) == 1:  # 0.5 and (0.5,) are the same mean
             value = value[0]
-        found |= _flat(value, f"{prefix}{field}.") if isinstance(value, dict) else {f"{prefix}{field}": value}
+        found |= flat(value, f"{prefix}{field}.") if isinstance(value, dict) else {f"{prefix}{field}": value}
     return found
 
 
@@ -35,7 +35,7 @@ def check_same_run(directory, meta: dict, config, seed: int, data: dict | None =
 
     Args: meta: of a checkpoint. data: what of `Run.training_identity` is to be compared, as it is now; None: nothing.
     """
-    ours, saved, defaults = _flat(plain(config)), _flat(meta["config"]), _flat(plain(default_config()))
+    ours, saved, defaults = flat(plain(config)), flat(meta["config"]), flat(plain(default_config()))
     # A run of an older lipjax lacks the fields that came later; their defaults are what it did.
     theirs = {name: value for name, value in defaults.items() if name in ours} | saved
     names = [n for n in sorted({*ours, *theirs}) if not n.startswith(FREE_TO_CHANGE)]
