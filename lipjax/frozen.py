@@ -239,13 +239,11 @@ class FrozenNetwork:
     def predict(self, images, batch_size: int = 256) -> tuple[np.ndarray, np.ndarray]:
         """Classes (n,), from 0, and proved l2 radii (n,) inside which they cannot change: `certify` for services.
 
-        What cannot be an image is an error here, where `certify` gives NaN pixels radius 0. Pixels outside [0, 1] are
-        refused, as everywhere in this class: the proof would hold for them, but mostly nobody divided them by 255.
+        Pixels outside [0, 1] are refused as everywhere in this class, though the proof would hold: mostly nobody has
+        divided them by 255. NaN pixels, to which `certify` gives radius 0, are refused, too.
 
         Args: images: (n, *in_shape), float32 or float64 in [0, 1]; of one image, image[None].
-        Returns: radii in [0, 1]-pixel units, float64; 0 where nothing is proved.
-        Raises: UserError (a ValueError) for another shape or type, and for pixels that are NaN, infinite or outside
-          [0, 1]; NotCertifiable if a layer has no proved bound.
+        Raises: UserError (a ValueError) for other images; NotCertifiable if a layer has no proved bound.
         Example: classes, radii = FrozenNetwork.load("runs/x/frozen").predict(image[None])
         """
         pixels = self._check_images(images)
