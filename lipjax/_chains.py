@@ -15,6 +15,7 @@ import scipy.sparse.linalg
 from threadpoolctl import threadpool_limits
 
 from lipjax import _verified, conv, spectral
+from lipjax._arithmetic import exact_float64
 from lipjax._host_map import FLOOR, LARGEST, LEAST, HostMap, carry, frobenius
 from lipjax._verified import float_up, parallel_map
 from lipjax.errors import NotCertifiable
@@ -233,15 +234,15 @@ def circular_bound(ops: Sequence[Conv]) -> spectral.NormBound | None:
     None where an entry is too large or small, or a product too large. The composed kernel is
     y[p] = sum_t (K2 K1)[t] x[s1 s2 p + t], up to a shift of the image, which changes no norm.
     """
-    kernel = np.ascontiguousarray(ops[0].kernel, np.float64)
+    kernels = [exact_float64(op.kernel, "Conv: the kernel") for op in ops]
+    kernel = kernels[0]
     majorant, terms, strides = np.abs(kernel), 0, conv.stride_pair(ops[0].strides)
     floor = 0.0
-    for op in ops:
-        sizes = np.abs(np.asarray(op.kernel)[np.asarray(op.kernel) != 0])
+    for taps in kernels:
+        sizes = np.abs(taps[taps != 0])
         if sizes.size and not (sizes.max() <= LARGEST and sizes.min() >= LEAST):
             return None
-    for op in ops[1:]:
-        taps = np.ascontiguousarray(op.kernel, np.float64)
+    for op, taps in zip(ops[1:], kernels[1:], strict=True):
         with np.errstate(over="ignore", invalid="ignore"):
             kernel, majorant = (
                 _composed(first, second, strides) for first, second in ((kernel, taps), (majorant, np.abs(taps)))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lipjax import conv
+from lipjax._arithmetic import exact_float64
 from lipjax.operators import Conv, CropChannels, Dense, Flatten, PadChannels, SpaceToDepth
 from lipjax.operators._base import COMPUTED, gamma
 
@@ -72,7 +73,7 @@ def host_map(op, norm: float) -> HostMap | None:
         return HostMap(*_reordering(op), *shapes, 1.0, 0.0, 0.0, window)
     if not isinstance(op, (Dense, Conv)):
         return None
-    array = np.ascontiguousarray(op.matrix if isinstance(op, Dense) else op.kernel, np.float64)
+    array = exact_float64(op.matrix if isinstance(op, Dense) else op.kernel, type(op).__name__)
     sizes = np.abs(array[array != 0])
     if sizes.size and not (sizes.max() <= LARGEST and sizes.min() >= LEAST):
         return None

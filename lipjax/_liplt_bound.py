@@ -7,11 +7,11 @@ from fractions import Fraction
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from lipjax import _chains, _host_map, spectral
+from lipjax._arithmetic import check_rounding, check_terms, exact_float64
 from lipjax._host_map import HostMap
 from lipjax._liplt_path import Step
 from lipjax._verified import float_up, parallel_map
@@ -96,10 +96,9 @@ class _Piece:
 
 def _operator_norm(name: str, op) -> Fraction:
     for leaf in jax.tree.leaves(op):
-        dtype = np.asarray(leaf).dtype
-        # Other types would be rounded on the way to float64, and complex ones lose their imaginary parts.
-        if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 8:
-            raise NotCertifiable(f"{name} ({type(op).__name__}): expected floats of at most 64 bits, got {dtype}.")
+        exact_float64(leaf, f"{name} ({type(op).__name__})")
+    for shape in (op.in_shape, op.out_shape):
+        check_terms(math.prod(shape), f"{name} ({type(op).__name__})")
     try:
         found = op.bound()
     except AttributeError as error:
@@ -159,6 +158,7 @@ class LipLTBound:
     """All proved numbers of one path. Chains from start 0 (the input) or j (after activation j) to activation k."""
 
     def __init__(self, path: Sequence[Step]):
+        check_rounding()
         # Set here, before any thread: limits that threads set and restore at the same time would not nest.
         with threadpool_limits(limits=1, user_api="blas"):
             self.pieces = parallel_map(_piece, path)

@@ -3,6 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
 from lipjax.errors import NotCertifiable
 from lipjax.operators import Bias, CropChannels, Flatten, PadChannels, SpaceToDepth
 from lipjax.operators._base import Linear, operator
@@ -93,8 +96,15 @@ def _check_not_empty(block: ResidualBlock, name: str) -> None:
 
 
 def _check_parts(name: str, op) -> None:
-    """Raises: ValueError naming the layer if arrays do not have their shapes, or these do not fit the images."""
+    """Raises: ValueError naming the layer if arrays do not have their shapes, or these do not fit the images, and for
+    plain arrays in the place of operators.
+    """
     for part in (*op.inner, *op.outer, *(op.skip or ())) if isinstance(op, ResidualBlock) else (op,):
+        if isinstance(part, (np.ndarray, jax.Array, list, tuple, float, int)):
+            raise ValueError(
+                f"{name}: expected an operator, got a plain {type(part).__name__} of shape {np.shape(part)}: make "
+                "one of it, such as operators.Dense(matrix) or operators.Conv(kernel, in_shape)."
+            )
         if isinstance(part, Bias) or is_linear(part):
             try:
                 getattr(part, "check", tuple)()

@@ -35,12 +35,10 @@ class MLPCertifier:
         Raises: NotCertifiable if an entry is not finite or reaches 2^100.
         """
         self._lipschitz = head.pairwise_bound()
-        self._w1, self._b1, self._w2, self._b2 = (
-            np.ascontiguousarray(a, np.float64) for a in (head.w1, head.b1, head.w2, head.b2)
-        )
+        self._w1, self._b1, self._w2, self._b2 = head.exact_arrays()
         self._norm = spectral.matrix_norm_bound(self._w1).claim
         self._rows = _length(self._w1) * COMPUTED + _TINY
-        self._frobenius = float(_length(self._w1.reshape(1, -1))[0]) * COMPUTED + _TINY
+        self._frobenius = float(_length(self._rows[None])[0]) * COMPUTED + _TINY
         largest = np.stack([np.maximum(self._w2 - row, 0.0).max(axis=1) for row in self._w2])
         self._coarse = np.where(largest > 0, (self._norm**2 / 4 * largest) * (1 + gamma(8)) + _TINY, 0.0)
         self._fine: dict[tuple[int, int], float] = {}

@@ -7,7 +7,7 @@ for linear maps with elementwise activations between them.
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lipjax import _liplt, _liplt_bound, _liplt_path, _spread, spectral
+from lipjax._arithmetic import check_rounding, check_terms
 from lipjax._liplt_bound import ChainBound, LayerConstant, LipLTReport
 from lipjax._liplt_path import ResidualBlock
 from lipjax.errors import NotCertifiable
@@ -160,9 +161,12 @@ def operator_bounds(network: Network) -> list[LayerBound]:
 
     Raises: NotCertifiable naming the layer whose operator has no bound or whose arrays admit none.
     """
+    check_rounding()
     rows = []
     for name, op in [("input", network.normalize), *zip(network.names, network.ops, strict=True)]:
         kind = type(op).__name__
+        for shape in (op.in_shape, op.out_shape):
+            check_terms(math.prod(shape), f"{name} ({kind})")
         if not hasattr(op, "bound"):
             raise NotCertifiable(f"{name}: no proved Lipschitz bound is known for an operator of type {kind}.")
         try:
@@ -193,6 +197,7 @@ def margin_lipschitz_bound(network: Network, rows: list[LayerBound] | None = Non
     Args: rows: the result of `operator_bounds`, if it is at hand.
     Raises: NotCertifiable as `operator_bounds`.
     """
+    check_rounding()
     product = product_bound(operator_bounds(network) if rows is None else rows)
     head = network.head.pairwise_bound()
     with np.errstate(over="ignore", invalid="ignore"):  # an infinite constant proves radius 0
@@ -223,7 +228,11 @@ class LipLTEstimate(NamedTuple):
     vectors: Vectors
 
 
-def _named(operators: Sequence) -> list[tuple[str, Any]]:
+def _named(operators: Any) -> list[tuple[str, Any]]:
+    if not isinstance(operators, Iterable):
+        raise ValueError(
+            f"Expected a list of operators, in order, got one {type(operators).__name__}: put it into a list."
+        )
     return [(f"operators[{i}] ({type(op).__name__})", op) for i, op in enumerate(operators)]
 
 
@@ -340,6 +349,7 @@ def margin_liplt_bound(network: Network, *, max_rows: int = _MAX_ROWS) -> tuple[
     Returns: ((k, k) float64, logits per pixel unit; the report, whose constants are per unit of the normalised input).
     Raises: NotCertifiable naming the layer for other activations and heads, and as `liplt_bound`.
     """
+    check_rounding()
     pairwise, report = _liplt_bound.LipLTBound(_network_path(network)).outputs(max_rows)
     with np.errstate(over="ignore"):
         scale = network.normalize.bound().value

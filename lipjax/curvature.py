@@ -11,6 +11,7 @@ Weights are (out, in): w1 (hidden, features), w2 (classes, hidden). Source: Sing
 """
 
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,14 @@ from jaxtyping import Array, Float, Int
 
 from lipjax import spectral
 from lipjax.operators import gamma
+from lipjax.operators.heads import checked
 
 Table = Float[Array, "k k"]
 W1 = Float[Array, "h n"]
 W2 = Float[Array, "k h"]
+
+# Up to 2^300 no square in `bound` overflows.
+_MAX_EXPONENT = 300
 
 
 def _negative_part(w2, classes, rivals):
@@ -106,12 +111,24 @@ def top_rivals(logits: Float[Array, "b k"], labels: Int[Array, " b"], num_rivals
     return jax.lax.top_k(jnp.where(own, -jnp.inf, logits), num_rivals)[1]
 
 
-def bound(w1: np.ndarray, w2: np.ndarray, class_: int, rival: int) -> float:
-    """Proved upper bound of m[class, rival], in NumPy float64; usually 1e-9 above it.
+def bound(w1: np.ndarray | Array, w2: np.ndarray | Array, class_: int, rival: int) -> float:
+    """Proved upper bound of m[class, rival], in NumPy float64 whatever the type of the weights; usually 1e-9 above it.
 
-    Args: w1, w2: finite float64 with entries below 2^100.
-    Source: docs/soundness.md.
+    Args:
+      w1, w2: finite, with entries below 2^300, of a type whose numbers float64 holds.
+      class_, rival: 0 to k - 1, one the other or not.
+    Returns: at least m[class, rival] for the stored weights; 0.0 if no weight adds to it, so also for class_ == rival.
+    Raises: NotCertifiable naming the weights for entries that are not finite, too large, complex, long doubles or
+      traced by JAX; ValueError for shapes that do not fit and for class numbers that do not exist.
+    Example: bound(np.eye(2), np.array([[0.0, 0.0], [4.0, 0.0]]), 0, 1) is 1 or slightly more.
+    Source: docs/soundness.md, section 11.2.
     """
+    w1, w2 = checked(w1, "w1", _MAX_EXPONENT), checked(w2, "w2", _MAX_EXPONENT)
+    if w1.ndim != 2 or w2.ndim != 2 or w1.shape[0] != w2.shape[1]:
+        raise ValueError(f"Expected w1 (hidden, features) and w2 (classes, hidden), got {w1.shape} and {w2.shape}.")
+    for name, number in (("class_", class_), ("rival", rival)):
+        if not isinstance(number, numbers.Integral) or not 0 <= number < len(w2):
+            raise ValueError(f"Expected {name} to be an integer from 0 to {len(w2) - 1}, got {number!r}.")
     negative = np.maximum(w2[rival] - w2[class_], 0.0)
     used = negative > 0
     if not used.any():

@@ -89,6 +89,7 @@ class FrozenNetwork:
 
     @functools.cached_property
     def _bounds(self) -> list[bounds.LayerBound]:
+        check_arithmetic()
         return bounds.operator_bounds(self.network)
 
     @functools.cached_property

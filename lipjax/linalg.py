@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Complex, Float, Inexact
 
 from lipjax import _cholesky, _spread
@@ -36,14 +37,34 @@ _COEFFICIENTS = {  # x1, x2, x4, x5, x6, x7, y2
 }
 
 
-@jax.jit
 def expm_skew(a: Inexact[Array, "*batch n n"]) -> Inexact[Array, "*batch n n"]:
     """exp(a) of skew-symmetric or skew-Hermitian matrices: orthogonal or unitary. Matrix products only.
 
-    Args: a: a = -a^H (unchecked), float32, float64, complex64 or complex128.
+    Args: a: a = -a^H up to rounding, float32, float64, complex64 or complex128. Inside of `jit`, `grad` or `vmap`,
+      where numbers are not known, that is not checked, and costs nothing; for other matrices the result means nothing.
     Returns: exp(a), same shape and dtype.
-    Method, error, derivatives, raises, source: as `expm_skew_split`.
+    Raises: ValueError if the numbers are known and an entry of a + a^H exceeds a thousandth of the largest entry of a
+      (small perturbations of any direction pass, as of numerical derivatives); and as `expm_skew_split`.
+    Method, error, derivatives, source: as `expm_skew_split`.
     """
+    square = a.ndim >= 2 and a.shape[-1] == a.shape[-2] and jnp.issubdtype(a.dtype, jnp.inexact)
+    if square and not isinstance(a, Tracer) and not _is_skew(a):
+        raise ValueError(
+            f"expm_skew takes skew-Hermitian matrices, a = -a^H, got others (shape {a.shape}): (a - a^H) / 2 is the "
+            "skew part of a; jax.scipy.linalg.expm takes any matrix."
+        )
+    return _expm_skew(a)
+
+
+@jax.jit
+def _is_skew(a):
+    """Whether a + a^H is at most 1e-3 times the largest entry; yes for NaN, which the result then shows."""
+    departure = jnp.max(jnp.abs(a + jnp.conj(a.mT)), initial=0.0)
+    return ~(departure > 1e-3 * jnp.max(jnp.abs(a), initial=0.0))
+
+
+@jax.jit
+def _expm_skew(a):
     if jnp.iscomplexobj(a):
         return lax.complex(*expm_skew_split(a.real, a.imag))
     return expm_skew_split(a)[0]

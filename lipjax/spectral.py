@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Complex, Float
+from jaxtyping import Array, Complex, Float, Num
 from threadpoolctl import threadpool_limits
 
 from lipjax import _dft, _symbol, _verified, conv
+from lipjax._arithmetic import check_rounding, exact_float64
 from lipjax.errors import NotCertifiable
 
 # The dense operator is bounded itself up to this many inputs: its norm has no embedding loss.
@@ -62,16 +63,15 @@ def with_room(value: float) -> float:
     return _verified.float_up(Fraction(value) * (1 + ROOM))
 
 
-def _checked(array: Any, ndim: int, name: str) -> np.ndarray:
-    """Checks the array and returns it, contiguous, as float64 or complex128."""
-    array = np.asarray(array)
-    if array.dtype.kind not in "fc" or array.dtype.itemsize > (16 if array.dtype.kind == "c" else 8):
-        raise ValueError(f"{name}: expected real or complex floating-point entries, got dtype {array.dtype}")
+def _checked(array: Any, ndim: int, name: str, or_complex: bool = False) -> np.ndarray:
+    """Checks the machine and the array, and returns the same numbers, contiguous, as float64 or complex128."""
+    check_rounding()
+    array = exact_float64(array, name, or_complex=or_complex)
     if array.ndim != ndim or array.size == 0:
         raise ValueError(f"{name}: expected {ndim} axes, none empty, got shape {array.shape}")
     if not np.isfinite(array).all():
         raise NotCertifiable(f"{name}: the operator has NaN or infinite entries")
-    return np.ascontiguousarray(array, np.complex128 if array.dtype.kind == "c" else np.float64)
+    return array
 
 
 def _finish(squared: Fraction, extra: Fraction, exponent: int, method: str, details: dict[str, Any]) -> NormBound:
@@ -81,18 +81,32 @@ def _finish(squared: Fraction, extra: Fraction, exponent: int, method: str, deta
     return NormBound(value, method, details | {"exponent": exponent})
 
 
-def matrix_norm_bound(matrix: Float[np.ndarray, "m n"] | Complex[np.ndarray, "m n"]) -> NormBound:
-    """Proved upper bound of the spectral norm of a matrix.
+def matrix_norm_bound(matrix: Num[np.ndarray, "*batch m n"] | Num[Array, "*batch m n"]) -> NormBound:
+    """Proved upper bound of the spectral norm of a matrix, or of the largest norm of a batch of matrices.
 
     Args:
-      matrix: real or complex, of at most double precision.
+      matrix: real or complex, of at most double precision, or integers up to 2^53. A batch (..., m, n) is the block
+        diagonal matrix of its members: one bound, for the largest of their norms. For a bound of each, call it on each.
     Returns: value >= |matrix|_2 for the stored entries, in their unit; usually 1e-10 above it, and at most 1e-3 above
-      it where the guess of the norm is poor (sides above 1024, clustered spectra). 0.0 for the zero matrix.
-    Raises: ValueError for an array that is empty, not two-dimensional or not floating-point; NotCertifiable (a
-      ValueError) for entries that are not finite, and for a norm beyond the float64 range.
+      it where the guess of the norm is poor (sides above 1024, clustered spectra). 0.0 for the zero matrix. Of a batch
+      details["index"] says which member has the largest bound.
+    Raises: ValueError for an array that is empty or has fewer than two axes; NotCertifiable (a ValueError) for numbers
+      that double precision does not hold exactly, for entries that are not finite, for a norm beyond the float64
+      range, while JAX traces (`jit`), and where this process does not round to nearest.
+    Example: matrix_norm_bound(np.array([[3, 0], [0, 4]])).value is 4 or slightly more.
     Source: Rump, Verification of positive definiteness, BIT 46 (2006); docs/soundness.md, section 1.
     """
-    checked = _checked(matrix, 2, "matrix_norm_bound")
+    checked = _checked(matrix, max(2, np.ndim(matrix)), "matrix_norm_bound", or_complex=True)
+    if checked.ndim == 2:
+        return _matrix_norm_bound(checked)
+    lead = checked.shape[:-2]
+    bounds = [_matrix_norm_bound(member) for member in checked.reshape(-1, *checked.shape[-2:])]
+    largest = max(range(len(bounds)), key=lambda i: bounds[i].value)
+    index = [int(i) for i in np.unravel_index(largest, lead)]
+    return dataclasses.replace(bounds[largest], details=bounds[largest].details | {"index": index})
+
+
+def _matrix_norm_bound(checked: np.ndarray) -> NormBound:
     if not checked.any():
         return NormBound(0.0, "zero", {})
     scaled, exponent = _verified.scale_to_unit(checked)
@@ -118,7 +132,7 @@ def _single(gram: np.ndarray, error: Fraction) -> tuple[Fraction, dict[str, Any]
 
 
 def conv_norm_bound(
-    kernel: Float[np.ndarray, "kh kw i o"],
+    kernel: Num[np.ndarray, "kh kw i o"] | Num[Array, "kh kw i o"],
     in_shape: Sequence[int],
     strides: int | tuple[int, int],
     padding: str | tuple[tuple[int, int], tuple[int, int]],
@@ -139,9 +153,7 @@ def conv_norm_bound(
     Raises: ValueError for shapes, strides or padding that do not fit, and as `matrix_norm_bound`.
     Source: docs/soundness.md, sections 2 and 3.
     """
-    kernel = _checked(kernel, 4, "conv_norm_bound")
-    if kernel.dtype.kind == "c":
-        raise ValueError("conv_norm_bound: expected a real kernel, got a complex one")
+    kernel = _checked(kernel, 4, "conv_norm_bound: the kernel")
     axes = _axes(kernel, in_shape, strides, padding)
     kernel = _symbol.without_idle_taps(kernel, axes)
     if not kernel.any():
@@ -245,7 +257,7 @@ def response_norm_bound(response: Complex[np.ndarray, "h f o i"], size: tuple[in
     Source: docs/soundness.md, section 4.
     """
     h, w = size
-    blocks = _checked(response, 4, "response_norm_bound")
+    blocks = _checked(response, 4, "response_norm_bound", or_complex=True)
     if blocks.shape[:2] != (h, w // 2 + 1):
         raise ValueError(f"expected a response (h, w // 2 + 1, o, i) for size {tuple(size)}, got {blocks.shape}")
     if not blocks.any():
@@ -266,8 +278,9 @@ def blocks_norm_bound(fixed: Float[np.ndarray, "r o i"], paired: Float[np.ndarra
     Raises: as `matrix_norm_bound`.
     Source: docs/soundness.md, section 4.
     """
-    fixed = _checked(fixed, 3, "blocks_norm_bound")
-    paired = _checked(paired, 4, "blocks_norm_bound") if np.size(paired) else np.empty((0, 2, *fixed.shape[1:]))
+    fixed = _checked(fixed, 3, "blocks_norm_bound: fixed")
+    some = np.size(paired) > 0
+    paired = _checked(paired, 4, "blocks_norm_bound: paired") if some else np.empty((0, 2, *fixed.shape[1:]))
     largest = max(float(np.abs(fixed).max()), float(np.abs(paired).max(initial=0.0)))
     if not largest:
         return NormBound(0.0, "zero", {})
@@ -296,10 +309,20 @@ def norm_bound(operator: Any) -> float:
 
     Raises: NotCertifiable naming the type if it has none, and whatever `bound` raises.
     """
+    _check_operator(operator, "norm_bound", "matrix_norm_bound")
     bound = getattr(operator, "bound", None)
     if bound is None:
         raise NotCertifiable(f"{type(operator).__name__} has no bound() method: no norm bound is proved for it")
     return bound().value
+
+
+def _check_operator(operator: Any, name: str, of_arrays: str) -> None:
+    """Raises: ValueError for an array in the place of an operator."""
+    if isinstance(operator, (np.ndarray, jax.Array, list, tuple)):
+        raise ValueError(
+            f"{name} takes an operator, such as operators.Dense(matrix) or operators.Conv(kernel, in_shape), got a "
+            f"plain {type(operator).__name__} of shape {np.shape(operator)}: make one of it, or call {of_arrays}."
+        )
 
 
 def norm_estimate(
@@ -309,9 +332,13 @@ def norm_estimate(
 
     Args: v: in_shape of the operator, any nonzero start vector. num_iters: steps, >= 0.
     Returns: (sigma, v): scalar; unit vector to start from next time, without gradient.
-    Raises: ValueError if num_iters is negative.
+    Raises: ValueError if num_iters is negative, and for what has no `estimate`: arrays, and maps whose norm is known.
     Source: as `power_iteration`.
     """
+    _check_operator(operator, "norm_estimate", "power_iteration")
+    if not hasattr(operator, "estimate"):
+        kind = type(operator).__name__
+        raise ValueError(f"norm_estimate: {kind} has no estimate() method; norm_bound gives a norm that is known.")
     return operator.estimate(v, num_iters)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lipjax import curvature, losses
+from lipjax.errors import NotCertifiable
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 PARITY = 1e-9
@@ -114,6 +115,30 @@ def test_bound_is_above_the_exact_curvature(kind, scales):
         proved, value = curvature.bound(w1, w2, i, j), exact(w1, w2, i, j)
         assert value <= mpmath.mpf(proved)
         assert float(value) >= proved * (1 - 1e-6) - 2.0**-900
+
+
+@pytest.mark.parametrize("place", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_bound_of_short_floats_is_above_the_exact_curvature(dtype, place):
+    rng = np.random.default_rng(4)
+    for _ in range(10):
+        w1, w2 = (place(jnp.asarray(rng.normal(size=s), dtype)) for s in ((12, 5), (3, 12)))
+        proved, value = curvature.bound(w1, w2, 0, 1), exact(*(np.asarray(a, np.float64) for a in (w1, w2)), 0, 1)
+        assert value <= mpmath.mpf(proved)
+        assert float(value) >= proved * (1 - 1e-6)
+
+
+def test_bound_refuses_what_it_would_misread():
+    w1, w2 = np.ones((3, 2)), np.arange(6.0).reshape(2, 3)
+    assert curvature.bound(w1, w2, 0, 1) > 0  # control
+    for wrong, name in (((np.where(w1 > 0, np.nan, 0), w2), "w1"), ((w1, w2 - np.inf), "w2"), ((w1, w2 + 1e300), "w2")):
+        with np.errstate(invalid="ignore"), pytest.raises(NotCertifiable, match=name):
+            curvature.bound(*wrong, 0, 1)
+    for pair, name in (((-1, 0), "class_"), ((0, -2), "rival"), ((2, 0), "class_"), ((0, 2), "rival")):
+        with pytest.raises(ValueError, match=f"Expected {name} to be an integer from 0 to 1, got"):
+            curvature.bound(w1, w2, *pair)
+    with pytest.raises(ValueError, match=r"Expected w1 \(hidden, features\) and w2"):
+        curvature.bound(w1, w2[:, :2], 0, 1)
 
 
 def test_bound_of_equal_rows_is_zero():

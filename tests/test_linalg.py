@@ -213,6 +213,22 @@ def test_what_has_no_exponential_is_not_finite(entry):
     assert not np.isfinite(np.asarray(linalg.expm_skew(jnp.asarray(a)))).any()
 
 
+@pytest.mark.parametrize("dtype", UNIT)
+def test_what_is_not_skew_is_refused_where_numbers_are_known(dtype, monkeypatch):
+    a = draw_skew((2, 3, 3), dtype, 1.0)
+    rounded = a * (1 + np.asarray(100 * UNIT[dtype] * draw((2, 3, 3), "float64"), a.real.dtype))
+    for x in (a, rounded, a[:0], a.dtype.type(1e-30) * a):
+        assert linalg.expm_skew(jnp.asarray(x)).shape == x.shape  # controls
+    wrong = jnp.asarray(draw((2, 3, 3), dtype))
+    for x in (wrong, a + np.eye(3, dtype=dtype), a.dtype.type(1e-30) * wrong, np.stack([a[0], wrong[0]])):
+        with pytest.raises(ValueError, match="skew-Hermitian matrices, a = -a.H, got others"):
+            linalg.expm_skew(jnp.asarray(x))
+    # Where JAX traces nothing is looked at, and nothing added to the program.
+    monkeypatch.setattr(linalg, "_is_skew", None)
+    assert jax.jit(lambda x: linalg.expm_skew(x))(wrong).shape == wrong.shape
+    assert jax.eval_shape(linalg.expm_skew, wrong).shape == wrong.shape
+
+
 def test_products_are_pinned_to_the_highest_precision():
     """In the forward and in the backward passes."""
     skew, tall = draw_skew((4, 4), "complex64", 1.0), draw((6, 4), "complex64")

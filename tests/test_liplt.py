@@ -352,14 +352,21 @@ def test_blas_keeps_its_threads():
 
 
 def test_bad_parts_are_named():
-    good = Dense(np.ones((2, 3)))
+    good, image = Dense(np.ones((2, 3))), Conv(np.ones((3, 3, 1, 1)), (4, 4, 1))
+
+    def past_the_constructor(op, array):
+        return jax.tree.map(lambda _: array, op)
+
     for bad, message in (
-        (Dense(np.ones(3)), "matrix"),
-        (Conv(np.ones((9, 9, 1, 1)), (4, 4, 1), 1, "VALID"), "does not fit"),
-        (Conv(np.ones((3, 3, 1, 1)), (4, 4, 1), 1, "SAME"), "padding"),
-        (Bias(np.ones(7), (2,)), "bias"),
+        (past_the_constructor(good, np.ones(3)), "matrix"),
+        (past_the_constructor(Conv(np.ones((3, 3, 1, 1)), (4, 4, 1), 1, "VALID"), np.ones((9, 9, 1, 1))), "not fit"),
+        (past_the_constructor(image, np.ones((3, 3, 2, 1))), "HWIO"),
+        (past_the_constructor(Bias(np.ones(2), (2,)), np.ones(7)), "bias"),
         (Dense(1j * np.ones((2, 2))), "complex128"),
         (Dense(np.ones((2, 2), np.longdouble)), "at most 64 bits"),
+        (np.ones((2, 2)), r"plain ndarray of shape \(2, 2\).*operators\.Dense"),
+        (jnp.ones((2, 2)), r"plain .* of shape \(2, 2\).*operators\.Dense"),
+        ([[1.0, 2.0], [3.0, 4.0]], r"plain list of shape \(2, 2\)"),
     ):
         with pytest.raises(ValueError, match=rf"operators\[1\] \({type(bad).__name__}\).*{message}"):
             bounds.liplt_bound([good, bad])

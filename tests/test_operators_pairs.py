@@ -268,18 +268,21 @@ def test_directions_without_a_proof_are_refused(name):
     def with_directions(values):
         return getattr(operators, name)(**{field: values}, in_shape=(6,))
 
-    with_directions(good).check()
+    operator = with_directions(good)
     with pytest.raises(ValueError, match=f"{field} of shape .*, got"):
-        with_directions(good[..., :1]).check()  # it would broadcast
+        with_directions(good[..., :1])  # it would broadcast
     bad = [0 * good, 1e-200 * good, 1e200 * good, np.nan * good]
     if name != "Householder":  # components that must not be negative
         bad.append(good * np.array([1.0, -1.0])[:, None] - [[0], [1e-3]])
     for values in bad:
         with pytest.raises(ValueError, match=f"Expected {field}.*got"):
-            with_directions(values).check()
+            with_directions(values)
         with pytest.raises(NotCertifiable, match=name):
-            with_directions(values).bound()
-    jax.eval_shape(lambda v: with_directions(v).check(), jnp.zeros(good.shape))  # no values while tracing: shape alone
+            jax.tree.map(lambda _, v=values: v, operator).bound()  # past the constructor
+    # No values while tracing: only the shape is looked at, and nothing is proved.
+    jax.eval_shape(lambda v: with_directions(v), jnp.zeros(good.shape))
+    with pytest.raises(NotCertifiable, match=f"{name}: {field}.*tracing"):
+        jax.eval_shape(lambda v: with_directions(v).bound().value, jnp.zeros(good.shape))
 
 
 def test_a_frozen_network_of_them_certifies_and_comes_back(tmp_path):

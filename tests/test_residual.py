@@ -192,11 +192,12 @@ def test_blocks_that_do_not_fit_are_refused():
         ((wide, dense), r"operator 0 gives shape \(6,\), but operator 1 takes \(4,\)"),
         ((operators.Residual((dense,)),), "operator 0: Residual cannot stand"),
         ((operators.Centered(dense),), "operator 0: Centered cannot stand"),
-        ((operators.Dense(jnp.ones(3)),), r"Expected a matrix \(out, in\)"),
     ]
     for ops, message in cases:
         with pytest.raises(ValueError, match=message):
-            make_network([("block", operators.Residual(ops))], head)
+            operators.Residual(ops)
+    with pytest.raises(ValueError, match=r"Expected a matrix \(out, in\)"):
+        operators.Dense(jnp.ones(3))
     odd = make_network([("block", operators.Residual((operators.Contraction(dense),)))], head)
     with pytest.raises(NotCertifiable, match=r"block \(Residual\): operator 0: .* type Contraction"):
         bounds.operator_bounds(odd)

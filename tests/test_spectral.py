@@ -173,8 +173,6 @@ def test_bad_input_raises():
         matrix_norm_bound(np.zeros((0, 3)))
     with pytest.raises(ValueError, match="expected 2 axes"):
         matrix_norm_bound(np.zeros(3))
-    with pytest.raises(ValueError, match="floating-point"):
-        matrix_norm_bound(np.ones((2, 2), int))
     with pytest.raises(NotCertifiable, match="float64 range"):
         matrix_norm_bound(np.full((4, 4), 1e308))
     kernel = np.ones((3, 3, 2, 2))
@@ -182,7 +180,7 @@ def test_bad_input_raises():
         conv_norm_bound(kernel, (4, 4, 3), 1, "CIRCULAR")
     with pytest.raises(ValueError, match="padding"):
         conv_norm_bound(kernel, (4, 4, 2), 1, "SAME")
-    with pytest.raises(ValueError, match="real kernel"):
+    with pytest.raises(NotCertifiable, match="expected real numbers, got complex128"):
         conv_norm_bound(kernel * 1j, (4, 4, 2), 1, "CIRCULAR")
     with pytest.raises(ValueError, match="divisible"):
         conv_norm_bound(kernel, (5, 5, 2), 2, "CIRCULAR")

@@ -1,6 +1,7 @@
 """What operators are made of: the pytree decorator, the two base classes, rounding constants."""
 
 import dataclasses
+import numbers
 from typing import Any, dataclass_transform
 
 import jax
@@ -8,25 +9,66 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lipjax import spectral
+from lipjax._arithmetic import check_terms
 
 # A field that holds an array: a JAX array, a NumPy array once frozen, or what a tree transformation puts in its place.
 Leaf = Any
 
 UNIT_ROUNDOFF = 2.0**-53
-# The error bounds are themselves computed in float64: their relative error is below 1e-8 for sums of up to 1e7 terms.
+# The error bounds are themselves computed in float64: their relative error is below 1e-8 for sums of up to TERMS terms.
 COMPUTED = 1 + 1e-8
 
 
 def gamma(num_roundings: int) -> float:
-    """gamma_n = n u / (1 - n u), rounded up: the relative error of n roundings in float64."""
+    """gamma_n = n u / (1 - n u), rounded up: the relative error of n roundings in float64.
+
+    Raises: NotCertifiable for sums of more than TERMS terms, beyond which error bounds err by more than is allowed for.
+    """
+    check_terms(num_roundings - 64, "An operator")  # a few roundings are of other kinds
     return num_roundings * UNIT_ROUNDOFF / (1 - num_roundings * UNIT_ROUNDOFF) * (1 + 2**-50)
+
+
+def _check_fields(op, arrays: tuple[str, ...], static: tuple[str, ...]) -> None:
+    """What all constructors check: arrays are arrays, in_shape is a tuple of sizes (lists become one).
+
+    Raises: ValueError naming class and field.
+    """
+    kind = type(op).__name__
+    for name in arrays:
+        value = getattr(op, name)
+        plain = isinstance(value, numbers.Number) and not hasattr(value, "shape")
+        if plain or isinstance(value, list) and not any(hasattr(part, "in_shape") for part in value):
+            raise ValueError(
+                f"{kind} expects {name} to be a NumPy or JAX array, got a {type(value).__name__}: np.asarray makes one."
+            )
+    if "in_shape" in static:
+        shape = op.in_shape
+        if not isinstance(shape, (tuple, list)) or not shape or not all(_is_size(n) for n in shape):
+            raise ValueError(f"{kind} expects an in_shape of sizes >= 1, such as (h, w, c) or (n,), got {shape!r}.")
+        object.__setattr__(op, "in_shape", tuple(int(n) for n in shape))
+
+
+def _is_size(n) -> bool:
+    return isinstance(n, numbers.Integral) and not isinstance(n, bool) and bool(n >= 1)
 
 
 @dataclass_transform(frozen_default=True)
 def operator(*arrays: str, static: tuple[str, ...]):
-    """Class decorator: a frozen dataclass that is a pytree of `arrays` with `static` metadata."""
+    """Class decorator: a frozen dataclass that is a pytree of `arrays` with `static` metadata.
+
+    Its constructor checks types, shapes and numbers, through `check` where the class has one. Tree transformations do
+    not call it: they may put anything in the place of arrays.
+    """
 
     def wrap(cls):
+        own = getattr(cls, "__post_init__", lambda op: None)
+
+        def __post_init__(op):
+            _check_fields(op, arrays, static)
+            own(op)
+            getattr(op, "check", tuple)()
+
+        cls.__post_init__ = __post_init__
         cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
         keys = [jax.tree_util.GetAttrKey(name) for name in arrays]
 

@@ -1,6 +1,7 @@
 """Circular convolutions given by their frequency response, held as the real blocks of `_dft`."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from lipjax import _dft, spectral
+from lipjax._arithmetic import check_terms, exact_float64
 from lipjax.operators._base import COMPUTED, Leaf, Linear, gamma, norm_per_image, operator
 
 
@@ -98,7 +100,9 @@ class CircularConv(Linear):
         return self._blocks_map(y, *blocks, precision)
 
     def bound(self) -> spectral.NormBound:
-        return spectral.blocks_norm_bound(np.asarray(self.fixed, np.float64), np.asarray(self.paired, np.float64))
+        fixed, paired = (exact_float64(getattr(self, n), f"CircularConv: {n}") for n in ("fixed", "paired"))
+        check_terms(math.prod(fixed.shape[1:]), "CircularConv: a block")
+        return spectral.blocks_norm_bound(fixed, paired)
 
     def rounding_error(self, x):
         # A transform, the blocks and the inverse transform, each with an error relative to the norm of its input.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipjax import _series, _verified, conv, spectral
+from lipjax._arithmetic import check_terms, exact_float64
 from lipjax.errors import NotCertifiable
 from lipjax.operators._base import COMPUTED, Leaf, Linear, check_input, gamma, norm_per_image, operator
 
@@ -65,7 +66,8 @@ class ConvExponential(Linear):
         return self._map(x, None)
 
     def bound(self) -> spectral.NormBound:
-        kernel = np.asarray(self.kernel, np.float64)
+        kernel = exact_float64(self.kernel, "ConvExponential: the kernel")
+        check_terms(kernel.size, "ConvExponential: the kernel")
         if not np.isfinite(kernel).all():
             raise NotCertifiable("the kernel has NaN or infinite entries")
         if not np.array_equal(kernel, -np.flip(kernel, (0, 1)).swapaxes(2, 3)):

@@ -1,5 +1,6 @@
 """The circulants by which the norm of a zero-padded convolution is proved: for training against what certifies."""
 
+import copy
 from typing import Any
 
 import jax
@@ -71,7 +72,9 @@ def on_grid(op) -> Any:
     A zero-padded convolution whose norm is proved by embedding it in circulants becomes these. All others are kept.
     """
     if isinstance(op, Residual):
-        return Residual(tuple(map(on_grid, op.ops)))
+        residual = copy.copy(op)  # not the constructor, because circulants do not fit each other
+        object.__setattr__(residual, "ops", tuple(map(on_grid, op.ops)))
+        return residual
     if isinstance(op, Centered):
         return on_grid(op.map)
     if type(op) is not Conv:

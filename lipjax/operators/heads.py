@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lipjax import spectral
+from lipjax._arithmetic import check_rounding, exact_float64
 from lipjax.errors import NotCertifiable
 from lipjax.operators._base import COMPUTED, Leaf, check_input, gamma, operator
 from lipjax.operators.softplus import softplus, softplus_error
@@ -41,9 +42,13 @@ def _distance_bounds(rows: np.ndarray) -> np.ndarray:
     return np.where(same, 0.0, np.nextafter(np.maximum(bound, 2.0**-500) * scale, np.inf))
 
 
-def _checked(array, name: str, max_exponent: int) -> np.ndarray:
-    """The array in float64. Raises: NotCertifiable if an entry is not finite or reaches 2^max_exponent."""
-    array = np.asarray(array, np.float64)
+def checked(array, name: str, max_exponent: int) -> np.ndarray:
+    """The same numbers in float64, on a machine that may compute proofs.
+
+    Raises: NotCertifiable if an entry is not finite or reaches 2^max_exponent, and as `exact_float64`.
+    """
+    check_rounding()
+    array = exact_float64(array, f"The head's {name}")
     if not np.isfinite(array).all():
         raise NotCertifiable(f"The head's {name} has entries that are not finite.")
     largest = float(np.abs(array).max(initial=0.0))
@@ -85,7 +90,7 @@ class LinearHead:
 
         Raises: NotCertifiable if an entry is not finite or above 2^1000.
         """
-        return _distance_bounds(_checked(self.matrix, "matrix", 1000))
+        return _distance_bounds(checked(self.matrix, "matrix", 1000))
 
     def rounding_error(self, x):
         """Bound, (b, k), on the error of every computed logit."""
@@ -153,16 +158,24 @@ class MLPHead:
 
         Raises: NotCertifiable if an entry is not finite or reaches 2^100.
         """
-        w1, _, w2, _ = (_checked(getattr(self, name), name, _MAX_EXPONENT) for name in ("w1", "b1", "w2", "b2"))
+        w1, _, w2, _ = self.exact_arrays()
         through = w2 @ w1
         # Entry by entry the product errs by gamma |W2| |W1|, so its rows by gamma |W1|_F |w_i|.
-        lengths, frobenius = np.sqrt(np.sum(w2**2, axis=1)), math.sqrt(np.sum(w1**2))
+        # (Row sums first, so that no sum is longer than a side.)
+        lengths, frobenius = np.sqrt(np.sum(w2**2, axis=1)), math.sqrt(np.sum(np.sum(w1**2, axis=1)))
         error = gamma(w1.shape[0] + 3) * frobenius * lengths * COMPUTED + 2.0**-400
         distances = _distance_bounds(w2)
         sigma = spectral.matrix_norm_bound(w1).claim
         total = _distance_bounds(through) + error[:, None] + error + sigma * distances
         # With room for the rounding errors of another product W2 W1.
         return np.where(distances > 0, total / 2 * (1 + gamma(8)) * (1 + float(spectral.ROOM)), 0.0)
+
+    def exact_arrays(self) -> list[np.ndarray]:
+        """w1, b1, w2 and b2 in float64, as proofs take them.
+
+        Raises: NotCertifiable if an entry is not finite or reaches 2^100, or float64 does not hold the numbers.
+        """
+        return [checked(getattr(self, name), name, _MAX_EXPONENT) for name in ("w1", "b1", "w2", "b2")]
 
     def rounding_error(self, x):
         """Bound, (b, k), on the error of every computed logit."""

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipjax import conv, spectral
+from lipjax._arithmetic import check_rounding, exact_float64
 from lipjax.errors import NotCertifiable
 from lipjax.operators._base import (
     COMPUTED,
@@ -37,6 +38,8 @@ class Dense(Linear):
     def check(self) -> None:
         if np.ndim(self.matrix) != 2:
             raise ValueError(f"Expected a matrix (out, in), got shape {np.shape(self.matrix)}.")
+        if 0 in np.shape(self.matrix):
+            raise ValueError(f"Expected a matrix (out, in) that is not empty, got shape {np.shape(self.matrix)}.")
 
     def _map(self, x, precision):
         return jnp.matmul(x, self.matrix.T, precision=precision)
@@ -45,7 +48,7 @@ class Dense(Linear):
         return jnp.matmul(y, self.matrix, precision=precision)
 
     def bound(self) -> spectral.NormBound:
-        return spectral.matrix_norm_bound(np.asarray(self.matrix, np.float64))
+        return spectral.matrix_norm_bound(exact_float64(self.matrix, "Dense: the matrix"))
 
     def rounding_error(self, x):
         return gamma(self.matrix.shape[1] + 2) * COMPUTED * norm_per_image(jnp.abs(x) @ jnp.abs(self.matrix).T)
@@ -68,6 +71,7 @@ class Conv(Linear):
     def check(self) -> None:
         if np.ndim(self.kernel) != 4 or len(self.in_shape) != 3 or self.kernel.shape[2] != self.in_shape[2]:
             raise ValueError(f"Expected an HWIO kernel for images {self.in_shape}, got shape {np.shape(self.kernel)}.")
+        _ = self.out_shape  # what strides, padding and sizes do not give raises here
 
     def _map(self, x, precision):
         return conv.conv2d(x, self.kernel, strides=self.strides, padding=self.padding, precision=precision)
@@ -80,7 +84,8 @@ class Conv(Linear):
         padding = self.padding
         if padding != "CIRCULAR":
             padding = conv.explicit_padding(self.kernel.shape[:2], padding)
-        return spectral.conv_norm_bound(np.asarray(self.kernel, np.float64), self.in_shape, self.strides, padding)
+        kernel = exact_float64(self.kernel, "Conv: the kernel")
+        return spectral.conv_norm_bound(kernel, self.in_shape, self.strides, padding)
 
     def rounding_error(self, x):
         size = conv.conv2d(jnp.abs(x), jnp.abs(self.kernel), strides=self.strides, padding=self.padding)
@@ -110,7 +115,8 @@ class Normalize:
         return (x - self.mean) / self.std
 
     def bound(self) -> spectral.NormBound:
-        std = np.asarray(self.std, np.float64)
+        check_rounding()
+        std = exact_float64(self.std, "input_std")
         if not (np.isfinite(std).all() and (std > 0).all()):
             raise NotCertifiable(f"input_std must be positive and finite to certify, got {std}.")
         least = float(std.min())

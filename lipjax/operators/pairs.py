@@ -5,12 +5,14 @@ operator is what the arithmetic of `activations` and `pooling` gives on the stor
 1-Lipschitz whatever they are (docs/soundness.md).
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 from jax.core import Tracer
 
 from lipjax import activations, pooling
+from lipjax._arithmetic import exact_float64
 from lipjax.errors import NotCertifiable
 from lipjax.operators._base import COMPUTED, Isometric, Leaf, check_input, gamma, norm_per_image, operator
 
@@ -43,9 +45,9 @@ def _check_directions(label: str, directions, in_shape: Sequence[int], lead: tup
     shape = (*lead, 2, in_shape[-1] // 2)
     if np.shape(directions) != shape:
         raise ValueError(f"Expected {label} of shape {shape} for inputs {tuple(in_shape)}, got {np.shape(directions)}.")
-    if isinstance(directions, Tracer):
+    if isinstance(directions, Tracer) or not getattr(directions, "is_fully_addressable", True):
         return
-    values = np.asarray(directions, np.float64)
+    values = exact_float64(directions, label)
     lengths = np.hypot(values[..., 0, :], values[..., 1, :])
     if not ((lengths >= 0.5) & (lengths <= 2)).all():
         raise ValueError(f"Expected {label} of lengths between 1/2 and 2, got {lengths.min()} to {lengths.max()}.")
@@ -65,6 +67,9 @@ class _Directed(_Pairs):
     def check(self) -> None: ...
 
     def bound(self):
+        for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+            if field.name != "in_shape":
+                exact_float64(getattr(self, field.name), f"{type(self).__name__}: {field.name}")
         try:
             self.check()
         except ValueError as error:

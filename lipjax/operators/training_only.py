@@ -21,7 +21,7 @@ class _Around:
         return self.map.out_shape
 
     def check(self) -> None:
-        self.map.check()
+        getattr(self.map, "check", tuple)()
 
 
 @operator("map", static=())

@@ -12,6 +12,7 @@ from rich.progress import track
 
 import lipjax
 from lipjax import certify
+from lipjax._arithmetic import blas_libraries
 from lipjax.deployment import deployment_report
 from lipjax.document import write_certificate
 from lipjax.errors import NotCertifiable
@@ -145,6 +146,7 @@ def _provenance(config, seed: int, step: int) -> dict:
         "seed": seed,
         "step": step,
         "precision": "bounds and margins: float64 on the host CPU, rounding errors bounded and included",
+        "blas": blas_libraries(),
         "versions": {
             "lipjax": lipjax.__version__,
             "python": platform.python_version(),

@@ -1,0 +1,177 @@
+"""Operators check types, shapes and numbers when they are made, and leave tree transformations alone."""
+
+import copy
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lipjax import operators
+from lipjax.operators import (
+    Bias,
+    Centered,
+    CircularConv,
+    CircularSeries,
+    Contraction,
+    Conv,
+    ConvExponential,
+    CropChannels,
+    Dense,
+    Flatten,
+    Householder,
+    Householder2,
+    LeakyReLU,
+    LinearHead,
+    MaxMin,
+    MaxPoolPairs,
+    MLPHead,
+    Normalize,
+    PadChannels,
+    ProjectionPool,
+    ReLU,
+    Residual,
+    Sigmoid,
+    Softplus,
+    SpaceToDepth,
+    Tanh,
+)
+
+IMAGE, EYE = (4, 4, 2), np.eye(2)
+FIXED, PAIRED = np.ones((4, 2, 2)), np.ones((6, 2, 2, 2))
+SIDE, THREE = np.stack([np.ones(1), np.zeros(1)]), np.stack([np.stack([np.ones(1), np.zeros(1)])] * 3)
+
+# Each class made rightly.
+MADE = {
+    Bias: lambda: Bias(np.zeros(2), IMAGE),
+    Centered: lambda: Centered(Dense(EYE)),
+    CircularConv: lambda: CircularConv.from_blocks(FIXED, PAIRED, IMAGE),
+    CircularSeries: lambda: CircularSeries(FIXED, PAIRED, IMAGE, 2, 3),
+    Contraction: lambda: Contraction(Dense(EYE)),
+    Conv: lambda: Conv(np.ones((3, 3, 2, 5)), IMAGE),
+    ConvExponential: lambda: ConvExponential(np.zeros((3, 3, 2, 2)), IMAGE, 5),
+    CropChannels: lambda: CropChannels(IMAGE, 1),
+    Dense: lambda: Dense(np.ones((3, 2))),
+    Flatten: lambda: Flatten(IMAGE),
+    Householder: lambda: Householder(SIDE, IMAGE),
+    Householder2: lambda: Householder2(THREE, IMAGE),
+    LeakyReLU: lambda: LeakyReLU(IMAGE, 0.1),
+    LinearHead: lambda: LinearHead(np.ones((3, 2)), np.zeros(3)),
+    MaxMin: lambda: MaxMin(IMAGE),
+    MaxPoolPairs: lambda: MaxPoolPairs(IMAGE),
+    MLPHead: lambda: MLPHead(np.ones((4, 2)), np.zeros(4), np.ones((3, 4)), np.zeros(3)),
+    Normalize: lambda: Normalize(np.zeros(1), np.ones(2), IMAGE),
+    PadChannels: lambda: PadChannels(IMAGE, 3),
+    ProjectionPool: lambda: ProjectionPool(SIDE, IMAGE),
+    ReLU: lambda: ReLU(IMAGE),
+    Residual: lambda: Residual((Dense(EYE), ReLU((2,)))),
+    Sigmoid: lambda: Sigmoid(IMAGE),
+    Softplus: lambda: Softplus(IMAGE),
+    SpaceToDepth: lambda: SpaceToDepth(IMAGE, 2),
+    Tanh: lambda: Tanh(IMAGE),
+}
+# ... and wrongly: by what, and what the message names.
+WRONG = [
+    (Bias, {"bias": np.zeros(40), "in_shape": (4, 4, 39)}, r"bias of shape \(39,\), got \(40,\)"),
+    (Bias, {"bias": np.zeros((1, 2))}, r"bias of shape \(2,\)"),
+    (Bias, {"bias": 0.5}, "Bias expects bias to be a NumPy or JAX array, got a float"),
+    (Bias, {"bias": [0.5, 1.0]}, "array, got a list: np.asarray"),
+    (Conv, {"kernel": np.ones((3, 3, 8, 5)), "in_shape": (4, 4, 7)}, r"HWIO kernel for images \(4, 4, 7\).*3, 3, 8, 5"),
+    (Conv, {"kernel": np.ones((2, 5))}, "HWIO"),
+    (Conv, {"in_shape": (32,)}, "HWIO"),
+    (Conv, {"kernel": np.ones((9, 9, 2, 1)), "padding": "VALID"}, "does not fit"),
+    (Conv, {"padding": "SAME"}, "padding"),
+    (Conv, {"strides": 0}, "stride"),
+    (Conv, {"strides": 3, "padding": "CIRCULAR"}, "divisible"),
+    (ConvExponential, {"kernel": np.zeros((3, 3, 3, 3))}, "odd sides"),
+    (ConvExponential, {"kernel": np.zeros((2, 2, 2, 2))}, "odd sides"),
+    (CircularConv, {"response": np.ones((4, 4, 2, 2), complex), "in_shape": IMAGE}, "Expected a response"),
+    (CircularSeries, {"fixed": FIXED[:3]}, "Expected blocks"),
+    (CircularSeries, {"out_channels": 5}, "at least 5 channels"),
+    (CropChannels, {"channels": 3}, "between 1 and 2"),
+    (Dense, {"matrix": np.ones(3)}, r"matrix \(out, in\), got shape \(3,\)"),
+    (Dense, {"matrix": np.ones((3, 0))}, "not empty"),
+    (Dense, {"matrix": [[1.0, 2.0]]}, "Dense expects matrix to be a NumPy or JAX array, got a list"),
+    (Householder, {"direction": np.ones((2, 3))}, "direction of shape"),
+    (Householder, {"direction": 0 * SIDE}, "lengths between"),
+    (Householder2, {"directions": THREE[:2]}, "directions of shape"),
+    (ProjectionPool, {"direction": -SIDE}, ">= 0"),
+    (LeakyReLU, {"negative_slope": 2.0}, "between -1 and 1"),
+    (LinearHead, {"bias": np.zeros(2)}, "bias"),
+    (LinearHead, {"matrix": np.ones(2)}, "matrix"),
+    (MaxMin, {"in_shape": (4, 4, 3)}, "even number"),
+    (MLPHead, {"w2": np.ones((3, 5))}, "w2"),
+    (Normalize, {"mean": np.zeros(3)}, "input_mean"),
+    (Normalize, {"std": np.ones((1, 2))}, "input_std"),
+    (PadChannels, {"channels": 1}, "at least 2"),
+    (Residual, {"ops": (Dense(np.ones((3, 2))),)}, r"gives shape \(3,\), but the sum takes \(2,\)"),
+    (Residual, {"ops": (Dense(EYE), ReLU((3,)))}, r"gives shape \(2,\), but operator 1 takes \(3,\)"),
+    (SpaceToDepth, {"block": 3}, "divides"),
+    *(
+        (cls, {"in_shape": shape}, rf"{cls.__name__} expects an in_shape of sizes >= 1")
+        for cls in (Flatten, ReLU, LeakyReLU, Tanh, Sigmoid, Softplus, MaxMin, MaxPoolPairs, SpaceToDepth, Bias)
+        for shape in ((), (4, 0, 2), (4, -1, 2))
+    ),
+]
+
+
+def test_every_class_is_looked_at():
+    known = {cls for cls in vars(operators).values() if isinstance(cls, type) and hasattr(cls, "in_shape")}
+    assert known <= set(MADE) and len(MADE) >= 26
+
+
+@pytest.mark.parametrize("cls", MADE)
+def test_trees_of_anything_are_left_alone(cls):
+    op = MADE[cls]()
+    leaves, structure = jax.tree.flatten(op)
+    for odd in (None, object(), "x", 3, np.zeros((7, 7, 7, 7, 7))):
+        made = jax.tree.unflatten(structure, [odd] * len(leaves))
+        assert type(made) is cls
+        assert all(a is odd for a in jax.tree.leaves(made, is_leaf=lambda x: x is None))
+    abstract = jax.eval_shape(lambda: op)
+    assert jax.tree.structure(abstract) == structure
+    stacked = jax.tree.map(lambda a: jnp.stack([a, a]), op)
+    if leaves:
+        x = jnp.ones((2, 1, *op.in_shape))
+        assert jax.vmap(lambda o, x: o(x))(stacked, x).shape == (2, 1, *op.out_shape)
+        jax.lax.scan(lambda carry, o: (carry, o(x[0])), 0, stacked)
+    assert jax.tree.structure(copy.deepcopy(op)) == structure
+    if cls is not CircularConv:  # which is made of other arguments than it holds
+        assert jax.tree.structure(dataclasses.replace(op)) == structure
+
+
+@pytest.mark.parametrize(("cls", "changes", "message"), WRONG)
+def test_what_does_not_fit_is_refused_when_made(cls, changes, message):
+    op = MADE[cls]()
+    fields = {f.name: getattr(op, f.name) for f in dataclasses.fields(op)} if cls is not CircularConv else {}
+    if cls is not CircularConv:
+        cls(**fields)  # control
+    with pytest.raises(ValueError, match=message):
+        cls(**fields | changes)
+    traced = {name: value for name, value in changes.items() if isinstance(value, np.ndarray)}
+    if traced and not message.startswith(("lengths", ">=")):  # shapes are known to `jit`, too
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(lambda arrays: cls(**fields | changes | arrays), traced)
+
+
+def past_jaxtyping(cls, **fields):
+    """What a constructor makes where jaxtyping, which only tests have, does not object first."""
+    op = object.__new__(cls)
+    for name, value in fields.items():
+        object.__setattr__(op, name, value)
+    op.__post_init__()
+    return op
+
+
+@pytest.mark.parametrize("shape", [4, None, "442", (4.0, 4, 2), (True, 4, 2), ((4, 4), 2), np.array([4, 4, 2])])
+def test_what_is_no_shape(shape):
+    for cls in (ReLU, MaxMin, Flatten):
+        with pytest.raises(ValueError, match=f"{cls.__name__} expects an in_shape of sizes >= 1"):
+            past_jaxtyping(cls, in_shape=shape)
+
+
+def test_lists_of_sizes_become_tuples():
+    op = past_jaxtyping(Conv, kernel=jnp.ones((3, 3, 2, 2)), in_shape=[4, np.int64(4), 2], strides=1, padding="ZERO")
+    assert op.in_shape == IMAGE and all(type(n) is int for n in op.in_shape)
+    assert jax.jit(lambda op, x: op(x))(op, jnp.ones((1, *IMAGE))).shape == (1, *IMAGE)
