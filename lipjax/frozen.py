@@ -1,6 +1,5 @@
 """Frozen networks: float64 host arrays that certify, save and load. docs/soundness.md says what is proved."""
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -17,7 +16,9 @@ import safetensors
 import safetensors.numpy
 
 from lipjax import bounds, operators
+from lipjax._arithmetic import exact_float64
 from lipjax._float64 import check_arithmetic, evaluate, float64_on_cpu
+from lipjax._layout import arrays_of, entry_of, rebuild
 from lipjax._mlp import MLPCertifier
 from lipjax.certify import Certificate, certify_margins, replacing, write_json
 from lipjax.errors import NotCertifiable, UserError
@@ -33,20 +34,36 @@ def _read_only(array) -> np.ndarray:
     return copy.view()  # owns nothing, so that it cannot be made writable again
 
 
-def freeze(model, variables, class_names: Sequence[str] | None = None) -> "FrozenNetwork":
-    """Builds the model's network in float64 and takes it to the host.
+def freeze(model, variables=None, class_names: Sequence[str] | None = None) -> "FrozenNetwork":
+    """Builds the model's network in float64 and takes it to the host; or takes a network as it is.
 
     Args:
-      model: has `apply(variables, method="build")` that returns a Network, such as any model of lipjax.models.
-      variables: its parameters and state, on any device and in any float type.
+      model: has `apply(variables, method="build")` that returns a Network, such as any model of lipjax.models; or a
+        `Network`, of NumPy or JAX arrays of any type whose numbers float64 holds, whatever jax_enable_x64 says.
+      variables: the model's parameters and state, on any device and in any float type; none beside a network.
       class_names: as `FrozenNetwork` keeps them.
-    Raises: ValueError if an array of the result is not finite or not float64, or names do not fit the classes.
+    Raises: ValueError if an array of the result is not finite or not float64, or names do not fit the classes;
+      NotCertifiable naming an array of a network that float64 does not hold.
+    Example: freeze(make_network([("dense", Dense(np.eye(2)))], LinearHead(np.eye(2), np.zeros(2)))).
     """
+    if isinstance(model, Network):
+        if variables is not None:
+            raise ValueError("A network holds its arrays: freeze(network) takes no variables beside it.")
+        return FrozenNetwork(jax.tree_util.tree_map_with_path(_exact_leaf, model), class_names)
+    if variables is None:
+        raise ValueError(
+            f"freeze({type(model).__name__}, variables) takes the model's variables, too: model.init(...), or "
+            "lipjax.training.load_run(workdir), gives them."
+        )
     variables = jax.tree.map(lambda a: _host_float64(a), variables)
     with float64_on_cpu():
         # In one program: operation by operation a deep network would compile for minutes.
         network = jax.jit(lambda v: model.apply(v, method="build"))(jax.tree.map(jnp.asarray, variables))
         return FrozenNetwork(jax.tree.map(np.asarray, network), class_names)
+
+
+def _exact_leaf(path, leaf) -> np.ndarray:
+    return exact_float64(leaf, f"network{jax.tree_util.keystr(path)}")
 
 
 def _host_float64(array):
@@ -74,7 +91,10 @@ class FrozenNetwork:
             if np.asarray(a).dtype != np.float64 or not np.isfinite(a).all()
         ]
         if bad:
-            raise ValueError(f"A frozen network holds finite float64 arrays; these are not: {', '.join(bad)}.")
+            raise ValueError(
+                f"A frozen network holds finite float64 arrays; these are not: {', '.join(bad)}. "
+                "(lipjax.freeze(network) makes shorter types longer.)"
+            )
         check_network(network)
         self.network = jax.tree.map(_read_only, network)
         self.class_names = _checked_names(class_names, self.num_classes)
@@ -265,11 +285,11 @@ class FrozenNetwork:
         parts = [(f"ops/{name}", op) for name, op in zip(self.network.names, self.network.ops, strict=True)]
         found = {}
         for prefix, op in [*parts, ("head", self.network.head)]:
-            found |= _arrays_of(prefix, op)
+            found |= arrays_of(prefix, op)
         return {**found, "input_mean": self.network.input_mean, "input_std": self.network.input_std}
 
     def _layout(self) -> dict:
-        ops = [{"name": n, **_entry(op)} for n, op in zip(self.network.names, self.network.ops, strict=True)]
+        ops = [{"name": n, **entry_of(op)} for n, op in zip(self.network.names, self.network.ops, strict=True)]
         return {"ops": ops, "head": type(self.network.head).__name__}
 
     def sha256(self) -> str:
@@ -333,7 +353,7 @@ class FrozenNetwork:
                 f"{directory}/network.json is not of format {FORMAT!r}, schema {SCHEMA}: made by another version?"
             )
         try:
-            frozen = cls(_rebuild(document, arrays))
+            frozen = cls(rebuild(document, arrays))
             frozen.class_names = _checked_names(document.get("class_names"), frozen.num_classes)
             digest = frozen.sha256()
         except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
@@ -359,45 +379,3 @@ def write_arrays(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None
             safetensors.numpy.save_file(arrays, temporary)
         except safetensors.SafetensorError as error:
             raise UserError(f"{path} cannot be written ({error}): free some space or choose another place.") from error
-
-
-def _arrays_of(prefix: str, part) -> dict[str, np.ndarray]:
-    found = {}
-    if isinstance(part, operators.Residual):
-        for i, op in enumerate(part.ops):
-            found |= _arrays_of(f"{prefix}/{i}", op)
-        return found
-    for field in dataclasses.fields(part):
-        value = getattr(part, field.name)
-        if isinstance(value, np.ndarray):
-            found[f"{prefix}/{field.name}"] = np.ascontiguousarray(value)
-    return found
-
-
-def _entry(op) -> dict[str, Any]:
-    """The type of an operator and what it is made of beside arrays."""
-    if isinstance(op, operators.Residual):
-        return {"type": "Residual", "ops": [_entry(part) for part in op.ops]}
-    static = {f.name: getattr(op, f.name) for f in dataclasses.fields(op)}
-    return {"type": type(op).__name__, **{k: v for k, v in static.items() if not isinstance(v, np.ndarray)}}
-
-
-def _operator(entry: dict, prefix: str, arrays: dict[str, np.ndarray]):
-    def tuples(value):
-        return tuple(map(tuples, value)) if isinstance(value, list) else value
-
-    cls = operators.OPERATORS[entry["type"]]
-    if cls is operators.Residual:
-        return cls(tuple(_operator(part, f"{prefix}/{i}", arrays) for i, part in enumerate(entry["ops"])))
-    fields = {f.name: entry.get(f.name, arrays.get(f"{prefix}/{f.name}")) for f in dataclasses.fields(cls)}
-    # Some constructors take other arguments than the fields.
-    make: Any = getattr(cls, "rebuild", cls)
-    return make(**{name: tuples(value) for name, value in fields.items()})
-
-
-def _rebuild(document: dict, arrays: dict[str, np.ndarray]) -> Network:
-    ops = [_operator(entry, f"ops/{entry['name']}", arrays) for entry in document["ops"]]
-    cls = operators.HEADS[document["head"]]
-    head = cls(**{f.name: arrays[f"head/{f.name}"] for f in dataclasses.fields(cls)})
-    names = tuple(entry["name"] for entry in document["ops"])
-    return Network(tuple(ops), head, arrays["input_mean"], arrays["input_std"], names)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from lipjax.operators import Centered, Contraction, Leaf, Normalize, Residual
@@ -156,15 +157,25 @@ def make_network(named_ops, head, input_mean: Any = 0.0, input_std: Any = 1.0) -
 
     Args:
       named_ops: (name, operator) pairs in order. head: the last map.
-      input_mean, input_std: numbers or one per channel, pixel units; std > 0.
+      input_mean, input_std: numbers or one per channel, pixel units; std > 0. They become arrays of the head's type,
+        NumPy's where the head's are.
     Raises: ValueError as `check_network`.
     """
     named_ops = list(named_ops)
-    dtype = jnp.result_type(*jax.tree.leaves(head))
-    mean, std = (jnp.atleast_1d(jnp.asarray(a, dtype)) for a in (input_mean, input_std))
+    mean, std = (_pixel_numbers(a, jax.tree.leaves(head)) for a in (input_mean, input_std))
     network = Network(tuple(op for _, op in named_ops), head, mean, std, tuple(name for name, _ in named_ops))
     check_network(network)
     return network
+
+
+def _pixel_numbers(value, leaves):
+    """input_mean or input_std as an array of the head's kind and floating-point type, (c,) or (1,)."""
+    if not any(isinstance(a, jax.Array) for a in (value, *leaves)):
+        # JAX would shorten float64 to float32 where jax_enable_x64 is off.
+        dtype = np.result_type(*leaves)
+        return np.atleast_1d(np.asarray(value, dtype if jnp.issubdtype(dtype, jnp.floating) else np.float64))
+    dtype = jnp.result_type(*leaves)
+    return jnp.atleast_1d(jnp.asarray(value, dtype if jnp.issubdtype(dtype, jnp.floating) else float))
 
 
 def check_network(network: Network) -> None:

@@ -1,6 +1,7 @@
 """Frozen networks: what they claim against exact rational arithmetic and search, and that their files are checked."""
 
 import contextlib
+import dataclasses
 import json
 import subprocess
 import sys
@@ -288,6 +289,58 @@ def test_arrays_that_are_not_finite_or_not_float64_cannot_be_frozen():
         broken = type(network)(tuple(ops), network.head, network.input_mean, network.input_std, network.names)
         with pytest.raises(ValueError, match="bias"):
             FrozenNetwork(broken)
+
+
+def numpy_network(dtype=np.float64, **pixels):
+    rng = np.random.default_rng(1)
+    ops = [("dense", operators.Dense(rng.normal(size=(5, 4)).astype(dtype))), ("act", operators.ReLU((5,)))]
+    head = operators.LinearHead(rng.normal(size=(3, 5)).astype(dtype), rng.normal(size=3).astype(dtype))
+    return make_network(ops, head, **pixels)
+
+
+@pytest.mark.x64_off
+def test_a_network_of_numpy_arrays_freezes_as_it_is():
+    images = np.random.default_rng(2).uniform(size=(3, 4))
+    network = numpy_network(input_mean=0.1, input_std=(0.3, 0.4, 0.5, 0.6))
+    frozen = lipjax.freeze(network)
+    assert network.input_mean.dtype == network.input_std.dtype == np.float64
+    assert frozen.network.input_mean[0] == 0.1  # not the float32 next to it
+    for mine, theirs in zip(jax.tree.leaves(frozen.network), jax.tree.leaves(network), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert (frozen.certify(images).radii > 0).all()
+    np.testing.assert_array_equal(lipjax.FrozenNetwork(network)(images), frozen(images))
+    assert lipjax.freeze(network, class_names=["a", "b", "c"]).class_names == ("a", "b", "c")
+
+
+@pytest.mark.x64_off
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
+@pytest.mark.parametrize("place", [np.asarray, jnp.asarray])
+def test_a_network_of_short_floats_freezes_with_the_same_numbers(dtype, place):
+    network = jax.tree.map(place, numpy_network(dtype))
+    frozen = lipjax.freeze(network)
+    for mine, theirs in zip(jax.tree.leaves(frozen.network), jax.tree.leaves(network), strict=True):
+        assert mine.dtype == np.float64 and theirs.dtype == dtype
+        np.testing.assert_array_equal(mine, np.asarray(theirs, np.float64))
+
+
+def test_what_freezes_nothing_says_so():
+    with pytest.raises(NotCertifiable, match=r"network\.ops\[0\]\.matrix: .*(float128|longdouble)"):
+        lipjax.freeze(numpy_network(np.longdouble))
+    with pytest.raises(NotCertifiable, match=r"network\.head\.matrix: .*complex128"):
+        lipjax.freeze(dataclasses.replace(numpy_network(), head=operators.LinearHead(np.eye(2) * 1j, np.zeros(2))))
+    with pytest.raises(ValueError, match="takes no variables"):
+        lipjax.freeze(numpy_network(), {})
+    with pytest.raises(ValueError, match=r"freeze\(object, variables\) takes the model's variables"):
+        lipjax.freeze(object())
+
+
+def test_integer_heads_leave_the_pixels_real():
+    network = make_network(
+        [("act", operators.ReLU((2,)))], operators.LinearHead(np.eye(2, dtype=int), np.zeros(2, int)), 0.5
+    )
+    assert network.input_mean.tolist() == [0.5] and lipjax.freeze(network).network.head.matrix.dtype == np.float64
+    network = jax.tree.map(jnp.asarray, network)
+    assert make_network([("act", operators.ReLU((2,)))], network.head, 0.5).input_mean.tolist() == [0.5]
 
 
 def test_std_must_be_positive_to_certify():

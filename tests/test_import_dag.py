@@ -25,7 +25,7 @@ ROWS = (
     ("_liplt_bound",),
     ("bounds",),
     ("certify",),
-    ("losses", "_mlp", "_input_gradient", "_float32", "_float64"),
+    ("losses", "_mlp", "_input_gradient", "_float32", "_float64", "_layout"),
     ("_lipschitz_search",),
     ("frozen", "attacks", "nn"),
     ("document", "deployment"),

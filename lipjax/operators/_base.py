@@ -49,7 +49,7 @@ def _check_fields(op, arrays: tuple[str, ...], static: tuple[str, ...]) -> None:
 
 
 def _is_size(n) -> bool:
-    return isinstance(n, numbers.Integral) and not isinstance(n, bool) and bool(n >= 1)
+    return isinstance(n, numbers.Integral) and not isinstance(n, bool) and int(n) >= 1
 
 
 @dataclass_transform(frozen_default=True)
