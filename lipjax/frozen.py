@@ -270,10 +270,8 @@ class FrozenNetwork:
         pixels = self._check_images(images)
         wrong = np.flatnonzero(np.isnan(pixels).any(axis=tuple(range(1, pixels.ndim))))
         if len(wrong):
-            raise UserError(
-                f"Expected pixels in [0, 1], but {len(wrong)} of {len(pixels)} images hold NaN, the first of them "
-                f"image {wrong[0]}: mend these images or leave them out."
-            )
+            what = f"but {len(wrong)} of {len(pixels)} images hold NaN, the first of them image {wrong[0]}"
+            raise UserError(f"Expected pixels in [0, 1], {what}: mend these images or leave them out.")
         certificate = self.certify(pixels, batch_size)
         return certificate.predictions, certificate.radii
 

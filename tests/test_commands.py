@@ -215,3 +215,25 @@ def test_another_model_by_its_name_alone_trains(train, tmp_path):  # noqa: F811
     smaller = ["--config.model.num_blocks=3", "--config.model.depth=3", "--config.model.width=4"]
     code, out, err = train(*arguments, *smaller)
     assert (code, err) == (0, "") and "Training lipconvnet" in out
+
+
+@pytest.mark.x64_off
+def test_own_images_train_by_name(lipjax_command, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    images, labels = made_up_images(60)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        folder = tmp_path / "photos" / ("top", "middle", "bottom")[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0]).save(folder / f"{i}.png")
+    quick = [
+        "--config.num_epochs=1",
+        "--config.certify.attack_steps=1",
+        "--config.model.width=4",
+        "--config.mesh.data=1",
+    ]
+    code, out, err = lipjax_command("train", "--config=own_images", "--config.data.path=photos", *quick)
+    assert (code, err) == (0, "") and "Training liresnet" in out and "Written to runs/own_images" in out
+    code, out, err = lipjax_command("predict", "runs/own_images", "photos/top/0.png", "photos/bottom/2.png")
+    assert (code, err) == (0, "") and re.search(r"photos/top/0.png +│ (top|middle|bottom) ", out)
+    code, _, err = lipjax_command("train", "--config=own_images", *quick)
+    assert code == 2 and "config.data.path must say where your data are" in err
