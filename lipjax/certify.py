@@ -21,7 +21,7 @@ from lipjax import curvature as curvatures
 from lipjax.operators.heads import MLPHead
 from lipjax.operators.softplus import sigmoid, softplus
 
-SCHEMA = 2
+SCHEMA = 3
 CLAIM = (
     "For every x' with |x' - x|_2 < radius, the class that the frozen network computes in exact real arithmetic at x' "
     "is the class reported for x. Radii are l2, for pixels in [0, 1]."
@@ -306,12 +306,11 @@ def layer_rows(rows, estimates: dict[str, float]) -> list[dict]:
 def liplt_rows(report) -> dict | None:
     """The JSON-ready part of a certificate about LipLT: constants of layers, norms of chains and how they were proved.
 
-    report: `bounds.LipLTReport`; None for None.
+    report: `bounds.LipLTReport`; None for None. What the report has beyond is not stated: `checker` could not prove it.
     """
     if report is None:
         return None
-    document = dataclasses.asdict(report)
-    return document | {"per_class": report.per_class.tolist()}
+    return {name: [dataclasses.asdict(row) for row in getattr(report, name)] for name in ("layers", "chains")}
 
 
 def image_rows(certificate: Certificate, labels=None) -> list[dict]:
@@ -319,6 +318,8 @@ def image_rows(certificate: Certificate, labels=None) -> list[dict]:
     rows = []
     for i, prediction in enumerate(certificate.predictions.tolist()):
         margin = float(certificate.margins[i])
+        if certificate.rivals[i] == prediction:  # the only class: there is no difference to bound
+            margin = math.inf
         row = {
             "prediction": prediction,
             "rival": int(certificate.rivals[i]),

@@ -22,11 +22,14 @@ import argparse  # noqa: E402
 import decimal  # noqa: E402
 import functools  # noqa: E402
 import hashlib  # noqa: E402
+import io  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 import pathlib  # noqa: E402
+import stat  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
+import zipfile  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 from fractions import Fraction  # noqa: E402
 from typing import Any  # noqa: E402
@@ -36,7 +39,7 @@ import safetensors  # noqa: E402
 import safetensors.numpy  # noqa: E402
 
 NETWORK_FORMAT, NETWORK_SCHEMA = "lipjax-frozen-network", 1
-FORMAT, SCHEMA = "lipjax-certificate", 2
+FORMAT, SCHEMA = "lipjax-certificate", 3
 CLAIM = (
     "For every x' with |x' - x|_2 < radius, the class that the frozen network computes in exact real arithmetic at x' "
     "is the class reported for x. Radii are l2, for pixels in [0, 1]."
@@ -56,13 +59,72 @@ FLOOR = 2.0**-490
 # Work is cut into pieces of about this many numbers.
 CHUNK = 2**22
 
+# Limits of what a directory may cost, whoever made it (docs/certificates.md); --budget multiplies them.
+# Bytes of a JSON file, of the header of a file of arrays, and of such a file and what it unpacks to.
+JSON_BYTES, HEADER_BYTES, ARRAY_BYTES = 2**26, 2**24, 2**31
+# Numbers held at once, of 8 bytes: by one piece of work, and by the threads of one.
+NUMBERS = HELD = 2**29
+# Multiplications: so many, and so many more for each byte of the network and its images, for each SAMPLE images.
+WORK, WORK_PER_BYTE = 2e12, 1e6
+# What other things take in multiplications of a matrix product: a call of NumPy, a pass over a number, a number of the
+# tables of the circle, a small matrix in a stack, a fraction.
+CALL, PASS, ANGLE, MATRIX, FRACTION = 2e5, 10, 4e5, 3e4, 2e4
+# Words of integers that are added for one truncated exponential, at most, before it counts as not proved.
+SERIES_WORDS = 10**8
+
+
+# Methods by which several kinds of operators, and chains of them, are bounded.
+ZERO = "zero"
+ONLY_TAP = "Cholesky of the Gram matrix of the only block tap"
+DENSE = "Cholesky of the dense operator's Gram matrix"
+PER_FREQUENCY = "Cholesky per frequency of a block circulant"
+RESHAPED = "sqrt(kh kw) times the norm of the kernel as {}"
+COMPOSED = "Cholesky of the Gram matrix of the dense composition"
+BANDED = "Cholesky of the banded Gram matrix of the composition"
+CIRCULAR = "composed circular kernel; "
+PRODUCT = "product of the norms of its operators"
+SPLIT = "product of the bounds to and from "
+ALONE = "norm of the only operator"
+
 
 class Unreadable(Exception):
     """A file that is missing, damaged or of another schema: exit code 2."""
 
 
+class TooLarge(Unreadable):
+    """What would cost more than the limits allow: exit code 2."""
+
+
 class Unproved(Exception):
     """A statement that this checker cannot prove: exit code 1."""
+
+
+class Budget:
+    """What may still be spent: `factor` times the limits."""
+
+    def __init__(self, factor: int | float = 1.0):
+        self.factor, self.allowed, self.spent = factor, WORK * factor, 0.0
+
+    def _refuse(self, place: str, needed: int | float, limit: int | float, unit: str) -> None:
+        if not needed <= limit:
+            factor = math.ceil(min(self.factor * needed / limit * 1.01, 1e9))
+            raise TooLarge(
+                f"{place}: about {needed:.3g} {unit}, and the limit is {limit:.3g}: not checked. If you trust the "
+                f"source, --budget {factor} raises the limits"
+            )
+
+    def spend(self, place: str, work: int | float) -> None:
+        """Counts multiplications. Raises: TooLarge, before the work is done, if they are too many."""
+        self._refuse(place, self.spent + work, self.allowed, "multiplications in all")
+        self.spent += work
+
+    def hold(self, place: str, numbers: int | float) -> None:
+        """Raises: TooLarge for more numbers than may be held at once."""
+        self._refuse(place, numbers, NUMBERS * self.factor, "numbers at once")
+
+    def take(self, path: pathlib.Path, size: int, limit: int, what: str = "bytes") -> None:
+        """Raises: TooLarge for a file, or a part of one, of too many bytes."""
+        self._refuse(str(path), size, limit * self.factor, what)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,8 +172,11 @@ def scaled(array: np.ndarray) -> tuple[np.ndarray, int]:
     return np.ldexp(array, -exponent), exponent
 
 
-def in_threads(function, items) -> list:
-    """Maps with a thread per core; NumPy releases the interpreter's lock in the work done here."""
+def in_threads(function, items, numbers: int = 0) -> list:
+    """Maps with a thread per core; NumPy releases the interpreter's lock in the work done here.
+
+    numbers: how many an item holds at once: there are as many threads as can hold theirs.
+    """
     items = list(items)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -119,9 +184,10 @@ def in_threads(function, items) -> list:
         with np.errstate(all="ignore"):
             return function(item)
 
-    if min(len(items), cores) <= 1:
+    workers = min(len(items), cores, 16, HELD // max(numbers, 1))
+    if workers <= 1:
         return [quietly(item) for item in items]
-    with ThreadPoolExecutor(min(len(items), cores, 16)) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(quietly, items))
 
 
@@ -263,8 +329,18 @@ class Axis:
         if self.out < 1:
             raise Unproved(f"a kernel of {taps} taps does not fit {size} pixels")
         # A tap that meets only padding multiplies zeros.
-        outputs = range(self.out)
-        self.used = [t for t in range(taps) if circular or any(0 <= stride * i + t - low < size for i in outputs)]
+        self.used = [t for t in range(taps) if circular or self.reach(t) is not None]
+
+    def reach(self, t: int) -> tuple[int, int] | None:
+        """The first and last of the outputs for which tap t meets a pixel, and not padding; None without one."""
+        first = max(0, -((t - self.low) // self.stride))
+        last = min(self.out - 1, (self.size - 1 - t + self.low) // self.stride)
+        return (first, last) if first <= last else None
+
+    @property
+    def span(self) -> int:
+        """How many pixels all outputs read, those of the padding included."""
+        return self.stride * (self.out - 1) + self.taps
 
     def admits(self, grid: int, twist: int) -> bool:
         """Whether the map is a compression of the one on `grid` blocks, periodic up to the sign (-1)^twist (§2)."""
@@ -274,9 +350,14 @@ class Axis:
             return False
         if grid < self.out or self.stride * grid < self.size or twist not in (0, 1):
             return False
-        read = {self.stride * i + t - self.low for i in range(self.out) for t in self.used}
-        outside = {index for index in read if not 0 <= index < self.size}
-        return all(index % (self.stride * grid) >= self.size for index in outside)
+        # From each tap on, every stride-th pixel is read, `out` times: sums along the strides of ones and minus ones.
+        ends = np.zeros((-(-self.span // self.stride) + 1 + self.out, self.stride), np.int32).reshape(-1)
+        ends[self.used] += 1
+        ends[np.array(self.used, int) + self.stride * self.out] -= 1
+        read = np.cumsum(ends.reshape(-1, self.stride), axis=0).reshape(-1) > 0
+        indices = np.flatnonzero(read) - self.low
+        outside = indices[(indices < 0) | (indices >= self.size)]
+        return bool((outside % (self.stride * grid) >= self.size).all())
 
 
 def conv_below(kernel: np.ndarray, axes: tuple[Axis, Axis], method: str, details: dict, limit: Fraction) -> bool:
@@ -293,12 +374,9 @@ def conv_below(kernel: np.ndarray, axes: tuple[Axis, Axis], method: str, details
         return limit >= 0
     kernel, exponent = scaled(kernel)
     limit = limit / Fraction(2) ** exponent
-    if method == "Cholesky of the dense operator's Gram matrix":
+    if method == DENSE:
         return dense_conv_below(kernel, axes, limit)
-    if method not in (
-        "Cholesky per frequency of a block circulant",
-        "Cholesky of the Gram matrix of the only block tap",
-    ):
+    if method not in (PER_FREQUENCY, ONLY_TAP):
         raise Unproved(f"the method {method!r} is not known")
     # Blocks of s pixels make the stride 1: t - lo = s q + rho (§2).
     blocks: dict[tuple[int, int], np.ndarray] = {}
@@ -314,33 +392,71 @@ def conv_below(kernel: np.ndarray, axes: tuple[Axis, Axis], method: str, details
     moves = [len(set(places[:, a].tolist())) > 1 for a in range(2)]
     if not any(moves):  # the symbol has the same norm at every frequency
         return norms_below(taps, limit)
+    need(method == PER_FREQUENCY, f"the method {method!r} is for a single block tap, and it has {len(taps)}")
     if not all(isinstance(p, list) and len(p) == 2 and all(type(n) is int for n in p) for p in (grid, twist)):
         raise Unproved(f"grid {grid!r} and twist {twist!r} are not pairs of integers")
     if not all(axes[a].admits(grid[a], twist[a]) for a in range(2) if moves[a]):
         raise Unproved(f"grid {grid} with twist {twist} proves nothing about this convolution")
     angles = [2 * np.arange(grid[a]) + twist[a] if moves[a] else np.zeros(1, int) for a in range(2)]
     periods = [2 * grid[a] if moves[a] else 2 for a in range(2)]
-    mesh = {(a, b) for a in angles[0].tolist() for b in angles[1].tolist()}
-    # Of a real kernel, the symbols at a frequency and its negative are conjugate.
-    mesh = sorted(pair for pair in mesh if pair <= (-pair[0] % periods[0], -pair[1] % periods[1]))
+    # Of a real kernel, the symbols at a frequency and its negative are conjugate: one of each pair.
+    mesh = np.stack(np.meshgrid(*angles, indexing="ij"), -1).reshape(-1, 2)
+    mirror = -mesh % periods
+    first = (mesh[:, 0] < mirror[:, 0]) | ((mesh[:, 0] == mirror[:, 0]) & (mesh[:, 1] <= mirror[:, 1]))
+    mesh = mesh[first]
     tables = [circle(period // 2) for period in periods]
     # |computed - exact symbol|: phases off by less than 6 u (two entries within u, a complex product), and a sum of
     # len(taps) products in each part.
     frobenius = [root_up(squares_up(tap)) for tap in taps]
     error = 2 * gamma(len(taps) + 8) * sum(frobenius, Fraction(0)) + TINY
-    size = max(1, CHUNK // (4 * taps[0].size))
+    size = max(1, CHUNK // (4 * max(taps[0].size, len(taps))))
 
     def prove(chunk) -> bool:
         phases: Any = np.ones((len(chunk), len(taps)), complex)
         for a in range(2):
-            places_of_angles = np.outer([pair[a] for pair in chunk], places[:, a]) % periods[a]
+            places_of_angles = np.outer(chunk[:, a], places[:, a]) % periods[a]
             phases *= tables[a][0][places_of_angles] + 1j * tables[a][1][places_of_angles]
         flat, shape = taps.reshape(len(taps), -1), (len(chunk), *taps.shape[1:])
         symbols = np.empty(shape, complex)
         symbols.real, symbols.imag = (phases.real @ flat).reshape(shape), (phases.imag @ flat).reshape(shape)
         return norms_below(symbols, limit - error)
 
-    return all(in_threads(prove, [mesh[start : start + size] for start in range(0, len(mesh), size)]))
+    chunks = [mesh[start : start + size] for start in range(0, len(mesh), size)]
+    return all(in_threads(prove, chunks, 12 * size * max(taps[0].size, len(taps))))
+
+
+def conv_effort(shape: tuple, axes: tuple[Axis, Axis], method: str, details: dict) -> tuple[int | float, int | float]:
+    """About how many multiplications `conv_below` takes for a kernel of this shape, and numbers it holds at once."""
+    rows, columns = axes
+    kh, kw, c, o = shape
+    if method == DENSE:
+        side, width = rows.size * columns.size * c, columns.size * c
+        pairs, inside = kh * min(kh, rows.size), min(kh, rows.size)
+        work = pairs * columns.out * o * width**2 + rows.out * inside**2 * width**2 * PASS + side**3
+        work += kh * kw * columns.out * CALL
+        return work, kh * columns.out * o * width + pairs * width**2 + 5 * side**2
+    steps, used = [axis.stride for axis in axes], [axis.used for axis in axes]
+    blocks = math.prod(
+        len({(t - axis.low) // axis.stride for t in taps}) for axis, taps in zip(axes, used, strict=True)
+    )
+    n = math.prod(steps) * c
+    count = blocks * o * n
+    work, numbers = kh * kw * CALL + blocks * CALL, 3.0 * count
+    grid: Any = details.get("grid")
+    sides = [g if type(g) is int and 0 < g < 2**31 else 1 for g in grid[:2]] if isinstance(grid, list) else [1]
+    sides = [min(g, 4 * (axis.out + axis.size + axis.taps)) for g, axis in zip(sides, axes, strict=False)]
+    frequencies = math.prod(sides) // 2 + 2
+    work += sum(sides) * 2 * ANGLE + frequencies * (blocks * 4 * PASS + 2 * count + MATRIX)
+    work += frequencies * matrix_effort(o, n, 4)[0]
+    return work, numbers + 12.0 * frequencies + 12.0 * max(o * n, blocks)
+
+
+def matrix_effort(m: int, n: int, factor: int = 1) -> tuple[int | float, int | float]:
+    """As `conv_effort` of a matrix (m, n) in `norms_below`. factor: 4 for complex numbers."""
+    side = min(m, n)
+    return factor * (float(m) * n * side + float(side) ** 3) + PASS * (
+        4.0 * m * n + 6.0 * side**2
+    ), 3.0 * m * n + 6.0 * side**2
 
 
 def dense_conv_below(kernel: np.ndarray, axes: tuple[Axis, Axis], limit: Fraction) -> bool:
@@ -410,10 +526,12 @@ def series_below(num_terms: int, norm: Fraction, limit: Fraction) -> bool:
     ]
     scale = math.lcm(*(a.denominator for a in row))
     pieces = [[a.numerator * (scale // a.denominator) for a in row]]
-    for _ in range(100_000):
+    words = 0
+    while words < SERIES_WORDS:
         if not pieces:
             return True
         row = pieces.pop()
+        words += (degree + 1) ** 2 * (1 + max(map(int.bit_length, row)) // 64)
         if min(row) >= 0:
             continue
         if row[0] < 0 or row[-1] < 0:  # values that the polynomial takes
@@ -489,6 +607,8 @@ class Operator:
 
     arrays: tuple[str, ...] = ()
     settings: tuple[str, ...] = ("in_shape",)
+    # What a certificate may call its proof: another name would say something else of the operator than is proved.
+    methods: tuple[str, ...] = ("exact: a reordering",)
     # What the two name in one subclass or another: finite float64 arrays, and JSON values.
     bias: np.ndarray
     direction: np.ndarray
@@ -514,6 +634,7 @@ class Operator:
             if not is_shape(self.in_shape):
                 raise Unproved(f"in_shape {self.in_shape!r} is not a shape")
             self.in_shape = tuple(self.in_shape)
+            need(math.prod(self.in_shape) <= TERMS, f"{self.in_shape} has more than {TERMS:,} numbers")
         self.claim = Fraction(0)
         self.prepare()
         need(math.prod(self.out_shape) <= TERMS, f"{self.out_shape} has more than {TERMS:,} numbers")
@@ -530,6 +651,21 @@ class Operator:
     def proves(self, claim: Fraction, method: str, details: dict) -> bool:
         """Whether the claimed Lipschitz constant is proved."""
         return claim >= 1
+
+    def named(self, method: Any) -> str:
+        """The stated method. Raises: Unproved if it is none by which such an operator is bounded."""
+        need(method in self.methods, f"the method {method!r} is none for it: {' | '.join(self.methods)}")
+        zero = method != ZERO or not any(getattr(self, name).any() for name in self.arrays)
+        need(zero, "the method is that of a zero operator, which it is not")
+        return method
+
+    def cost(self) -> int | float:
+        """About how many multiplications `evaluate`, `apply` or `back` take for one input."""
+        return 4.0 * PASS * (math.prod(self.in_shape) + math.prod(self.out_shape))
+
+    def effort(self, method: Any, details: Any) -> tuple[int | float, int | float]:
+        """About how many multiplications `proves` takes, and how many numbers it or `apply` hold at once."""
+        return CALL, 0.0
 
     def apply(self, x: np.ndarray) -> np.ndarray:
         raise NotImplementedError
@@ -565,6 +701,7 @@ def need(condition: bool, message: str) -> None:
 
 class Normalize(Operator):
     arrays = ("mean", "std")
+    methods = ("exact: 1 / min(input_std)",)
 
     def prepare(self):
         allowed = ((1,), (self.in_shape[-1],))
@@ -583,6 +720,7 @@ class Normalize(Operator):
 
 class Bias(Operator):
     arrays = ("bias",)
+    methods = ("exact: a translation",)
 
     def prepare(self):
         # A bias of another length would broadcast, and copying an input is no translation.
@@ -597,6 +735,7 @@ class Bias(Operator):
 
 class Dense(Operator):
     arrays, settings = ("matrix",), ()
+    methods = (ZERO, "Cholesky of the Gram matrix")
 
     def prepare(self):
         need(self.matrix.ndim == 2 and self.matrix.size > 0, f"a matrix of shape {self.matrix.shape}")
@@ -609,6 +748,12 @@ class Dense(Operator):
 
     def proves(self, claim, method, details):
         return matrix_below(self.matrix, claim)
+
+    def cost(self):
+        return 2.0 * self.matrix.size + super().cost()
+
+    def effort(self, method, details):
+        return matrix_effort(*self.matrix.shape)
 
     def apply(self, x):
         return x @ self.matrix.T
@@ -630,6 +775,7 @@ class Dense(Operator):
 
 class Conv(Operator):
     arrays, settings = ("kernel",), ("in_shape", "strides", "padding")
+    methods = (ZERO, ONLY_TAP, DENSE, PER_FREQUENCY)
 
     def prepare(self):
         need(
@@ -646,6 +792,12 @@ class Conv(Operator):
 
     def proves(self, claim, method, details):
         return conv_below(self.kernel, self.axes, method, details, claim)
+
+    def cost(self):
+        return 2 * conv_cost(self.kernel, self.axes) + super().cost()
+
+    def effort(self, method, details):
+        return conv_effort(self.kernel.shape, self.axes, method, details)
 
     def apply(self, x):
         return convolve(x, self.kernel, self.axes)
@@ -681,7 +833,18 @@ def conv_axes(kernel: np.ndarray, in_shape, steps, padding) -> tuple[Axis, Axis]
         need(all(type(n) is int and 0 <= n < 2**20 for p in pads for n in p), f"padding {padding!r}")
     circular = padding == "CIRCULAR"
     first, second = (Axis(sides[a], in_shape[a], steps[a], pads[a][0], pads[a][1], circular) for a in range(2))
+    read = first.span * second.span * kernel.shape[2]
+    need(read <= TERMS, f"an image of {read:,} numbers with its padding, and {TERMS:,} is the most")
     return first, second
+
+
+def conv_cost(kernel: np.ndarray, axes: tuple[Axis, Axis]) -> int | float:
+    """About how many multiplications `convolve` takes for one image."""
+    (kh, kw, c, o), (rows, columns) = kernel.shape, axes
+    places = rows.out * columns.out
+    # A call of NumPy per tap is shared by the images of a batch.
+    calls = CALL / max(1, min(64, CHUNK // (places * o)))
+    return kh * kw * (places * (c * o + PASS * (c + 2.0 * o)) + 3 * calls) + 2.0 * PASS * kernel.size
 
 
 def convolve(x: np.ndarray, kernel: np.ndarray, axes: tuple[Axis, Axis]) -> np.ndarray:
@@ -696,12 +859,11 @@ def convolve(x: np.ndarray, kernel: np.ndarray, axes: tuple[Axis, Axis]) -> np.n
         """The outputs that tap t has an input for, and these inputs."""
         if axis.circular:
             return slice(0, axis.out), slice(t, t + axis.stride * (axis.out - 1) + 1, axis.stride)
-        offset = t - axis.low
-        found = [i for i in range(axis.out) if 0 <= axis.stride * i + offset < axis.size]
-        if not found:
+        found = axis.reach(t)
+        if found is None:
             return None
-        first, last = axis.stride * found[0] + offset, axis.stride * found[-1] + offset
-        return slice(found[0], found[-1] + 1), slice(first, last + 1, axis.stride)
+        first, last = (axis.stride * i + t - axis.low for i in found)
+        return slice(found[0], found[1] + 1), slice(first, last + 1, axis.stride)
 
     for t1 in range(rows.taps):
         for t2 in range(columns.taps):
@@ -742,6 +904,7 @@ class ConvExponential(Operator):
 
     arrays = ("kernel",)
     settings = ("in_shape", "num_terms", "padding", "nonexpansive", "fast_gradient")
+    methods = ("supremum of the truncated exponential on the imaginary axis",)
 
     def prepare(self):
         need(
@@ -763,15 +926,34 @@ class ConvExponential(Operator):
         need(details.get("num_terms") == self.num_terms, "num_terms of the details is another")
         kh, kw, c, _ = self.kernel.shape
         self.norm, exact, by = norm, Fraction(norm), details.get("skew_norm_method")
-        if isinstance(by, str) and by.startswith("sqrt(kh kw) times"):
+        shapes = dict(
+            zip(
+                (RESHAPED.format("(kh kw i, o)"), RESHAPED.format("(kh o, kw i)")),
+                (self.kernel.reshape(-1, c), self.kernel.transpose(0, 3, 1, 2).reshape(kh * c, kw * c)),
+                strict=True,
+            )
+        )
+        if by in shapes:
             # |J| <= sqrt(kh kw) |K| for K reshaped in one of two ways (§9), compared by squares.
-            shapes = self.kernel.reshape(-1, c), self.kernel.transpose(0, 3, 1, 2).reshape(kh * c, kw * c)
-            limit = exact / root_up(Fraction(kh * kw))
-            proved = any(matrix_below(matrix, limit) for matrix in shapes)
+            proved = matrix_below(shapes[by], exact / root_up(Fraction(kh * kw)))
         else:
+            need(by != ZERO or not self.kernel.any(), "skew_norm_method is that of a zero kernel, which it is not")
             proved = conv_below(self.kernel, self.axes, str(by), details, exact)
         need(proved, f"|J| <= {norm!r} (skew_norm) cannot be proved")
         return series_below(self.num_terms, exact, claim)
+
+    def cost(self):
+        return self.num_terms * (conv_cost(self.kernel, self.axes) + super().cost())
+
+    def effort(self, method, details):
+        kh, kw, c, _ = self.kernel.shape
+        by = str(details.get("skew_norm_method"))
+        work = SERIES_WORDS * PASS / 4
+        if by in (PER_FREQUENCY, ONLY_TAP, DENSE):
+            found = conv_effort(self.kernel.shape, self.axes, by, details)
+        else:
+            found = matrix_effort(kh * c, kw * c)
+        return found[0] + work, found[1]
 
     def apply(self, x):
         total = x
@@ -793,6 +975,7 @@ class CircularConv(Operator):
     """T^T B T: an orthonormal Fourier transform and a block for each frequency (§4)."""
 
     arrays, settings = ("fixed", "paired"), ("in_shape", "nonexpansive")
+    methods = (ZERO, "distance of R^H R from the identity, per frequency", "Cholesky per frequency of the response")
 
     def prepare(self):
         need(len(self.in_shape) == 3 and self.fixed.ndim == 3, "expected images (h, w, c) and blocks")
@@ -827,7 +1010,17 @@ class CircularConv(Operator):
         parts = [np.ldexp(self.fixed, -exponent)] + [
             pairs[start : start + size] for start in range(0, len(pairs), size)
         ]
-        return all(in_threads(lambda part: norms_below(part, limit), parts))
+        return all(in_threads(lambda part: norms_below(part, limit), parts, 12 * size * self.fixed[0].size))
+
+    def cost(self):
+        (h, w, c), o = self.in_shape, self.fixed.shape[1]
+        return 6.0 * h * w * (h + w) * (c + o) + 4.0 * h * w * c * o + 4 * PASS * (h**2 + w**2) + super().cost()
+
+    def effort(self, method, details):
+        (h, w, c), o = self.in_shape, self.fixed.shape[1]
+        blocks = h * w // 2 + 2
+        work = blocks * (matrix_effort(o, c, 4)[0] + MATRIX) + 2.0 * (h + w) * ANGLE
+        return work, 8.0 * (h**2 + w**2) + 4.0 * self.paired.size + 12.0 * o * c
 
     def apply(self, x):
         b, (h, w, _), half = len(x), self.in_shape, self.in_shape[1] // 2 + 1
@@ -908,6 +1101,7 @@ class SpaceToDepth(Operator):
 
 class PadChannels(Operator):
     settings = ("in_shape", "channels")
+    methods = ("exact: zeros appended",)
 
     def prepare(self):
         need(type(self.channels) is int and self.in_shape[-1] <= self.channels < 2**31, f"channels {self.channels!r}")
@@ -927,6 +1121,8 @@ class PadChannels(Operator):
 
 
 class CropChannels(PadChannels):
+    methods = ("exact: a projection",)
+
     def prepare(self):
         need(type(self.channels) is int and 1 <= self.channels <= self.in_shape[-1], f"channels {self.channels!r}")
 
@@ -962,12 +1158,16 @@ class Pairs(Operator):
 
 
 class MaxMin(Pairs):
+    methods = ("exact: sorts pairs of channels",)
+
     def apply(self, x):
         a, b = self.halves(x)
         return np.concatenate([np.maximum(a, b), np.minimum(a, b)], axis=-1)
 
 
 class MaxPoolPairs(Pairs):
+    methods = ("exact: the larger of each pair of channels",)
+
     @property
     def out_shape(self):
         return (*self.in_shape[:-1], self.in_shape[-1] // 2)
@@ -986,6 +1186,7 @@ class Householder(Pairs):
     """z where Im(conj(d) z) >= 0, else P conj(z), P = d^2 / |d|^2."""
 
     arrays = ("direction",)
+    methods = ("exact: folds the plane of each pair of channels",)
     roundings = 32
 
     def apply(self, x):
@@ -1000,6 +1201,7 @@ class Householder2(Pairs):
     """Four sectors, by the table and the comparisons of §10."""
 
     arrays, lead, signs = ("directions",), (3,), ((1, 1), (2, 1))
+    methods = ("exact: folds four sectors of the plane of each pair of channels",)
     roundings = 128
 
     def apply(self, x):
@@ -1030,6 +1232,7 @@ class ProjectionPool(Pairs):
     """Signed distance to the wedge |arg z| <= arg d."""
 
     arrays, signs = ("direction",), (0, 1)
+    methods = ("exact: signed distances to a convex wedge in the plane of each pair of channels",)
     roundings = 16
 
     @property
@@ -1051,6 +1254,11 @@ class Elementwise(Operator):
 
     slope: tuple[Fraction, Fraction] = (Fraction(0), Fraction(1))
     error = 0.0
+
+    def named(self, method):
+        low, high = map(float, self.slope)
+        self.methods = (f"exact: slopes between {low:g} and {high:g}",)
+        return super().named(method)
 
     def proves(self, claim, method, details):
         return claim >= max(map(abs, self.slope))
@@ -1106,6 +1314,7 @@ class Residual(Operator):
     """x + g(x), g the operators `ops` in turn, each with a claim of its own (§6, §7)."""
 
     settings = ("ops",)
+    methods = ("1 + the product of the operators' bounds",)
 
     def prepare(self):
         need(bool(self.ops), "expected at least one operator")
@@ -1124,10 +1333,24 @@ class Residual(Operator):
             need(stated and isinstance(row.get("details"), dict), f"{place}: its details are missing")
             need(row.get("type") == type(op).__name__, f"{place}: stated of a {row.get('type')!r}")
             op.claim = Fraction(finite(row.get("bound"), f"{place}: bound"))
-            proved = op.proves(op.claim, str(row.get("method")), row["details"])
+            try:
+                proved = op.proves(op.claim, op.named(row.get("method")), row["details"])
+            except Unproved as error:
+                raise Unproved(f"{place}: {error}") from error
             need(proved, f"{place}: the bound {row.get('bound')!r} cannot be proved ({row.get('method')})")
             product *= op.claim
         return claim >= 1 + product
+
+    def cost(self):
+        return sum((op.cost() for op in self.ops), 2 * super().cost())
+
+    def effort(self, method, details):
+        parts = details.get("parts")
+        found = [(CALL, 0.0)]
+        for op, row in zip(self.ops, parts if isinstance(parts, list) else [], strict=False):
+            own = row.get("details") if isinstance(row, dict) else None
+            found.append(op.effort(row.get("method"), own) if isinstance(own, dict) else (CALL, 0.0))
+        return sum(work for work, _ in found), max(numbers for _, numbers in found)
 
     def evaluate(self, x):
         y, error = x, np.zeros(len(x))
@@ -1197,6 +1420,14 @@ class LinearHead:
         need(self.bias.shape == self.matrix.shape[:1], f"a bias of shape {self.bias.shape}")
         self.in_shape, self.classes = self.matrix.shape[1:], len(self.matrix)
 
+    def cost(self) -> int | float:
+        """As `Operator.cost`, with what the rivals of an image take."""
+        return 2.0 * self.matrix.size + self.classes * CALL
+
+    def effort(self, claims: Any) -> tuple[int | float, int | float]:
+        """As `Operator.effort`, of `prove`."""
+        return self.classes * (self.matrix.size * 2.0 * PASS + CALL), 6.0 * self.classes**2 + 4.0 * self.matrix.size
+
     def prove(self, claims: Any) -> np.ndarray:
         """Proved constants (k, k) of all logit differences, per unit of the features."""
         need(claims is None, f"a linear head has no claims of its own, got {claims!r}")
@@ -1225,6 +1456,19 @@ class MLPHead:
         need(largest < 2.0**100, "entries of 2^100 or more")
         self.in_shape, self.classes = (width,), len(self.w2)
 
+    def cost(self) -> int | float:
+        """As `LinearHead.cost`: a rival is looked at by up to two minorants, for the radius and for the rival."""
+        pair = 2.0 * self.w1.size + 30.0 * PASS * (self.hidden + self.in_shape[0])
+        return 2.0 * (self.w1.size + self.w2.size) + self.classes * (4 * pair + CALL)
+
+    def effort(self, claims: Any) -> tuple[int | float, int | float]:
+        rows = claims.get("curvatures") if isinstance(claims, dict) else None
+        count = 1 + (len(rows) if isinstance(rows, list) else 0)
+        work, numbers = matrix_effort(*self.w1.shape)
+        work = count * (work + CALL) + self.classes * (self.w1.size + self.w2.size * 4.0 * PASS + CALL)
+        work += self.classes**2 * self.in_shape[0] * 2.0 * PASS
+        return work, numbers + 8.0 * self.classes**2 + 3.0 * self.classes * self.in_shape[0]
+
     def prove(self, claims: Any) -> np.ndarray:
         """As `LinearHead.prove`: (|W1^T (w_i - w_j)| + |W1| |w_i - w_j|) / 2 (§11.1); and all curvatures (§11.3)."""
         need(isinstance(claims, dict) and isinstance(claims.get("curvatures"), list), "claims of the head are missing")
@@ -1243,8 +1487,9 @@ class MLPHead:
             p, i, value = *entry[:2], finite(entry[2], "curvature")
             known = type(p) is int and type(i) is int and 0 <= p < self.classes and 0 <= i < self.classes
             need(known, f"curvature {entry!r}")
+            need((p, i) not in self.fine, f"the curvature of classes {(p, i)} is stated twice")
             self.fine[p, i] = value
-        proved = in_threads(lambda pair: self._curvature_holds(*pair), sorted(self.fine))
+        proved = in_threads(lambda pair: self._curvature_holds(*pair), sorted(self.fine), 6 * self.w1.size)
         for pair, holds in zip(sorted(self.fine), proved, strict=True):
             need(holds, f"curvature {self.fine[pair]!r} of classes {pair} cannot be proved")
         through = self.w2 @ self.w1
@@ -1279,6 +1524,17 @@ class MLPHead:
         unit_error = rounding(self.in_shape[0] + 2) * sums + softplus_error(units)
         size, reach = units @ np.abs(self.w2).T + np.abs(self.b2), unit_error @ np.abs(self.w2).T
         return units @ self.w2.T + self.b2, GUARD * (rounding(self.hidden + 2) * size + reach)
+
+    def distance(self, a, b, p, i, m) -> np.ndarray:
+        """About how far around a f_p > f_i by the minorants at b: no proof, and 0 where there is none."""
+        weights, step = self.w2[p] - self.w2[i], b - a
+        sums = b @ self.w1.T + self.b1
+        value = np.sum(weights * softplus(sums), axis=1) + self.b2[p] - self.b2[i]
+        gradient = (weights * sigmoid(sums)) @ self.w1
+        level = value - np.sum(gradient * step, axis=1) - m / 2 * lengths(step) ** 2
+        outer = np.sqrt(np.maximum(lengths(gradient) ** 2 + 2 * m * value, 0.0))
+        found = 2 * level / (lengths(gradient + m[:, None] * step) + outer)
+        return np.where(level > 0, found, 0.0)
 
     def positive_within(self, a, b, p, i, m, radius) -> np.ndarray:
         """`_positive_within` for any number of rows."""
@@ -1352,20 +1608,27 @@ def total_error(errors: np.ndarray) -> Fraction | None:
 class Chain:
     """Linear operators in turn, of which the norm is to be bounded; smaller side first, so that rows are few."""
 
-    def __init__(self, ops: list):
-        self.ops = ops
+    def __init__(self, ops: list, budget: Budget | None = None, place: str = "chain"):
+        self.ops, self.budget, self.place = ops, budget or Budget(), place
         first, last = ops[0].in_shape, ops[-1].out_shape
         self.back = math.prod(first) >= math.prod(last)  # rows: the adjoint's images of the output's unit vectors
         self.shape, self.other = (last, first) if self.back else (first, last)
         self.side = math.prod(self.shape)
+        self.cost = sum(op.cost() + CALL for op in ops)  # of one vector
+
+    @property
+    def _widest(self) -> int:
+        return max(math.prod(shape) for op in self.ops for shape in (op.in_shape, op.out_shape))
 
     def _pieces(self, most: int) -> list[tuple[int, int]]:
-        widest = max(math.prod(shape) for op in self.ops for shape in (op.in_shape, op.out_shape))
-        size = max(1, min(most, CHUNK // (4 * widest)))
+        size = max(1, min(most, CHUNK // (4 * self._widest)))
         return [(start, min(start + size, self.side)) for start in range(0, self.side, size)]
 
     def dense_below(self, limit: Fraction) -> bool:
         """By the matrix of the composition: |M| <= |computed M| + (sum of squares of its rows' errors)^(1/2)."""
+        work, numbers = matrix_effort(self.side, math.prod(self.other))
+        self.budget.hold(self.place, numbers)
+        self.budget.spend(self.place, work + self.side * self.cost)
         matrix, errors = np.empty((self.side, math.prod(self.other))), np.empty(self.side)
 
         def fill(piece):
@@ -1387,6 +1650,8 @@ class Chain:
         if limit < 0:
             return False
         count, side = self.shape[0], self.side // self.shape[0]
+        self.budget.hold(self.place, 4.0 * side**2)
+        self.budget.spend(self.place, 2 * self.side * (self.cost + PASS * self.side))
         blocks: dict[tuple[int, int], np.ndarray] = {}
         errors = np.empty(self.side)
 
@@ -1398,13 +1663,21 @@ class Chain:
                     continue
                 rows, error = carried(self.ops, units(self.shape, low, high), np.zeros(high - low), self.back)
                 rows, errors[low:high] = carried(self.ops, rows, error, not self.back)
-                parts.append(rows.reshape(high - low, count, side))
-            images = np.concatenate(parts)
-            for row in range(column, count):
-                if images[:, row].any():
-                    blocks[row, column] = np.ascontiguousarray(images[:, row].T)
+                image = rows.reshape(high - low, count, side)[:, column:]
+                end = int(np.flatnonzero(image.any(axis=(0, 2))).max(initial=0)) + 1
+                parts.append(np.ascontiguousarray(image[:, :end]))
+            for row in range(column, column + max(part.shape[1] for part in parts)):
+                block = np.zeros((side, side))
+                start = 0
+                for part in parts:
+                    if row - column < part.shape[1]:
+                        block[:, start : start + len(part)] = part[:, row - column].T
+                    start += len(part)
+                if block.any():
+                    self.budget.hold(self.place, len(blocks) * float(side) ** 2)
+                    blocks[row, column] = block
 
-        in_threads(fill, range(count))
+        in_threads(fill, range(count), 4 * CHUNK + 8 * side**2)
         lost = total_error(errors)
         if lost is None or not all(np.isfinite(block).all() for block in blocks.values()):
             return False
@@ -1414,6 +1687,8 @@ class Chain:
             return False
         shift = float(room * (1 - Fraction(1, 2**24)))
         band = max(row - column for row, column in blocks)
+        self.budget.hold(self.place, (len(blocks) + (band + 1.0) ** 2) * side**2)
+        self.budget.spend(self.place, count * (band + 1) * (band + 4) * (float(side) ** 3 + PASS * side**2))
         factor: dict[tuple[int, int], np.ndarray] = {}
         residual, squares, size = 0.0, 0.0, 0.0
         for column in range(count):
@@ -1458,6 +1733,10 @@ class Chain:
 
         def composed(first, second):
             sizes = [s * (k - 1) + n for s, k, n in zip(strides, second.shape[:2], first.shape[:2], strict=True)]
+            self.budget.hold(self.place, 4.0 * math.prod(sizes) * first.shape[2] * second.shape[3])
+            self.budget.spend(
+                self.place, first.size * (1.0 * second.size // second.shape[2] + 2 * PASS) + second.size * CALL
+            )
             total = np.zeros((*sizes, first.shape[2], second.shape[3]))
             for i, j in np.ndindex(*second.shape[:2]):
                 start = strides[0] * i, strides[1] * j
@@ -1477,16 +1756,21 @@ class Chain:
         size = sizes[0]
         error = gamma(terms) * Fraction(size) * Fraction(GUARD) * (1 + gamma(terms)) + TINY
         axes = conv_axes(kernel, ops[0].in_shape, strides, "CIRCULAR")
+        work, numbers = conv_effort(kernel.shape, axes, method, details)
+        self.budget.hold(self.place, numbers)
+        self.budget.spend(self.place, work)
         return conv_below(kernel, axes, method, details, limit - error)
 
 
 class LoopTransformation:
     """Constants of logit differences, per unit of the normalised input, from the norms of chains (§12.1)."""
 
-    def __init__(self, ops: list, names: list[str], head: Any, document: Any):
+    def __init__(self, ops: list, names: list[str], head: Any, document: Any, budget: Budget | None = None):
         """ops, names: without the normalisation. Raises: Unproved where a chain's norm is not proved."""
         need(isinstance(head, LinearHead) and head.matrix.size <= TERMS, "LipLT takes a linear head")
+        self.budget = budget or Budget()
         need(isinstance(document, dict) and isinstance(document.get("chains"), list), "liplt states no chains")
+        need(set(document) == {"chains", "layers"}, f"expected chains and layers, got {sorted(document)}")
         last = Dense({"matrix": head.matrix})
         last.claim = Fraction(float(np.linalg.norm(head.matrix)) * GUARD) + Fraction(1, 2**500)  # Frobenius norm
         self.segments: list[list] = [[]]
@@ -1509,10 +1793,12 @@ class LoopTransformation:
         self.chains: dict[tuple[int, int], Fraction] = {}
         self._prove_chains(document["chains"])
         self._constants()
+        self._prove_layers(document["layers"])
 
     def _prove_chains(self, rows: list) -> None:
         places: dict[Any, int] = {name: i for i, name in enumerate(self.names)}
         n = len(self.acts)
+        self.budget.spend("liplt", float(n) ** 2 * (n + len(self.names)) * FRACTION)
         stated = {}
         for row in rows:
             need(isinstance(row, dict) and isinstance(row.get("details"), dict), f"chain {row!r}")
@@ -1526,21 +1812,47 @@ class LoopTransformation:
             need((j, k) in stated, f"{place} is missing")
             row, limit = stated[j, k]
             ops = [op for segment in self.segments[j:k] for op in segment]
+            self._named(row.get("method"), ops, j, k, place)
             parts = [self.chains[j, s] * self.chains[s, k] for s in range(j + 1, k)]
             product = math.prod((op.claim for op in ops), start=Fraction(1))
             if min([product, *parts]) > limit:
-                need(self._composed(ops, str(row.get("method")), row["details"], limit), f"{place}: {row['bound']!r}")
+                proved = self._composed(ops, str(row.get("method")), row["details"], limit, place)
+                need(proved, f"{place}: {row['bound']!r}")
             self.chains[j, k] = limit
 
-    def _composed(self, ops: list, method: str, details: dict, limit: Fraction) -> bool:
+    def _named(self, method: Any, ops: list, j: int, k: int, place: str) -> None:
+        """Raises: Unproved for a method by which no such chain is bounded."""
+        single = len([op for op in ops if not isinstance(op, Flatten)]) <= 1
+        known = {PRODUCT, *(SPLIT + name for name in self.names[j + 1 : k])}
+        known |= {COMPOSED, BANDED, *(CIRCULAR + found for found in Conv.methods)}
+        known = {ALONE} if single else known
+        need(method in known, f"{place}: the method {method!r} is none for it: {' | '.join(sorted(known))}")
+
+    def _prove_layers(self, rows: Any) -> None:
+        """The stated constants from the input to before each activation, by LipLT and by the product of norms."""
+        stated = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+        names = self.names[1:]
+        need(stated and [row.get("name") for row in rows] == names, f"layers are not those of {names}")
+        product = Fraction(1)
+        for i, row in enumerate(rows):
+            need(set(row) == {"name", "bound", "product"}, f"layers, {names[i]}: got the fields {sorted(row)}")
+            product *= math.prod((op.claim for op in self.segments[i]), start=Fraction(1))
+            for field, least in (("bound", self.m[i]), ("product", product)):
+                value = Fraction(finite(row[field], f"layers, {names[i]}: {field}"))
+                need(
+                    value >= least,
+                    f"layers, {names[i]}: {field} {row[field]!r}, but only {float_up(least)!r} is proved",
+                )
+            product *= self.top[i]
+
+    def _composed(self, ops: list, method: str, details: dict, limit: Fraction, place: str) -> bool:
         need(limit >= 0, "a negative bound")  # those below look at its square
         need(bool(ops) and all(op.spread() is not None for op in ops), "an operator that cannot be composed")
-        chain = Chain(ops)
-        if method.startswith("composed circular kernel; "):
+        chain = Chain(ops, self.budget, f"liplt, {place}")
+        if method.startswith(CIRCULAR):
             return chain.circular_below(method.partition("; ")[2], details, limit)
-        if method == "Cholesky of the banded Gram matrix of the composition":
+        if method == BANDED:
             return len(chain.shape) == 3 and chain.banded_below(limit)
-        need(chain.side * math.prod(chain.other) <= 2**28, f"a dense composition of {chain.side} rows is too large")
         return chain.dense_below(limit)
 
     def _constants(self) -> None:
@@ -1560,6 +1872,11 @@ class LoopTransformation:
     def table(self, head_table: np.ndarray) -> np.ndarray:
         """Proved constants (k, k) of logit differences. head_table: those of the head."""
         n, classes = len(self.acts), len(head_table)
+        carried_back = [op for segment in self.segments[0 if classes <= ROWS else n :] for op in segment]
+        widest = max(math.prod(op.in_shape) for op in carried_back)
+        self.budget.hold("liplt, rows of the output", 4.0 * classes * widest)
+        rows = sum(op.cost() + CALL for op in carried_back) + (n + 1) * classes * widest * 2.0 * PASS
+        self.budget.spend("liplt, rows of the output", classes * rows)
         x, error = np.eye(classes), np.zeros(classes)
         total = np.zeros((classes, classes))
         # From the last activation on: the norms of what is linear, up to the head; where it is composed, all of it.
@@ -1614,13 +1931,24 @@ def finite(value: Any, name: str, least: float = 0.0) -> float:
     return found
 
 
-def read_bytes(path: pathlib.Path) -> bytes:
+def read_bytes(path: pathlib.Path, limit: int, budget: Budget) -> bytes:
+    """A regular file of at most `limit` bytes, and nothing else: a pipe would block, a device never end."""
     try:
-        return path.read_bytes()
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise Unreadable(f"{path} is no regular file")
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise Unreadable(f"{path} is no regular file")
+            budget.take(path, found.st_size, limit)
+            data = file.read(found.st_size + 1)
     except FileNotFoundError as error:
         raise Unreadable(f"{path} is missing") from error
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise Unreadable(f"{path} cannot be read ({error})") from error
+    if len(data) != found.st_size:
+        raise Unreadable(f"{path} has not the {found.st_size} bytes that it is said to have")
+    return data
 
 
 def unique(pairs: list) -> dict:
@@ -1631,12 +1959,14 @@ def unique(pairs: list) -> dict:
     return found
 
 
-def read_json(path: pathlib.Path) -> dict:
+def read_json(path: pathlib.Path, budget: Budget) -> dict:
     def refuse(text):
         raise ValueError(f"{text} is no number")
 
     try:
-        document = json.loads(read_bytes(path).decode(), parse_constant=refuse, object_pairs_hook=unique)
+        document = json.loads(
+            read_bytes(path, JSON_BYTES, budget).decode(), parse_constant=refuse, object_pairs_hook=unique
+        )
     except (ValueError, RecursionError) as error:
         raise Unreadable(f"{path} is damaged ({error})") from error
     if not isinstance(document, dict):
@@ -1644,30 +1974,54 @@ def read_json(path: pathlib.Path) -> dict:
     return document
 
 
-def read_arrays(path: pathlib.Path) -> tuple[dict[str, np.ndarray], str]:
+def read_arrays(path: pathlib.Path, budget: Budget) -> tuple[dict[str, np.ndarray], str]:
     """The arrays of a safetensors file, and the SHA-256 of its bytes."""
-    data = read_bytes(path)
+    data = read_bytes(path, ARRAY_BYTES, budget)
+    size = int.from_bytes(data[:8], "little")
+    budget.take(path, size, HEADER_BYTES, "bytes of its header")
     try:
+        json.loads(data[8 : 8 + size].decode(), object_pairs_hook=unique)  # names that are there once
         return safetensors.numpy.load(data), hashlib.sha256(data).hexdigest()
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise Unreadable(f"{path} is damaged ({error})") from error
 
 
-def read_split(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+def read_npz(path: pathlib.Path, budget: Budget) -> dict[str, np.ndarray]:
+    """The arrays of an npz file, after a look at what they unpack to."""
+    data = read_bytes(path, ARRAY_BYTES, budget)
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
+            members = file.infolist()
+            if len({member.filename for member in members}) < len(members):
+                raise ValueError("a name is there twice")
+            budget.take(path, sum(member.file_size for member in members), ARRAY_BYTES, "bytes unpacked")
+            for member in members:
+                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise ValueError("packed in an unknown way")
+                with file.open(member) as stream:
+                    version = np.lib.format.read_magic(stream)
+                    read = (
+                        np.lib.format.read_array_header_1_0
+                        if version == (1, 0)
+                        else np.lib.format.read_array_header_2_0
+                    )
+                    shape, _, dtype = read(stream)
+                    if math.prod(shape) * dtype.itemsize > member.file_size:
+                        raise ValueError(f"{member.filename} is shorter than its shape {shape}")
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except TooLarge:
+        raise
+    except Exception as error:  # whatever the decoder raises that meets the damage
+        raise Unreadable(f"{path} is damaged ({error})") from error
+
+
+def read_split(path: pathlib.Path, budget: Budget) -> tuple[np.ndarray, np.ndarray]:
     """Pixels (n, ...), uint8, and labels (n,) of the data set that a certificate is about."""
     pairs = ("test_images", "test_labels"), ("images", "labels"), ("pixels", "labels")
-    if path.suffix == ".npz":
-        read_bytes(path)
-        try:
-            with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-                names = file.files
-                found = next(([file[name] for name in pair] for pair in pairs if set(pair) <= set(names)), None)
-        except Exception as error:  # whatever the decoder raises that meets the damage
-            raise Unreadable(f"{path} is damaged ({error})") from error
-    else:
-        arrays, _ = read_arrays(path)
-        names = sorted(arrays)
-        found = next(([arrays[name] for name in pair] for pair in pairs if set(pair) <= set(names)), None)
+    arrays = read_npz(path, budget) if path.suffix == ".npz" else read_arrays(path, budget)[0]
+    names = sorted(arrays)
+    found = next(([arrays[name] for name in pair] for pair in pairs if set(pair) <= set(names)), None)
     if found is None:
         raise Unreadable(f"{path}: expected the arrays {' or '.join(' and '.join(p) for p in pairs)}, got {names}")
     pixels, labels = found
@@ -1680,6 +2034,11 @@ def read_split(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def expect_schema(path: pathlib.Path, document: dict, form: str, schema: int) -> None:
+    if document.get("format") == form and type(document.get("schema")) is int and 0 < document["schema"] < schema:
+        raise Unreadable(
+            f"{path}: of schema {document['schema']}, by an earlier version, and this checker proves schema {schema}: "
+            "certify the run again (python -m lipjax certify), or check it by the checker.py of that version"
+        )
     if document.get("format") != form or type(document.get("schema")) is not int or document["schema"] != schema:
         found = f"{document.get('format')!r}, {document.get('schema')!r}"
         raise Unreadable(f"{path}: expected format {form!r}, schema {schema}, got {found}")
@@ -1692,21 +2051,32 @@ class Check:
     the whole data set.
     """
 
-    def __init__(self, directory: pathlib.Path, count: float | None = None, data: str | os.PathLike | None = None):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        count: float | None = None,
+        data: str | os.PathLike | None = None,
+        budget: int | float = 1.0,
+    ):
         self.directory, self.problems, self.facts, self.undecided = directory, [], [], []
+        self.budget = Budget(budget)
         frozen = directory / "frozen"
-        self.layout, self.document = read_json(frozen / "network.json"), read_json(directory / "certificate.json")
+        self.layout = read_json(frozen / "network.json", self.budget)
+        self.document = read_json(directory / "certificate.json", self.budget)
         expect_schema(frozen / "network.json", self.layout, NETWORK_FORMAT, NETWORK_SCHEMA)
         expect_schema(directory / "certificate.json", self.document, FORMAT, SCHEMA)
-        self.arrays, _ = read_arrays(frozen / "network.safetensors")
+        self.arrays, _ = read_arrays(frozen / "network.safetensors", self.budget)
         sample = self.document.get("sample")
         if not isinstance(sample, dict) or sample.get("file") != "images.safetensors":
             raise Unreadable(f"{directory / 'certificate.json'}: sample names no images.safetensors")
-        self.sample, (self.images, self.images_sha256) = sample, read_arrays(directory / "images.safetensors")
+        images = read_arrays(directory / "images.safetensors", self.budget)
+        self.sample, (self.images, self.images_sha256) = sample, images
         report = directory / "report.json"
-        self.report = read_json(report) if report.exists() else None
-        self.split, self.source = None if data is None else read_split(pathlib.Path(data)), data
+        self.report = read_json(report, self.budget) if os.path.lexists(report) else None
+        self.split, self.source = None if data is None else read_split(pathlib.Path(data), self.budget), data
         self.count = self._count(count)
+        held = sum(array.nbytes for array in (*self.arrays.values(), *self.images.values()))
+        self.budget.allowed = budget * (WORK + WORK_PER_BYTE * held) * max(1.0, self.count / SAMPLE)
 
     def _count(self, asked: float | None) -> int:
         """How many images are evaluated again. Raises: Unreadable if more are asked for than can be."""
@@ -1732,6 +2102,7 @@ class Check:
     def run(self) -> None:
         self.check_header()
         if self.build():
+            self.plan()
             self.prove_layers()
             self.prove_constants()
             self.check_rows()
@@ -1847,6 +2218,24 @@ class Check:
 
     # Bounds
 
+    def plan(self) -> None:
+        """What all of it will take, but for LipLT's chains. Raises: TooLarge before any of it is done."""
+        rows, claims = self.document.get("layers"), self.document.get("head")
+        stated = [row if isinstance(row, dict) else {} for row in rows] if isinstance(rows, list) else []
+        stated += [{}] * (len(self.ops) - len(stated))
+        for name, op, row in zip(self.names, self.ops, stated, strict=False):
+            place, details = f"certificate.json, layers, {name} ({type(op).__name__})", row.get("details")
+            work, numbers = op.effort(row.get("method"), details if isinstance(details, dict) else {})
+            self.budget.hold(place, numbers)
+            self.budget.spend(place, work + len(self.ops) * FRACTION)
+        work, numbers = self.head.effort(claims)
+        place = f"certificate.json, head ({type(self.head).__name__})"
+        self.budget.hold(place, numbers)
+        self.budget.spend(place, work)
+        chain = [*zip(self.names, self.ops, strict=True), ("head", self.head)]
+        for name, op in chain:
+            self.budget.spend(f"{self.count} images through {name}", self.count * op.cost() + CALL)
+
     def prove_layers(self) -> None:
         """Every operator's claimed Lipschitz constant, and their product."""
         rows = self.document.get("layers")
@@ -1865,7 +2254,7 @@ class Check:
                 need(isinstance(details, dict), "details are missing")
                 op.claim = Fraction(claim)
                 with np.errstate(all="ignore"):
-                    proved = op.proves(op.claim, str(row.get("method")), details)
+                    proved = op.proves(op.claim, op.named(row.get("method")), details)
                 need(proved, f"the bound {claim!r} cannot be proved ({row.get('method')})")
                 self.product *= op.claim
             except Unproved as error:
@@ -1875,7 +2264,8 @@ class Check:
         if not rows:
             self.product = None
         if self.product is not None:
-            self.facts.append(f"{len(rows)} layers: every bound proved, product {float_up(self.product):.6g}")
+            product = shown(float_up(self.product), decimal.ROUND_CEILING)
+            self.facts.append(f"{len(rows)} layers: every bound proved, product {product}")
 
     def prove_constants(self) -> None:
         """The table margin_lipschitz: not below what is proved."""
@@ -1910,14 +2300,17 @@ class Check:
         self.table = stored
         above = stored[~np.eye(k, dtype=bool)]
         if above.size:
-            self.facts.append(f"Lipschitz constants of logit differences: {above.min():.6g} to {above.max():.6g}")
+            least, most = (shown(float(n), decimal.ROUND_CEILING) for n in (above.min(), above.max()))
+            self.facts.append(f"Lipschitz constants of logit differences: {least} to {most}")
 
     def _prove_transformed(self, stored: np.ndarray, short: list) -> bool:
         """Whether the chains that are stated are proved, and the constants that are below the product of norms."""
         if self.document.get("liplt") is not None:
             try:
                 with np.errstate(all="ignore"):
-                    found = LoopTransformation(self.ops[1:], self.names[1:], self.head, self.document["liplt"])
+                    found = LoopTransformation(
+                        self.ops[1:], self.names[1:], self.head, self.document["liplt"], self.budget
+                    )
                     scale = np.nextafter(float_up(self.ops[0].claim), np.inf)
                     table = np.nextafter(found.table(self.head_table) * scale, np.inf)
             except Unproved as error:
@@ -1966,6 +2359,12 @@ class Check:
                 continue
             if rival == p and k > 1:
                 self.problem(place, "the rival is the prediction")
+                continue
+            if k == 1 and margin is not None:
+                self.problem(place, f"margin {margin!r}, but there is one class, and so no difference of logits")
+                continue
+            if margin is None and radius > 0 and k > 1:
+                self.problem(place, f"radius {radius!r} without a margin")
                 continue
             self.good[index] = True
             if isinstance(self.head, MLPHead) or self.table is None or k == 1:
@@ -2023,7 +2422,8 @@ class Check:
         def run(batch):
             return self._check_batch(chosen[batch], pixels[places[batch]] / np.float64(scale))
 
-        for found in in_threads(run, batches):
+        widest = max(math.prod(op.out_shape) for op in self.ops)
+        for found in in_threads(run, batches, 16 * size * widest):
             for index, message in found:
                 self.problem(f"certificate.json, images[{index}]", message)
         part, rest = "all", ""
@@ -2033,7 +2433,7 @@ class Check:
         if self.undecided:
             self.facts.append(f"{len(self.undecided)} images whose class cannot be decided (ties), with radius 0")
         radii = [row["radius"] for row in self.rows if row["prediction"] == row["label"]]
-        largest = f", largest certified radius {max(radii):.6g}" if radii else ""
+        largest = f", largest certified radius {shown(float(max(radii)))}" if radii else ""
         self.facts.append(f"{part} {len(self.rows)} images evaluated again{largest}{rest}")
 
     def _check_fingerprint(self, pixels: np.ndarray, labels: np.ndarray, count: int) -> None:
@@ -2083,9 +2483,10 @@ class Check:
             total = self.head_table[p] * feature_error[:, None] + own + own[batch, p][:, None]
             return total * (1 + rounding(8)) + rounding(2) * np.abs(gaps)
 
-        low, high = np.nextafter(gaps - slack(error), -np.inf), np.nextafter(gaps + slack(error), np.inf)
-        low, found = np.where(np.isnan(low), -np.inf, low), []
-        others = np.arange(self.head.classes)
+        room = slack(error)
+        low, high = np.nextafter(gaps - room, -np.inf), np.nextafter(gaps + room, np.inf)
+        low, high = np.where(np.isnan(low), -np.inf, low), np.where(np.isnan(high), np.inf, high)
+        found, others = [], np.arange(self.head.classes)
         for place, (index, row) in enumerate(zip(indices, rows, strict=True)):
             rivals, radius, rival = others[others != p[place]], row["radius"], row["rival"]
             if not all(low[place, i] >= 0 for i in rivals):
@@ -2097,60 +2498,87 @@ class Check:
                 continue
             if row["margin"] is not None and not row["margin"] <= low[place, rival]:
                 found.append((index, f"margin {row['margin']!r}, but only {float(low[place, rival])!r} can be proved"))
-            if isinstance(self.head, MLPHead) or radius == 0:
+            if isinstance(self.head, MLPHead):
                 continue
-            proved = {int(i): radius_of(float(low[place, i]), float(self.table[p[place], i])) for i in rivals}
+            constants = {int(i): float(self.table[p[place], i]) for i in rivals}
+            proved = {i: radius_of(float(low[place, i]), c) for i, c in constants.items()}
             short = min(proved, key=proved.__getitem__)
             if not radius <= proved[short]:
                 found.append(
                     (index, f"radius {radius!r}, but against class {short} only {proved[short]!r} can be proved")
                 )
-            constants = [float(self.table[p[place], i]) for i in rivals]
-            possible = [
-                float(high[place, i]) / c if c > 0 else math.inf for i, c in zip(rivals, constants, strict=True)
-            ]
-            if not proved[rival] <= min(possible) * (1 + 1e-9):
-                found.append((index, f"rival {rival}, but class {short} limits the radius"))
+            # Another class limits the radius if it is nearer by more than the rounding errors of two evaluations (§8).
+            at_least = radius_of(float(gaps[place, rival] - 8 * room[place, rival]), constants[rival])
+            possible = {i: math.nextafter(float(high[place, i]) / c, math.inf) for i, c in constants.items() if c > 0}
+            nearest = min(possible, key=possible.__getitem__, default=rival)
+            if not beaten and not at_least <= possible.get(nearest, math.inf):
+                found.append((index, f"rival {rival}, but class {nearest} limits the radius"))
         if isinstance(self.head, MLPHead):
-            near = np.nextafter(gaps - slack(np.zeros_like(error)), -np.inf)
-            found += self._check_mlp(indices, x, error, near, p)
+            own_room = slack(np.zeros_like(error))
+            near = np.nextafter(gaps - own_room, -np.inf)
+            found += self._check_mlp(indices, x, error, near, near > 2.0**20 * own_room, p)
         return found
 
-    def _check_mlp(self, indices, features, error, margins, p) -> list[tuple[int, str]]:
-        """Radii of an MLP head: f_p > f_i on a ball around the computed features, for every rival i (§11.7)."""
-        radii = np.array([self.rows[index]["radius"] for index in indices])
+    def _check_mlp(self, indices, features, error, margins, clear, p) -> list[tuple[int, str]]:
+        """Radii of an MLP head: f_p > f_i on a ball around the computed features, for every rival i (§11.7).
+
+        clear (b, k): where the margin is so far above its rounding error that radii say which rival is nearer.
+        """
+        rows = [self.rows[index] for index in indices]
+        radii, rivals = np.array([row["radius"] for row in rows]), np.array([row["rival"] for row in rows])
         reach = (error + self.scale * radii * (1 + rounding(2))) * (1 + rounding(4))
-        shape = len(indices), self.head.classes
-        open_ = np.broadcast_to(radii[:, None] > 0, shape).copy()
-        open_[np.arange(len(indices)), p] = False
-        # By the constant that holds everywhere, by the minorant at the image, by the minorant at a stored point.
-        open_ &= ~(margins > self.head_table[p] * reach[:, None] * (1 + rounding(4)) + FLOOR)
-        places, rivals = np.nonzero(open_)
-        if len(places):
-            a, q = features[places], p[places]
-            holds = self.head.positive_within(a, a, q, rivals, self.head.coarse[q, rivals], reach[places])
-            open_[places[holds], rivals[holds]] = False
-        stored = {
-            (int(image), int(rival)): row
-            for row, (image, rival) in enumerate(
-                zip(self.images["minorant_images"], self.images["minorant_rivals"], strict=True)
-            )
-        }
-        places, rivals = np.nonzero(open_)
-        known = [(indices[j], int(i)) in stored for j, i in zip(places, rivals, strict=True)]
-        places, rivals = places[known], rivals[known]
-        if len(places):
-            points = self.images["minorant_points"]
-            rows = [stored[indices[j], int(i)] for j, i in zip(places, rivals, strict=True)]
-            b, q = points[rows].astype(np.float64), p[places]
-            m = [
-                min(self.head.fine.get((c, i), math.inf), self.head.coarse[c, i])
-                for c, i in zip(q, rivals, strict=True)
-            ]
-            holds = self.head.positive_within(features[places], b, q, rivals, np.array(m), reach[places])
-            open_[places[holds], rivals[holds]] = False
-        return [
+        points, stored = self.images["minorant_points"], {}
+        pairs = zip(self.images["minorant_images"].tolist(), self.images["minorant_rivals"].tolist(), strict=True)
+        for row, (image, rival) in enumerate(pairs):
+            if 0 <= rival < self.head.classes:
+                stored[image, rival] = row
+
+        def at_points(places, rivals):
+            """Which of these pairs have a stored point, the points, and the curvatures."""
+            known = np.array([(indices[j], int(i)) in stored for j, i in zip(places, rivals, strict=True)], bool)
+            places, rivals = places[known], rivals[known]
+            chosen = [stored[indices[j], int(i)] for j, i in zip(places, rivals, strict=True)]
+            fine = [self.head.fine.get((int(p[j]), int(i)), math.inf) for j, i in zip(places, rivals, strict=True)]
+            curvatures = np.minimum(np.array(fine), self.head.coarse[p[places], rivals])
+            return known, points[chosen].astype(np.float64), curvatures
+
+        def not_positive(reach) -> np.ndarray:
+            """(b, k): the rivals that are not proved to stay behind within these distances, where they are not 0."""
+            open_ = np.broadcast_to(reach[:, None] > 0, clear.shape).copy()
+            open_[np.arange(len(p)), p] = False
+            # By the constant that holds everywhere, by the minorant at the image, by the minorant at a stored point.
+            open_ &= ~(margins > self.head_table[p] * reach[:, None] * (1 + rounding(4)) + FLOOR)
+            places, rivals = np.nonzero(open_)
+            if len(places):
+                a, q = features[places], p[places]
+                holds = self.head.positive_within(a, a, q, rivals, self.head.coarse[q, rivals], reach[places])
+                open_[places[holds], rivals[holds]] = False
+            places, rivals = np.nonzero(open_)
+            known, b, m = at_points(places, rivals)
+            places, rivals = places[known], rivals[known]
+            if len(places):
+                holds = self.head.positive_within(features[places], b, p[places], rivals, m, reach[places])
+                open_[places[holds], rivals[holds]] = False
+            return open_
+
+        open_ = not_positive(np.where(radii > 0, reach, 0.0))
+        found = [
             (indices[j], f"radius {float(radii[j])!r} cannot be proved against class {np.flatnonzero(open_[j])[0]}")
+            for j in np.flatnonzero(open_.any(axis=1))
+        ]
+        # How far each rival is by the same three proofs, and whether another one is nearer by more than 0.1 %.
+        all_, constants = np.arange(len(p)), self.head_table[p, rivals]
+        quotients = margins[all_, rivals] / np.where(constants > 0, constants, 1.0)
+        far = np.where(constants > 0, quotients, np.inf)
+        far = np.maximum(far, self.head.distance(features, features, p, rivals, self.head.coarse[p, rivals]))
+        known, b, m = at_points(all_, rivals)
+        if known.any():
+            far[known] = np.maximum(far[known], self.head.distance(features[known], b, p[known], rivals[known], m))
+        nearer = (1 - 2.0**-10) * far - 8 * error
+        tried = clear[all_, rivals] & (nearer > 0) & (nearer < 2.0**300) & (rivals != p)
+        open_ = not_positive(np.where(tried, nearer, 0.0)) & clear
+        return found + [
+            (indices[j], f"rival {rivals[j]}, but class {np.flatnonzero(open_[j])[0]} limits the radius")
             for j in np.flatnonzero(open_.any(axis=1))
         ]
 
@@ -2184,7 +2612,19 @@ class Check:
         if not isinstance(stated, list) or not isinstance(certified, dict) or any(number(r) is None for r in stated):
             self.problem("report.json", "radii or certified_accuracy is missing")
             return
-        wanted = {f"{r:.6g}": float(np.mean(right & (radii > r))) for r in stated}
+        if not all(r > 0 for r in stated) or len({shown(float(r)) for r in stated}) < len(stated):
+            self.problem("report.json, radii", "not positive, or two of one name")
+            return
+        wanted = {shown(float(r)): float(np.mean(right & (radii > r))) for r in stated}
+        for r in stated:
+            above = f"{r:.6g}"
+            if float(above) > r and above in certified:
+                self.problem(
+                    f"report.json, certified_accuracy[{above}]",
+                    f"{above} is more than the radius {r!r}, at which this was counted (earlier versions rounded names "
+                    f"of radii up: certify the run again); expected {shown(float(r))!r}",
+                )
+                del certified[above]
         for key in sorted(set(certified) | set(wanted)):
             if key not in wanted or number(certified.get(key)) != wanted[key]:
                 self.problem(
@@ -2222,6 +2662,14 @@ class Check:
                 self.problem(f"report.json, {field}", "not what the rows of the certificate count")
 
 
+def shown(value: float, towards: str = decimal.ROUND_FLOOR) -> str:
+    """A number by at most six digits: the nearest, unless it lies on the other side than `towards`."""
+    text = f"{value:.6g}"
+    if float(text) == value or not math.isfinite(value) or (float(text) < value) == (towards == decimal.ROUND_FLOOR):
+        return text
+    return f"{float(decimal.Context(prec=6, rounding=towards).create_decimal_from_float(value)):.6g}"
+
+
 def radius_of(margin: float, constant: float) -> float:
     """margin / constant, one float towards 0; 0 for a margin that is not positive, the largest float for constant 0."""
     if not margin > 0:
@@ -2250,25 +2698,33 @@ def sample_indices(frozen_sha256: str, data_sha256: str, rows: list, count: int 
 
 
 def check(
-    directory: str | os.PathLike, images: float | None = None, data: str | os.PathLike | None = None
+    directory: str | os.PathLike,
+    images: float | None = None,
+    data: str | os.PathLike | None = None,
+    budget: int | float = 1.0,
 ) -> tuple[int, list[str]]:
-    """Checks one run's directory; images, data: as `Check`. Returns: the exit code and the lines to print."""
+    """Checks one run's directory; images, data, budget: as `Check`. Returns: the exit code and the lines to print."""
     start = time.monotonic()
     if np.float64(5e-324) * np.float64(1.0) == 0:
         return 2, ["this process flushes subnormal numbers to zero, against what the proofs assume (§0)"]
     try:
-        found = Check(pathlib.Path(directory), images, data)
+        found = Check(pathlib.Path(directory), images, data, budget)
         found.run()
     except Unreadable as error:
-        return 2, [str(error)]
+        return 2, [shortened(str(error))]
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError, MemoryError) as error:
         # Never accepted: some value is not of the type that its place demands.
-        return 2, [f"{directory}: malformed ({type(error).__name__}: {error})"]
+        return 2, [shortened(f"{directory}: malformed ({type(error).__name__}: {error})")]
     if found.problems:
-        shown = found.problems[:100]
-        more = len(found.problems) - len(shown)
-        return 1, [*shown, *([f"... and {more} more"] if more else [])]
+        first = [shortened(line) for line in found.problems[:100]]
+        more = len(found.problems) - len(first)
+        return 1, [*first, *([f"... and {more} more"] if more else [])]
     return 0, [*found.facts, f"proved in {time.monotonic() - start:.1f} s"]
+
+
+def shortened(line: str) -> str:
+    """A line without the middle of what is as long as a file."""
+    return line if len(line) <= 1000 else f"{line[:700]} ... {line[-200:]}"
 
 
 def directories(root: str | os.PathLike) -> list[pathlib.Path]:
@@ -2278,11 +2734,16 @@ def directories(root: str | os.PathLike) -> list[pathlib.Path]:
     return [root, *seeds] if (root / "certificate.json").exists() or not seeds else seeds
 
 
-def run(root: str | os.PathLike, images: float | None = None, data: str | os.PathLike | None = None) -> int:
+def run(
+    root: str | os.PathLike,
+    images: float | None = None,
+    data: str | os.PathLike | None = None,
+    budget: int | float = 1.0,
+) -> int:
     """Checks the run, or the runs, of a directory and prints what was found. Returns: the exit code."""
     codes = []
     for directory in directories(root):
-        code, lines = check(directory, images, data)
+        code, lines = check(directory, images, data, budget)
         verdict = {0: "proved", 1: "NOT PROVED", 2: "Error"}[code]
         stream = sys.stdout if code == 0 else sys.stderr
         for line in lines if code == 2 else [f"{directory}: {verdict}", *(f"  {line}" for line in lines)]:
@@ -2302,6 +2763,17 @@ def number_of_images(text: str) -> float:
     return float(text)
 
 
+def positive(text: str) -> float:
+    """The argument of --budget."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return value
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Proves a certificate of lipjax again, with NumPy alone.")
     parser.add_argument("directory", help="a run: frozen/, certificate.json and images.safetensors")
@@ -2312,8 +2784,15 @@ def main(argv: list[str] | None = None) -> int:
         help="how many are evaluated again, drawn by hash (default: all whose pixels are at hand)",
     )
     parser.add_argument("--data", metavar="FILE", help="npz or safetensors: test_images and test_labels, all of them")
+    parser.add_argument(
+        "--budget",
+        type=positive,
+        default=1.0,
+        metavar="FACTOR",
+        help="multiplies the limits of work and memory, for directories whose source you trust (default: 1)",
+    )
     arguments = parser.parse_args(argv)
-    return run(arguments.directory, arguments.images, arguments.data)
+    return run(arguments.directory, arguments.images, arguments.data, arguments.budget)
 
 
 if __name__ == "__main__":

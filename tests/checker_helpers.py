@@ -10,7 +10,7 @@ import numpy as np
 import safetensors.numpy
 from mlp_helpers import random_arrays
 
-from lipjax import conv, document, operators
+from lipjax import checker, conv, document, operators
 from lipjax.frozen import FrozenNetwork
 from lipjax.network import make_network
 
@@ -113,7 +113,7 @@ def fingerprint(pixels, labels):
 def accuracies(rows, radii):
     right = [row["label"] == row["prediction"] for row in rows]
     certified = {
-        f"{r:.6g}": float(np.mean([a and row["radius"] > r for a, row in zip(right, rows, strict=True)])) for r in radii
+        checker.shown(float(r)): float(np.mean([a and row["radius"] > r for a, row in zip(right, rows, strict=True)])) for r in radii
     }
     return {"clean_accuracy": float(np.mean(right)), "certified_accuracy": certified, "radii": list(radii)}
 

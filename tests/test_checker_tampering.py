@@ -327,7 +327,7 @@ SORTED = {
     other_stride: "network.json, bias: takes",
     other_padding: "layers, wide (Conv)",
     unknown_operator: "operators of type 'BatchNorm' cannot be checked",
-    unknown_method: "layers, conv (Conv): the method 'power iteration' is not known",
+    unknown_method: "layers, conv (Conv): the method 'power iteration' is none for it",
     grid_that_is_too_small: "layers, conv (Conv): grid [",
     rows_of_layers_left_out: "certificate.json, layers",
     changed_image: "certificate.json, data",

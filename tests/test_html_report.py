@@ -34,7 +34,7 @@ def documents(sha256, seed=0, text="plain"):
     exact = {"bound": 1.0, "method": "exact: a reordering", "details": {}}
     certificate = {
         "format": "lipjax-certificate",
-        "schema": 2,
+        "schema": 3,
         "claim": CLAIM,
         "frozen_sha256": sha256,
         "data": {"name": "made up", "split": "test", "num_images": NUM_IMAGES, "of": 50, "sha256": "d" * 64},
@@ -67,8 +67,6 @@ def documents(sha256, seed=0, text="plain"):
         "liplt": {
             "layers": [{"name": "relu", "bound": 3.25, "product": 4.5}],
             "chains": [{"start": "input", "end": "relu", "bound": 3.125, "method": "dense", "details": {}}],
-            "total": 6.5,
-            "product": 8.75,
         },
         "margin_lipschitz": [[0, 1.5, 2.5], [1.5, 0, 3.5], [2.5, 3.5, 0]],
         "images": image_rows,
@@ -291,7 +289,7 @@ def test_several_runs_get_an_index(tmp_path):
     for row in sorted((row for row in rows if row["radius"] > 0.75), key=lambda row: row["radius"])[:4]:
         row["radius"] = 0.75  # 10 of 20 images are left beyond it
     for r in report["radii"]:
-        report["certified_accuracy"][f"{r:.6g}"] = sum(row["radius"] > r for row in rows) / len(certificate["images"])
+        report["certified_accuracy"][radius_key(r)] = sum(row["radius"] > r for row in rows) / len(certificate["images"])
     (directories[1] / "report.json").write_text(json.dumps(report))
     (directories[1] / "certificate.json").write_text(json.dumps(certificate))
     assert __main__.main(["report", str(tmp_path)]) == 0

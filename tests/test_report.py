@@ -139,6 +139,17 @@ def test_a_report_counts_what_its_words_say():
 
 def test_radii_are_shown_as_people_write_them():
     assert reports.radius_key(0.25) == "0.25" and reports.radius_key(36 / 255) == "0.141176"
+    # Never above the radius: what is proved at the one would be said of the other.
+    assert reports.radius_key(72 / 255) == "0.282352" and reports.radius_key(0.24999965) == "0.249999"
+    rng = np.random.default_rng(0)
+    radii = [*rng.uniform(size=500), *10.0 ** rng.uniform(-320, 300, 500), *(n / 255 for n in range(1, 600)), 5e-324]
+    for radius in [float(r) for r in radii]:
+        key, label = reports.radius_key(radius), reports.radius_label(radius)
+        assert radius * (1 - 1e-5) <= float(key) <= radius or radius < 1e-300
+        assert float(key) <= radius and len(key.split("e")[0].replace(".", "").strip("0")) <= 6
+        assert eval(label) <= radius
+    below = np.nextafter(36 / 255, 0)
+    assert reports.radius_label(below) == reports.radius_key(below) == "0.141176"
     labels = {36 / 255: "36/255", 0.25: "0.25", 1.0: "1", 0.2: "0.2", 1.58: "1.58", 1.5: "1.5", 254 / 255: "254/255"}
     assert all(reports.radius_label(radius) == label for radius, label in labels.items())
 

@@ -140,7 +140,6 @@ def _check_certificate(certificate: dict) -> tuple[np.ndarray, np.ndarray, np.nd
         _check_row(row, ("name", "type", "method"), ("bound",), known)
     liplt = certificate.get("liplt")
     if liplt is not None:
-        _check_row(liplt, (), ("total", "product"))
         for row in liplt["layers"]:
             _check_row(row, ("name",), ("bound", "product"))
         for row in liplt["chains"]:
@@ -164,6 +163,12 @@ def _check_report(report: dict, certificate: dict, correct: np.ndarray, proved: 
     radii = _numbers(report["radii"], "if")
     if radii.ndim != 1 or not radii.size or not (radii > 0).all():
         raise ValueError("expected positive radii")
+    unnamed = [r for r in radii if not {*report["certified_accuracy"], *report["attacked_accuracy"]} >= {radius_key(r)}]
+    if unnamed:
+        raise ValueError(
+            f"no accuracy at {radius_key(unnamed[0])!r}, the name of its radius {unnamed[0]}: keys of earlier versions "
+            "could round up"
+        )
     maps = [report[name][radius_key(r)] for r in radii for name in ("certified_accuracy", "attacked_accuracy")]
     fractions = _numbers([report["clean_accuracy"], *maps], "if")
     attacked = report["num_attacked_images"]

@@ -300,10 +300,7 @@ def _liplt(run: CertifiedRun) -> Markup | None:
     report = run.certificate.get("liplt")
     if report is None:
         return None
-    text = (
-        f"Proved Lipschitz constants from the normalised input, rounded up. Of the whole output: "
-        f"{up(report['total'])} by LipLT, {up(report['product'])} by the product of norms."
-    )
+    text = "Proved Lipschitz constants from the normalised input to what each activation acts on, rounded up."
     constants = [[row["name"], up(row["bound"]), up(row["product"])] for row in report["layers"]]
     columns = [("up to", ""), ("LipLT", "number"), ("product of norms", "number")]
     chains = [[row["start"], row["end"], up(row["bound"]), row["method"]] for row in report["chains"]]

@@ -1,5 +1,6 @@
 """What a run ends with: the table in the terminal, report.json and certified_accuracy.png."""
 
+import decimal
 import pathlib
 from typing import Any
 
@@ -13,14 +14,24 @@ from lipjax.training.classes import print_classes
 
 
 def radius_key(radius: float) -> str:
-    """A radius as a key of report.json: a decimal number with six digits, such as "0.25" or "0.141176"."""
-    return f"{radius:.6g}"
+    """A radius as a key of report.json: a decimal number of six digits, never above it, as "0.25" or "0.141176".
+
+    It names what is proved at the radius, so float(key) <= radius: where the nearest such number is larger it is
+    rounded down, as 72/255 to "0.282352".
+    """
+    key = f"{radius:.6g}"
+    if float(key) <= radius:
+        return key
+    return f"{float(decimal.Context(prec=6, rounding=decimal.ROUND_FLOOR).create_decimal_from_float(radius)):.6g}"
 
 
 def radius_label(radius: float) -> str:
-    """A radius for people: multiples of 1/255 as "36/255" unless they are short decimals, others as `radius_key`."""
+    """A radius for people: multiples of 1/255 as "36/255" unless they are short decimals, others as `radius_key`.
+
+    A radius just below a multiple is not called by it: like a key, a label is never above its radius.
+    """
     steps, key = round(radius * 255), radius_key(radius)
-    multiple = steps > 0 and abs(radius * 255 - steps) < 1e-6 * steps
+    multiple = steps > 0 and steps / 255 <= radius < (1 + 1e-6) * steps / 255
     return f"{steps}/255" if multiple and len(key) > 4 else key
 
 
