@@ -2615,6 +2615,7 @@ class Check:
         if not all(r > 0 for r in stated) or len({shown(float(r)) for r in stated}) < len(stated):
             self.problem("report.json, radii", "not positive, or two of one name")
             return
+        self.budget.spend("report.json, radii", len(stated) * (1 + self.head.classes) * (CALL + PASS * len(rows)))
         wanted = {shown(float(r)): float(np.mean(right & (radii > r))) for r in stated}
         for r in stated:
             above = f"{r:.6g}"
@@ -2630,7 +2631,7 @@ class Check:
                 self.problem(
                     f"report.json, certified_accuracy[{key}]", f"{certified.get(key)!r}, not {wanted.get(key)!r}"
                 )
-        self._check_classes(report, right, radii, {f"{r:.6g}": r for r in stated})
+        self._check_classes(report, right, radii, {shown(float(r)): r for r in stated})
 
     def _check_classes(self, report: dict, right: np.ndarray, proved: np.ndarray, radii: dict[str, float]) -> None:
         """What report.json counts class by class, where it does."""

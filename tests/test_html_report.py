@@ -9,6 +9,7 @@ import pytest
 from lipjax import FrozenNetwork, __main__, network, operators
 from lipjax.training import html_parts
 from lipjax.training.html_report import write_reports
+from lipjax.training.report import radius_key
 
 CLAIM = "For every x' with |x' - x|_2 < radius, the class at x' is that of x."
 HOSTILE = "<script>alert('1')</script>\"&<b>"
