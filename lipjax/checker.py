@@ -49,9 +49,9 @@ LARGEST = sys.float_info.max
 
 # The unit roundoff, and more than what all underflows of scaled numbers add up to (§1).
 U, TINY = Fraction(1, 2**53), Fraction(1, 2**900)
-# Error bounds are sums of non-negative terms in float64, up to so many of them: relative error below 1e-9.
-TERMS = 9_000_000
-GUARD = 1 + 1e-9
+# Error bounds are sums of non-negative terms in float64, up to so many of them: relative error below 2e-9.
+TERMS = 16_000_000
+GUARD = 1 + 2e-9
 # Logits up to which LipLT's rows are carried back to the input, as the certifier does; beyond, to the last activation.
 ROWS = 100
 # Added, times 1 + |x|, to every error of an evaluation: what underflows (§7).
@@ -64,11 +64,12 @@ CHUNK = 2**22
 JSON_BYTES, HEADER_BYTES, ARRAY_BYTES = 2**26, 2**24, 2**31
 # Numbers held at once, of 8 bytes: by one piece of work, and by the threads of one.
 NUMBERS = HELD = 2**29
-# Multiplications: so many, and so many more for each byte of the network and its images, for each SAMPLE images.
-WORK, WORK_PER_BYTE = 2e12, 1e6
+# Multiplications: so many, and so many more for each byte of the network and its images, for each SAMPLE images; and
+# for each chain of LipLT, up to so many for all of them: a certifier spends 6e11 on one at most.
+WORK, WORK_PER_BYTE, WORK_PER_CHAIN, WORK_OF_CHAINS = 1e12, 1e6, 2e12, 2e13
 # What other things take in multiplications of a matrix product: a call of NumPy, a pass over a number, a number of the
 # tables of the circle, a small matrix in a stack, a fraction.
-CALL, PASS, ANGLE, MATRIX, FRACTION = 2e5, 10, 4e5, 3e4, 2e4
+CALL, PASS, ANGLE, MATRIX, FRACTION = 1e5, 40, 1.5e6, 1e5, 1e5
 # Words of integers that are added for one truncated exponential, at most, before it counts as not proved.
 SERIES_WORDS = 10**8
 
@@ -162,8 +163,13 @@ def root_up(x: Fraction) -> Fraction:
 
 def squares_up(array: np.ndarray) -> Fraction:
     """Upper bound of the sum of |entry|^2, entries of modulus at most about 1: any order of summation."""
-    parts = np.ascontiguousarray(array).reshape(-1).view(np.float64)
-    return Fraction(float(np.sum(parts * parts))) / (1 - gamma(parts.size + 2)) + TINY
+    return largest_squares_up(array[None])
+
+
+def largest_squares_up(arrays: np.ndarray) -> Fraction:
+    """The largest `squares_up` of a stack of arrays."""
+    parts = np.ascontiguousarray(arrays).reshape(len(arrays), -1).view(np.float64)
+    return Fraction(float(np.sum(parts * parts, axis=1).max())) / (1 - gamma(parts.shape[1] + 2)) + TINY
 
 
 def scaled(array: np.ndarray) -> tuple[np.ndarray, int]:
@@ -283,7 +289,7 @@ def grams_of(blocks: np.ndarray) -> tuple[np.ndarray, Fraction]:
     is_complex = np.iscomplexobj(blocks)
     grams = (tall.conj() if is_complex else tall).swapaxes(1, 2) @ tall
     relative = gamma((3 if is_complex else 1) * (max(m, n) + 2))
-    return grams, relative * max(squares_up(block) for block in blocks) + TINY
+    return grams, relative * largest_squares_up(blocks) + TINY
 
 
 def norms_below(blocks: np.ndarray, limit: Fraction) -> bool:
@@ -2076,7 +2082,11 @@ class Check:
         self.split, self.source = None if data is None else read_split(pathlib.Path(data), self.budget), data
         self.count = self._count(count)
         held = sum(array.nbytes for array in (*self.arrays.values(), *self.images.values()))
-        self.budget.allowed = budget * (WORK + WORK_PER_BYTE * held) * max(1.0, self.count / SAMPLE)
+        work = (WORK + WORK_PER_BYTE * held) * max(1.0, self.count / SAMPLE)
+        liplt = self.document.get("liplt")
+        chains = liplt.get("chains") if isinstance(liplt, dict) else None
+        work += min(WORK_PER_CHAIN * (len(chains) if isinstance(chains, list) else 0), WORK_OF_CHAINS)
+        self.budget.allowed = budget * work
 
     def _count(self, asked: float | None) -> int:
         """How many images are evaluated again. Raises: Unreadable if more are asked for than can be."""
