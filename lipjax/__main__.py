@@ -95,7 +95,7 @@ def plan(arguments, overrides: list[str]) -> None:
 
 def check(arguments) -> int:
     """Proves the certificates of a directory again, by NumPy alone."""
-    return checker.run(arguments.workdir, arguments.images, arguments.data)
+    return checker.run(arguments.workdir, arguments.images, arguments.data, arguments.budget)
 
 
 def predict(arguments) -> None:
@@ -159,6 +159,13 @@ def main(argv: list[str] | None = None) -> int:
         help="how many are evaluated again (default: all whose pixels are at hand)",
     )
     command.add_argument("--data", metavar="FILE", help="npz or safetensors: test_images and test_labels, all of them")
+    command.add_argument(
+        "--budget",
+        type=checker.positive,
+        default=1.0,
+        metavar="FACTOR",
+        help="multiplies the limits of work and memory, for a source that you trust (default: 1)",
+    )
     command.set_defaults(run=check)
     command = commands.add_parser("attack", help="try to break the certificates of a run and its Lipschitz bounds")
     command.add_argument("workdir", help="the --workdir of train.py")

@@ -4,12 +4,12 @@ With --data FILE all images of a large data set are evaluated again, with --imag
 
 DIRECTORY holds frozen/network.json, frozen/network.safetensors, certificate.json and images.safetensors, as
 docs/certificates.md describes them; report.json is checked where it is there. Exit code 0: everything is proved.
-1: something is not, with the place of every mismatch. 2: a file is missing, damaged or of another schema. Nothing is
-ever written.
+1: something is not, with the place of every mismatch. 2: a file is missing, damaged or of another schema, or to check it
+would cost more than the limits, which --budget FACTOR raises. Nothing is ever written.
 
 Nothing of lipjax is used, so that this file may be copied and run where neither lipjax nor JAX is installed. What it
 accepts is proved by its own arithmetic: no stored number is believed but as a claim to be proved, and no tolerance is
-added to a claim. Sections (§) are those of docs/soundness.md, which derives every constant, and whose assumptions
+added to a bound, a margin or a radius. Which rival limits a radius is checked up to the rounding errors of evaluations. Sections (§) are those of docs/soundness.md, which derives every constant, and whose assumptions
 about IEEE arithmetic, BLAS and LAPACK (§0) are those of this file, too.
 """
 
@@ -452,7 +452,7 @@ def conv_effort(shape: tuple, axes: tuple[Axis, Axis], method: str, details: dic
     sides = [g if type(g) is int and 0 < g < 2**31 else 1 for g in grid[:2]] if isinstance(grid, list) else [1]
     sides = [min(g, 4 * (axis.out + axis.size + axis.taps)) for g, axis in zip(sides, axes, strict=False)]
     frequencies = math.prod(sides) // 2 + 2
-    work += sum(sides) * 2 * ANGLE + frequencies * (blocks * 4 * PASS + 2 * count + MATRIX)
+    work += sum(sides) * 2 * ANGLE + frequencies * (blocks * 20 * PASS + 2 * count + MATRIX)
     work += frequencies * matrix_effort(o, n, 4)[0]
     return work, numbers + 12.0 * frequencies + 12.0 * max(o * n, blocks)
 
@@ -2054,7 +2054,7 @@ class Check:
     """The check of one directory: `problems` and, for the summary, `facts`.
 
     count: of how many images everything is computed again; default: all whose pixels are at hand. data: a file of
-    the whole data set.
+    the whole data set. budget: what multiplies the limits of work and memory.
     """
 
     def __init__(
@@ -2233,18 +2233,19 @@ class Check:
         rows, claims = self.document.get("layers"), self.document.get("head")
         stated = [row if isinstance(row, dict) else {} for row in rows] if isinstance(rows, list) else []
         stated += [{}] * (len(self.ops) - len(stated))
+        costs = []
         for name, op, row in zip(self.names, self.ops, stated, strict=False):
             place, details = f"certificate.json, layers, {name} ({type(op).__name__})", row.get("details")
             work, numbers = op.effort(row.get("method"), details if isinstance(details, dict) else {})
             self.budget.hold(place, numbers)
-            self.budget.spend(place, work + len(self.ops) * FRACTION)
+            costs.append((work + len(self.ops) * FRACTION, place))
         work, numbers = self.head.effort(claims)
         place = f"certificate.json, head ({type(self.head).__name__})"
         self.budget.hold(place, numbers)
-        self.budget.spend(place, work)
-        chain = [*zip(self.names, self.ops, strict=True), ("head", self.head)]
-        for name, op in chain:
-            self.budget.spend(f"{self.count} images through {name}", self.count * op.cost() + CALL)
+        costs.append((work, place))
+        for name, op in [*zip(self.names, self.ops, strict=True), ("head", self.head)]:
+            costs.append((self.count * op.cost() + CALL, f"{self.count} images through {name}"))
+        self.budget.spend(f"{max(costs)[1]}, which costs most, and the rest", math.fsum(work for work, _ in costs))
 
     def prove_layers(self) -> None:
         """Every operator's claimed Lipschitz constant, and their product."""

@@ -1,24 +1,21 @@
-"""What a directory may cost the checker, whoever made it: refused before the work is done; and random mutations."""
+"""What a directory may cost the checker, whoever made it: more is refused before the work is done."""
 
 import json
 import math
 import os
-import random
 import shutil
 import struct
 import time
 import tracemalloc
 import zipfile
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from checker_helpers import Forger, draw, elementwise_network, honest_runs, linear_head, write_run
+from checker_helpers import Forger, draw, honest_runs
 
 from lipjax import __main__ as command_line
-from lipjax import checker, operators
-from lipjax.network import make_network
+from lipjax import checker
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +81,7 @@ def stated_network(directory, ops, arrays, layers, classes=2):
     return directory
 
 
-def conv(name, in_shape, strides=1):
+def conv(name, in_shape, strides: int | list = 1):
     return {"name": name, "type": "Conv", "in_shape": in_shape, "strides": strides, "padding": "ZERO"}
 
 
@@ -144,10 +141,10 @@ def test_a_small_directory_with_a_huge_grid_is_refused(tmp_path):
 
 
 def test_thousands_of_taps_are_refused(tmp_path):
-    directory = many_taps(tmp_path)
+    code, lines = within(many_taps(tmp_path / "fewer", 1500))  # control: without images, and with fewer taps
+    assert code == 1 and not any("long" in line for line in lines), lines
+    directory = many_taps(tmp_path / "many")
     f = Forger(directory)
-    code, lines = within(directory)
-    assert code == 1 and not any("long" in line for line in lines), lines  # without images it is cheap now
     count = 100
     row = {"label": 0, "prediction": 0, "rival": 1, "margin": None, "radius": 0.0}
     f.certificate["images"] = [dict(row) for _ in range(count)]
@@ -159,10 +156,14 @@ def test_thousands_of_taps_are_refused(tmp_path):
     }
     f.write()
     code, lines = within(directory)
-    assert code == 2 and "100 images through long: about" in lines[0] and "multiplications in all" in lines[0], lines
+    assert (
+        code == 2 and "100 images through long, which costs most" in lines[0] and "multiplications in all" in lines[0]
+    ), lines
 
 
-@pytest.mark.parametrize("name", ["certificate.json", "report.json", "images.safetensors", "frozen/network.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["certificate.json", "report.json", "images.safetensors", "frozen/network.safetensors"]
+)
 def test_pipes_and_devices_are_refused(run_directory, name):
     path = run_directory / name
     path.unlink()
@@ -208,10 +209,6 @@ def test_large_files_are_refused_before_they_are_read(run_directory, tmp_path):
         for _ in range(3):
             stream.write(bytes(2**20))
     shutil.copyfile(bomb, tmp_path / "short.npz")
-    (tmp_path / "run2").mkdir()
-    honest = run_directory.parent.parent
-    assert honest.exists()
-    path.write_bytes(b"")
     data = bytearray(bomb.read_bytes())
     place = data.rindex(b"PK\x01\x02") + 24  # the unpacked size in the directory of the archive
     data[place : place + 4] = struct.pack("<I", 3 * 2**30)
@@ -228,13 +225,7 @@ def test_trusted_sources_may_cost_more(run_directory, monkeypatch, capsys):
     assert code == 2 and "If you trust the source, --budget" in lines[0]
     factor = int(lines[0].split("--budget ")[1].split()[0])
     assert factor > 1
-    for _ in range(40):  # what is refused first says what it needs; the rest follows
-        code, lines = checker.check(run_directory, budget=factor)
-        if code == 0:
-            break
-        assert code == 2
-        factor = int(lines[0].split("--budget ")[1].split()[0])
-    assert code == 0
+    assert checker.check(run_directory, budget=factor)[0] == 0
     assert command_line.main(["check", str(run_directory)]) == 2
     capsys.readouterr()
     assert command_line.main(["check", str(run_directory), "--budget", str(factor)]) == 0
@@ -244,26 +235,11 @@ def test_trusted_sources_may_cost_more(run_directory, monkeypatch, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.parametrize(
-    ("head", "arrays", "message"),
-    [
-        ("LinearHead", {"head/matrix": np.ones((20_000, 1)), "head/bias": np.zeros(20_000)}, "numbers at once"),
-        (
-            "LinearHead",
-            {"head/matrix": np.ones((6_000, 200)), "head/bias": np.zeros(6_000)},
-            "multiplications in all",
-        ),
-    ],
-)
-def test_tables_of_many_classes_are_refused(tmp_path, head, arrays, message):
-    width = arrays["head/matrix"].shape[1]
-    ops = [{"name": "flat", "type": "Flatten", "in_shape": [1, 1, width]}]
-    directory = stated_network(tmp_path, ops, arrays, [("exact: a reordering", {})])
-    code, lines = within(directory)
-    if code == 1:  # proved within the limits
-        assert message == "multiplications in all" and any("margin_lipschitz" in line for line in lines)
-    else:
-        assert code == 2 and "head (LinearHead)" in lines[0] and message in lines[0], lines
+def test_tables_of_many_classes_are_refused(tmp_path):
+    arrays = {"head/matrix": np.ones((20_000, 1)), "head/bias": np.zeros(20_000)}
+    ops = [{"name": "flat", "type": "Flatten", "in_shape": [1, 1, 1]}]
+    code, lines = within(stated_network(tmp_path, ops, arrays, [("exact: a reordering", {})]))
+    assert code == 2 and "head (LinearHead): about" in lines[0] and "numbers at once" in lines[0], lines
 
 
 def test_compositions_beyond_the_limits_are_refused(monkeypatch):
@@ -292,179 +268,3 @@ def test_the_series_of_an_exponential_is_decided_in_bounded_time():
     for limit in (float(values.max()), np.nextafter(float(values.max()), 0), 1.0):
         assert checker.series_below(5, checker.Fraction(2), checker.Fraction(float(limit))) in (True, False)
     assert time.process_time() - start < 60
-
-
-def tiny_run(directory):
-    """A certificate with LipLT, a convolution and biases of a few kilobytes."""
-    rng = np.random.default_rng(9)
-    ops = [
-        ("conv", operators.Conv(draw(rng, 3, 3, 1, 2), (4, 4, 1), 2)),
-        ("bias", operators.Bias(0.1 * rng.normal(size=2), (2, 2, 2))),
-        ("act", operators.ReLU((2, 2, 2))),
-        ("flat", operators.Flatten((2, 2, 2))),
-        ("dense", operators.Dense(draw(rng, 4, 8))),
-        ("again", operators.LeakyReLU((4,), 0.25)),
-    ]
-    write_run(directory, make_network(ops, linear_head(rng, 3, 4), 0.2, 0.5))
-    return directory
-
-
-JUNK = [None, True, -1, 0, 1, 2, 1e300, -0.0, 10**30, 0.5, "", "zero", [], {}, [[]], [1, 1], [10**6, 10**6], "ReLU"]
-
-
-def places_of(value, path=()):
-    """The paths to all values of a JSON document."""
-    yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield from places_of(inner, (*path, key))
-
-
-def changed_json(document, rng):
-    """One value replaced, moved a little, removed, doubled or swapped; None where nothing has changed."""
-    text = json.dumps(document)
-    document = json.loads(text)
-    path = rng.choice([p for p in places_of(document) if p])
-    parent = document
-    for key in path[:-1]:
-        parent = parent[key]
-    key, value = path[-1], parent[path[-1]]
-    way = rng.randrange(6)
-    if way == 0 and type(value) in (int, float):
-        parent[key] = value * rng.choice([1 - 1e-3, 1 + 1e-3, 0.5, 2, -1]) + rng.choice([0, 0, 1])
-    elif way == 1 and isinstance(value, float):
-        parent[key] = math.nextafter(value, rng.choice([-math.inf, math.inf]))
-    elif way == 2:
-        del parent[key]
-    elif way == 3 and isinstance(parent, list):
-        parent.append(value)
-    elif way == 4 and isinstance(parent, list):
-        parent.reverse()
-    else:
-        parent[key] = rng.choice(JUNK)
-    return None if json.dumps(document) == text else document
-
-
-def changed_bytes(data, rng):
-    """Bits flipped, a piece left out, doubled, or the end."""
-    data = bytearray(data)
-    way, place = rng.randrange(4), rng.randrange(len(data))
-    if way == 0:
-        data[place] ^= 1 << rng.randrange(8)
-    elif way == 1:
-        del data[place : place + rng.choice([1, 2, 8, 40])]
-    elif way == 2:
-        data[place:place] = data[place : place + rng.choice([1, 8, 64])]
-    else:
-        del data[place:]
-    return bytes(data)
-
-
-def changed_arrays(f, rng):
-    """Entries of an array changed, or its shape or type; hashes as an attacker would write them."""
-    table = rng.choice([f.arrays, f.images])
-    name = rng.choice(sorted(table))
-    array, way = table[name].copy(), rng.randrange(4)
-    if way == 0 and array.size:
-        flat = array.reshape(-1)
-        flat[rng.randrange(flat.size)] = rng.choice([0, 1, 200] if array.dtype.kind in "ui" else [0.0, 1e9, np.nan])
-    elif way == 1:
-        array = array.reshape(-1)
-    elif way == 2:
-        array = np.ascontiguousarray(array[:-1])
-    else:
-        array = array.astype(rng.choice([np.float32, np.float64, np.int64, np.uint8]))
-    table[name] = array
-
-
-# What is not stated, so that a change of it changes no claim: docs/certificates.md.
-FREE = {"sigma", "estimate", "gap", "name", "split", "versions", "precision", "platform", "exponent", "side", "count"}
-
-
-def claims(directory):
-    """What a directory states and the checker answers for; None where that cannot be read."""
-    try:
-        f = Forger(directory)
-        layers = [{k: row.get(k) for k in ("name", "type", "method", "bound")} for row in f.certificate["layers"]]
-        stated = [f.certificate.get(k) for k in ("claim", "head", "margin_lipschitz", "images", "sample")]
-        accuracies = [f.report.get(k) for k in ("clean_accuracy", "certified_accuracy", "num_images")]
-        chains = f.certificate["liplt"]
-        found = [layers, stated, accuracies, f.layout["ops"], chains["layers"], f.certificate["data"].get("sha256")]
-        found += [[(row["start"], row["end"], row["bound"], row["method"]) for row in chains["chains"]]]
-        arrays = {k: (a.dtype.str, a.shape, a.tobytes()) for t in (f.arrays, f.images) for k, a in t.items()}
-        return json.dumps(found, sort_keys=True), arrays
-    except Exception:
-        return None
-
-
-def mutate(honest, directory, rng):
-    """A copy of an honest directory with one to three random changes."""
-    shutil.rmtree(directory, ignore_errors=True)
-    shutil.copytree(honest, directory)
-    for _ in range(rng.choice([1, 1, 1, 2, 3])):
-        kind = rng.randrange(4)
-        if kind == 0:
-            path = rng.choice(sorted(p for p in directory.rglob("*") if p.is_file()))
-            if data := path.read_bytes():
-                path.write_bytes(changed_bytes(data, rng))
-            continue
-        try:
-            f = Forger(directory)
-            if kind == 1:
-                changed_arrays(f, rng)
-            else:
-                name = rng.choice(["layout", "certificate", "certificate", "certificate", "report"])
-                setattr(f, name, changed_json(getattr(f, name), rng) or getattr(f, name))
-            f.write(hashes=rng.random() < 0.8, report=False)
-        except Exception:  # no longer a run that the forger reads
-            continue
-
-
-def check_mutations(honest, directory, count, seed):
-    rng, codes = random.Random(seed), [0, 0, 0]
-    before = claims(honest)
-    for number in range(count):
-        mutate(honest, directory, rng)
-        code, lines = checker.check(directory)
-        codes[code] += 1
-        assert lines and all(isinstance(line, str) and len(line) <= 1000 for line in lines)
-        assert "Traceback" not in " ".join(lines)
-        if code == 0:
-            now = claims(directory)
-            assert now is not None and before is not None, number
-            if now != before:
-                assert weaker(json.loads(before[0]), json.loads(now[0])) and now[1] == before[1], (number, seed)
-    return codes
-
-
-def weaker(before, now):
-    """Whether what is stated now follows from what was: larger bounds, smaller margins of rows without a radius."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        return before.keys() == now.keys() and all(weaker(before[k], now[k]) for k in before)
-    if isinstance(before, list) and isinstance(now, list):
-        return len(before) == len(now) and all(weaker(a, b) for a, b in zip(before, now, strict=True))
-    if type(before) in (int, float) and type(now) in (int, float):
-        return now >= before
-    return before == now
-
-
-def test_a_thousand_mutations_end_in_verdicts(tmp_path):
-    honest = tiny_run(tmp_path / "honest")
-    assert checker.check(honest)[0] == 0
-    tracemalloc.start()
-    start = time.process_time()
-    codes = check_mutations(honest, tmp_path / "changed", 1000, seed=0)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert codes[1] > 200 and codes[2] > 200 and codes[0] < 300  # control: what is changed matters
-    assert peak < 500 * 2**20 and time.process_time() - start < 600
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("name", ["mlp_network", "many_operators", "residual_network"])
-def test_more_mutations(runs, tmp_path, name):
-    codes = [0, 0, 0]
-    for seed in range(500):
-        mutate(runs(name), tmp_path / "changed", random.Random(seed))
-        codes[checker.check(tmp_path / "changed")[0]] += 1
-    assert codes[1] > 50 and codes[2] > 50

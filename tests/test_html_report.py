@@ -290,7 +290,8 @@ def test_several_runs_get_an_index(tmp_path):
     for row in sorted((row for row in rows if row["radius"] > 0.75), key=lambda row: row["radius"])[:4]:
         row["radius"] = 0.75  # 10 of 20 images are left beyond it
     for r in report["radii"]:
-        report["certified_accuracy"][radius_key(r)] = sum(row["radius"] > r for row in rows) / len(certificate["images"])
+        counted = sum(row["radius"] > r for row in rows)
+        report["certified_accuracy"][radius_key(r)] = counted / len(certificate["images"])
     (directories[1] / "report.json").write_text(json.dumps(report))
     (directories[1] / "certificate.json").write_text(json.dumps(certificate))
     assert __main__.main(["report", str(tmp_path)]) == 0
