@@ -4,13 +4,14 @@ With --data FILE all images of a large data set are evaluated again, with --imag
 
 DIRECTORY holds frozen/network.json, frozen/network.safetensors, certificate.json and images.safetensors, as
 docs/certificates.md describes them; report.json is checked where it is there. Exit code 0: everything is proved.
-1: something is not, with the place of every mismatch. 2: a file is missing, damaged or of another schema, or to check it
-would cost more than the limits, which --budget FACTOR raises. Nothing is ever written.
+1: something is not, with the place of every mismatch. 2: a file is missing, damaged or of another schema, or checking
+it would cost more than the limits, which --budget FACTOR raises. Nothing is ever written.
 
 Nothing of lipjax is used, so that this file may be copied and run where neither lipjax nor JAX is installed. What it
 accepts is proved by its own arithmetic: no stored number is believed but as a claim to be proved, and no tolerance is
-added to a bound, a margin or a radius. Which rival limits a radius is checked up to the rounding errors of evaluations. Sections (§) are those of docs/soundness.md, which derives every constant, and whose assumptions
-about IEEE arithmetic, BLAS and LAPACK (§0) are those of this file, too.
+added to a bound, a margin or a radius. (That a rival limits a radius is stated but for the rounding of evaluations.)
+Sections (§) are those of docs/soundness.md, which derives every constant, and whose assumptions about IEEE arithmetic,
+BLAS and LAPACK (§0) are those of this file, too.
 """
 
 import os
