@@ -12,6 +12,7 @@ Matrix products rather than an FFT: their rounding error can be bounded (docs/so
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from decimal import Context, Decimal, localcontext
 from fractions import Fraction
 from typing import Any
@@ -192,22 +193,30 @@ def _down_columns(tables: tuple[np.ndarray, ...], z: Float[Array, "w h b c"], pr
     return jnp.concatenate([special.reshape(s, h, b, c), others.reshape(w - s, h, b, c)])
 
 
-def _spectrum(x: Array, precision: Any) -> Array:
-    b, h, w, c = x.shape
-    first, *rest = _tables((h, w))
-    if not rest:
-        return _product(first, x.transpose(1, 2, 0, 3).reshape(h * w, b, c), precision)
-    z = _product(first, x.transpose(2, 1, 0, 3), precision)
-    return _down_columns(tuple(rest), z, precision).reshape(h * w, b, c)
+def steps(size: Size, inverse: bool = False, absolute: bool = False) -> list[tuple[int, Callable[..., Array]]]:
+    """The products that `spectrum`, or with `inverse` `image`, consists of: one up to `DENSE` pixels, then two.
 
+    Every one is exactly orthogonal but for the rounding of its table. All results have the batch as last axis but one,
+    except images, which have it first.
 
-def _image(z: Array, size: Size, precision: Any) -> Array:
-    (h, w), (_, b, c) = size, z.shape
-    first, *rest = (table.swapaxes(-1, -2) for table in _tables((h, w)))
+    Args: absolute: with the tables' absolute values instead, for bounds of sums of products.
+    Returns: the number of terms of each sum at most, and a function (array, precision) -> array.
+    """
+    (h, w), tables = size, _tables(size)
+    tables = tuple(map(np.abs, tables)) if absolute else tables
+    if inverse:
+        first, *rest = (table.swapaxes(-1, -2) for table in tables)
+        if not rest:
+            return [(h * w, lambda z, p: _product(first, z, p).reshape(h, w, *z.shape[1:]).transpose(2, 0, 1, 3))]
+        columns = 2 * h, lambda z, p: _down_columns(tuple(rest), z.reshape(w, h, *z.shape[1:]), p)
+        return [columns, (w, lambda z, p: _product(first, z, p).transpose(2, 1, 0, 3))]
+    first, *rest = tables
     if not rest:
-        return _product(first, z, precision).reshape(h, w, b, c).transpose(2, 0, 1, 3)
-    z = _down_columns(tuple(rest), z.reshape(w, h, b, c), precision)
-    return _product(first, z, precision).transpose(2, 1, 0, 3)
+        return [
+            (h * w, lambda x, p: _product(first, x.transpose(1, 2, 0, 3).reshape(h * w, x.shape[0], x.shape[3]), p))
+        ]
+    rows = w, lambda x, p: _product(first, x.transpose(2, 1, 0, 3), p)
+    return [rows, (2 * h, lambda z, p: _down_columns(tuple(rest), z, p).reshape(h * w, *z.shape[2:]))]
 
 
 # Each is the other's adjoint. JAX's own transpose of a product with a table puts the pixels last, which copies whole
@@ -217,7 +226,9 @@ _transform_p = Primitive("lipjax_dft")
 
 
 def _transform(x: Array, *, size: Size, inverse: bool, precision: Any) -> Array:
-    return _image(x, size, precision) if inverse else _spectrum(x, precision)
+    for _, step in steps(size, inverse):
+        x = step(x, precision)
+    return x
 
 
 def _transform_shape(x: Any, *, size: Size, inverse: bool, precision: Any) -> Any:

@@ -9,11 +9,10 @@ import jax
 import numpy as np
 
 from lipjax import _dft, operators, spectral
+from lipjax._float32_sums import LEAVES, MOVED, SUMS, UNIT_ROUNDOFF, gamma32
 from lipjax.bounds import LayerBound
 from lipjax.errors import NotCertifiable
 from lipjax.network import Network
-
-UNIT_ROUNDOFF = 2.0**-24
 
 # Numbers below this may become zero; its place in every bound stands for what underflows.
 LEAST = 2.0**-126
@@ -23,16 +22,8 @@ _TINY = 2.0**-110
 LARGEST = 2.0**100
 # The bounds are computed in float64: of each step the relative error is below 2^-20.
 ROOM = 1 + 2.0**-20
-# What these read and give is computed once; whatever lies between them may be merged.
-_SUMS = (operators.Dense, operators.Conv, operators.ConvExponential, operators.CircularConv)
 # Of each pair these make two numbers that depend on both.
 _FOLDS = (operators.MaxMin, operators.Householder, operators.Householder2)
-
-
-def gamma32(num_roundings: int) -> float:
-    """n u / (1 - n u) for binary32, infinite from n u = 1/2 on."""
-    roundings = num_roundings * UNIT_ROUNDOFF
-    return roundings / (1 - roundings) if roundings < 0.5 else math.inf
 
 
 def length_bound(array) -> float:
@@ -44,23 +35,31 @@ def length_bound(array) -> float:
 class Local:
     """Bound, for every x of binary32, on the error that one operator adds: |computed(x) - exact(x)|_2 is at most
 
-        absolute + relative |x|_2 + weighted | |A||x| |_2,
+        absolute + relative |x|_2 + sums(x),
 
-    |A| the matrix of absolute values. Nothing that the operator computes exceeds offset + gain |x|_2, gain at least
-    | |A| |_2. A bias behind the operator may join a sum of `terms`; None leaves that to the operator before.
+    sums(x) that of `_float32_sums.errors_at_images`, with `inner` for its norm, `bias` and `leaves`, and with the
+    Lipschitz constant `sums`; 0 for operators that are not in `SUMS`. Of a `Residual` it is what the addition of x and
+    g(x) adds, absolute + relative (|x|_2 + |g(x)|_2) + sums |x|_2, and `parts` are those of g.
+
+    Nothing that the operator computes exceeds offset + gain |x|_2. A bias behind it may join a sum of `terms`; None
+    leaves that to the operator before.
     """
 
     absolute: float = 0.0
     relative: float = 0.0
-    weighted: float = 0.0
+    sums: float = 0.0
     offset: float = 0.0
     gain: float = 1.0
     terms: int | None = 0
+    inner: float = 1.0
+    bias: np.ndarray | None = None
+    leaves: int = LEAVES
+    parts: tuple["Local", ...] = ()
 
     @property
     def slope(self) -> float:
         """Lipschitz constant of the bound in x."""
-        return self.relative + (self.weighted * self.gain if self.weighted else 0.0)
+        return self.relative + self.sums
 
 
 @functools.singledispatch
@@ -77,7 +76,8 @@ def locals_of(network: Network, rows: list[LayerBound]) -> list[Local]:
 
     Args: rows: of `bounds.operator_bounds`. Raises: NotCertifiable naming the layer of which no bound is known.
     """
-    return _locals((network.normalize, *network.ops), rows)[0]
+    ops = network.normalize, *network.ops
+    return _merged(ops, _locals(ops, rows)[0])[0]
 
 
 def _locals(ops: Sequence, rows: list[LayerBound], terms: int = 0) -> tuple[list[Local], int]:
@@ -85,37 +85,42 @@ def _locals(ops: Sequence, rows: list[LayerBound], terms: int = 0) -> tuple[list
 
     terms: of the sum that a bias before them may join.
     """
-    found = []
+    found, before = [], None
     for row, op in zip(rows, ops, strict=True):
         if type(op) not in _local.registry:  # a subclass may compute something else
             raise NotCertifiable(
                 f"{row.name}: no bound of the float32 error is known for an operator of type {type(op).__name__}."
             )
-        local = _local(op, row, terms) if _fits(op) else Local(absolute=math.inf)
-        terms = terms if local.terms is None else local.terms
+        fits = _fits(op) or isinstance(op, operators.Residual)  # of which each part is asked
+        local = _local(op, row, terms) if fits else Local(absolute=math.inf)
+        if fits and isinstance(op, operators.Bias) and isinstance(before, SUMS):
+            # Directly behind a sum, which counts it as one more product.
+            # (8 roundings are what `_local` takes for it otherwise.)
+            found[-1], local = dataclasses.replace(found[-1], bias=np.asarray(op.bias)), _local(op, row, -8)
+        if isinstance(op, SUMS) and not terms:
+            local = dataclasses.replace(local, leaves=LEAVES + MOVED)  # that of the normalisation
+        before, terms = op, terms if local.terms is None else local.terms
         found.append(local)
-    # Where operators are merged, both numbers of a pair may be computed twice, with other roundings each time.
-    copies = 1.0
-    for i in reversed(range(len(ops))):
-        if isinstance(ops[i], _SUMS):
-            copies = 1.0
-            continue
-        local = found[i]
-        found[i] = dataclasses.replace(local, absolute=local.absolute * copies, relative=local.relative * copies)
-        copies = _copies_before(ops[i], copies)
     return found, terms
 
 
-def _copies_before(op, copies: float) -> float:
-    """The factor of what operators before this one add, from that of what it adds itself."""
-    if isinstance(op, operators.Residual):
-        inner = copies
-        for part in reversed(op.ops):
-            inner = _copies_before(part, inner)
-        return max(copies, inner)  # no product stands beside the sum
-    if isinstance(op, _SUMS):
-        return 1.0
-    return copies * math.sqrt(2) * ROOM if isinstance(op, _FOLDS) else copies
+def _merged(ops: Sequence, found: Sequence[Local], copies: float = 1.0) -> tuple[list[Local], float]:
+    """Where operators are merged, both numbers of a pair may be computed twice, with other roundings each time.
+
+    copies: the factor by which that enlarges what the last operator adds. Returns: the bounds, that factor of what lies
+      before all of them.
+    """
+    enlarged = []
+    for op, local in zip(reversed(ops), reversed(found), strict=True):
+        if isinstance(op, SUMS):
+            copies = 1.0
+        absolute, relative, parts, inner = local.absolute * copies, local.relative * copies, (), copies
+        if isinstance(op, operators.Residual):
+            parts, inner = _merged(op.ops, local.parts, copies)
+        enlarged.append(dataclasses.replace(local, absolute=absolute, relative=relative, parts=tuple(parts)))
+        # No product stands beside the sum of a residual block.
+        copies = max(copies, inner) * (math.sqrt(2) * ROOM if isinstance(op, _FOLDS) else 1.0)
+    return enlarged[::-1], copies
 
 
 def _fits(part) -> bool:
@@ -125,7 +130,7 @@ def _fits(part) -> bool:
 def _sums(terms: int, entries: int, weights: float) -> Local:
     """Of sums of products with stored weights. entries: in and out. weights: bound of | |A| |_2 and of their length."""
     lost = 8 * LEAST * terms * math.sqrt(entries)
-    return Local(lost * (1 + weights), lost, gamma32(terms + 8), gain=weights, terms=terms)
+    return Local(lost * (1 + weights), lost, gamma32(terms + 10) * weights, gain=weights, terms=terms)
 
 
 def _pointwise(op, absolute: float = 0.0, relative: float = 0.0, gain: float = 1.0) -> Local:
@@ -170,17 +175,20 @@ def _(op: operators.Conv, row: LayerBound, terms: int) -> Local:
 def _(op: operators.ConvExponential, row: LayerBound, terms: int) -> Local:
     terms, size = math.prod(op.kernel.shape[:3]), _taps(op.kernel)
     norm = min(row.details["skew_norm"], size)
-    local, lost = gamma32(terms + 12), 16 * LEAST * terms * math.sqrt(2 * math.prod(op.in_shape))
+    local, lost = gamma32(terms + 16), 16 * LEAST * terms * math.sqrt(2 * math.prod(op.in_shape))
     # Of exact partial sums, and of what they leave out of the whole series, whose functions are at most 1.
     length, tail = 1.0, norm / (op.num_terms + 1)
-    error, absolute, longest = 0.0, 0.0, 1.0
+    # To first order in u, and the rest.
+    first, rest, absolute, longest = 0.0, 0.0, 0.0, 1.0
     for k in range(op.num_terms, 0, -1):
+        error = first + rest
         longest = max(longest, length + error + absolute)
         absolute = (norm + local * size) / k * absolute + lost * (1 + size + absolute)
-        error = norm / k * error + local * (1 + size * (length + error) / k) + lost * (1 + length + error)
+        rest = norm / k * rest + local * size * error / k + lost * (1 + length + error)
+        first = norm / k * first + local * (1 + size * length / k)
         tail *= norm / k
         length = 1 + min(norm / k * length, tail)
-    return Local(absolute, error, gain=2 * (1 + size) * longest, terms=terms)
+    return Local(absolute, rest * ROOM, first, gain=2 * (1 + size) * longest, terms=terms, inner=norm)
 
 
 @_local.register
@@ -189,18 +197,22 @@ def _(op: operators.CircularConv, row: LayerBound, terms: int) -> Local:
     squares = [np.sum(np.square(op.fixed), (1, 2)), 2 * np.sum(np.square(op.paired), (1, 2, 3))]
     size = math.sqrt(float(np.max(np.concatenate(squares)))) * ROOM + 2.0**-400
     sides = (h * w,) if h * w <= _dft.DENSE else (w, 2 * h)
-    transform = 0.0
+    # To first order in u, and the rest.
+    transform, beyond = 0.0, 0.0
     for side in sides:
-        error = gamma32(side + 8) * math.sqrt(side)
-        transform += error + transform * error
-    products, root = gamma32(2 * channels + 8), math.sqrt(h * w * max(channels, op.out_shape[2]))
-    first = norm * transform + products * size * (1 + transform)
+        error = gamma32(side + 10) * math.sqrt(side)
+        transform, beyond = transform + error, beyond + (transform + beyond) * error
+    products, root = gamma32(2 * channels + 10) * size, math.sqrt(h * w * max(channels, op.out_shape[2]))
+    sums = norm * transform + products + norm * transform
+    both = transform + beyond
+    before = norm * both + products * (1 + both)
+    rest = norm * beyond + products * both + norm * beyond + both * before
     lost, lost_products = 40 * LEAST * max(sides) * root, 16 * LEAST * 2 * channels * root
-    absolute = (norm + products * size) * lost + lost_products * (1 + size + lost)
-    absolute = (1 + transform) * absolute + lost
-    relative = first + transform * (norm + first) + lost_products * (1 + transform) ** 2
-    gain = 4 * math.sqrt(max(sides)) * (1 + size + norm) * (1 + transform) ** 2
-    return Local(absolute, relative, gain=gain, terms=max(sides))
+    absolute = (norm + products) * lost + lost_products * (1 + size + lost)
+    absolute = (1 + both) * absolute + lost
+    rest = rest * ROOM + lost_products * (1 + both) ** 2
+    gain = 4 * math.sqrt(max(sides)) * (1 + size + norm) * (1 + both) ** 2
+    return Local(absolute, rest, sums, gain=gain, terms=max(sides), inner=norm)
 
 
 @_local.register(operators.Flatten)
@@ -248,33 +260,11 @@ def _(op, row: LayerBound, terms: int) -> Local:
 
 @_local.register
 def _(op: operators.Residual, row: LayerBound, terms: int) -> Local:
-    # Of what has been computed so far, for an input x: the exact value is at most offset + gain |x| long, its error at
-    # most absolute + relative |x|.
-    offset, gain, absolute, relative = 0.0, 1.0, 0.0, 0.0
-    highest, steepest = 0.0, 1.0
     parts, terms = _locals(op.ops, row.parts, terms)
-    for part, bound, local in zip(op.ops, row.parts, parts, strict=True):
-        longest, reach = (offset + absolute) * ROOM, (gain + relative) * ROOM
-        highest = max(highest, local.offset + local.gain * longest)
-        steepest = max(steepest, local.gain * reach)
-        absolute = (bound.bound * absolute + local.absolute + local.slope * longest) * ROOM
-        relative = (bound.bound * relative + local.slope * reach) * ROOM
-        offset, gain = (bound.bound * offset + _at_zero(part, local)) * ROOM, bound.bound * gain * ROOM
-    # The sum: the input may join a sum before it, as a bias does.
-    longest, reach = (offset + absolute) * ROOM, (1 + gain + relative) * ROOM
-    absolute += gamma32(2) * longest + _TINY * math.sqrt(math.prod(op.in_shape))
-    relative += gamma32(terms + 8) + gamma32(4) + gamma32(2) * reach + _TINY
-    offset, gain = highest + longest, (steepest + reach) * ROOM
-    return Local(absolute * ROOM, relative * ROOM, offset=offset, gain=gain, terms=terms)
-
-
-def _at_zero(op, local: Local) -> float:
-    """Bound of the length of an operator's value at 0."""
-    if isinstance(op, operators.Bias | operators.Normalize):
-        return local.offset
-    if hasattr(op, "slope"):  # all elementwise activations are at most 1 there
-        return math.sqrt(math.prod(op.in_shape)) * ROOM
-    return 0.0  # linear, or homogeneous
+    # Of the sum alone: the input may join a sum before it, as a bias does, and the sum rounds.
+    tiny = _TINY * math.sqrt(math.prod(op.in_shape))
+    joined = gamma32(terms + 8) + gamma32(4)
+    return Local(tiny, gamma32(2) + _TINY, joined, terms=terms, parts=tuple(parts))
 
 
 class HeadConstants:

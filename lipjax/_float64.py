@@ -62,7 +62,7 @@ def propagate(op, norm, error, x):
 
 
 @jax.jit
-def _add(x, error, y, error_of_y):
+def add(x, error, y, error_of_y):
     """x + y, and a bound on its distance to the exact sum."""
     total = x + y
     size = operators.norm_per_image(total)
@@ -80,7 +80,7 @@ def advance(op, norms, error, x):
     y, error_of_y = x, error
     for part, norm in zip(op.ops, norms, strict=True):
         y, error_of_y = propagate(part, norm, error_of_y, y)
-    return _add(x, error, y, error_of_y)
+    return add(x, error, y, error_of_y)
 
 
 @jax.jit

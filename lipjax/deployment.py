@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipjax import conv, operators
-from lipjax._float32 import LARGEST, LEAST, ROOM, UNIT_ROUNDOFF, HeadConstants, gamma32, locals_of
-from lipjax._float64 import FLOOR, advance, check_arithmetic, finish, float64_on_cpu, propagate
+from lipjax import operators
+from lipjax._float32 import LARGEST, LEAST, ROOM, HeadConstants, Local, locals_of
+from lipjax._float32_sums import LEAVES, MOVED, SUMS, UNIT_ROUNDOFF, errors_at_images, gamma32, sum_errors
+from lipjax._float64 import FLOOR, add, check_arithmetic, finish, float64_on_cpu, propagate
+from lipjax.bounds import LayerBound
 from lipjax.certify import Certificate, radius_of
 from lipjax.frozen import FrozenNetwork
 from lipjax.network import Network
@@ -36,50 +38,80 @@ BALL_CLAIM = (
 )
 
 
-@jax.jit
-def _propagate_conv(op, norm, error, x):
-    """As `propagate`, and | |A||x| | of every image: the same sums that the operator's own bound takes."""
-    sums = conv.conv2d(jnp.abs(x), jnp.abs(op.kernel), strides=op.strides, padding=op.padding)
-    return *propagate(op, norm, error, x), operators.norm_per_image(sums)
+@dataclasses.dataclass(frozen=True)
+class _Values:
+    """Of a batch, in front of an operator: its images in float64, how far they are from the exact ones, and two bounds
+    (2, b) of how far those of binary32 are from the exact ones, infinite where its range may be left: the first is for
+    these images, the second is continued to a ball around them by Lipschitz constants."""
+
+    x: jax.Array
+    error64: jax.Array
+    errors: np.ndarray
+
+    @property
+    def length(self) -> np.ndarray:
+        return np.linalg.norm(np.asarray(self.x).reshape(len(self.x), -1), axis=1)
+
+    @property
+    def distances(self) -> np.ndarray:
+        """How far the two evaluations may be from each other: (2, b)."""
+        return self.errors + np.asarray(self.error64)
 
 
-def _observe(op, norms, error, x):
-    """The operator's output in float64, the bound of its error, and |x| and | |A||x| | for `Local`."""
-    images, weighted = np.asarray(x).reshape(len(x), -1), np.zeros(len(x))
-    length = np.linalg.norm(images, axis=1)
-    if isinstance(op, operators.Conv):
-        x, error, weighted = _propagate_conv(op, norms, error, x)
-    else:
-        x, error = advance(op, norms, error, x)
-    if isinstance(op, operators.Dense):
-        weighted = np.linalg.norm(np.abs(images) @ np.abs(op.matrix).T, axis=1)
-    return x, error, length, np.asarray(weighted)
+def _inside(errors: np.ndarray, largest: np.ndarray) -> np.ndarray:
+    return np.where(largest <= LARGEST, errors * ROOM, np.inf)
 
 
-def _head_local(head, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What a head adds in float32 at features x: a bound (b, k) of its error, and of its largest number (b,)."""
-    features = x.shape[1]
-    length, lost = np.linalg.norm(x, axis=1, keepdims=True), 8 * LEAST * features
+def _advance(op, row: LayerBound, local: Local, at: _Values) -> _Values:
+    """What follows an operator."""
+    if isinstance(op, operators.Residual):
+        end = at
+        for part, bound, own in zip(op.ops, row.parts, local.parts, strict=True):
+            end = _advance(part, bound, own, end)
+        total, error64 = add(at.x, at.error64, end.x, end.error64)
+        both = at.length + at.distances + end.length + end.distances
+        errors = at.errors + end.errors + local.absolute + local.relative * both
+        return _Values(total, error64, _inside(errors + local.sums * (at.length + at.distances), both))
+    length, distances = at.length, at.distances
+    errors = row.bound * at.errors + local.absolute + local.relative * length + local.slope * distances
+    if isinstance(op, SUMS):
+        errors += np.asarray(errors_at_images(op, local.inner, local.bias, local.leaves, at.x, distances[0]))
+    x, error64 = propagate(op, row.bound, at.error64, at.x)
+    return _Values(x, error64, _inside(errors, local.offset + local.gain * (length + distances)))
+
+
+def _head_local(head, x: np.ndarray, distance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What a head adds in binary32: its largest number (b,) at features x, and two bounds (2, b, k) of its errors.
+
+    The first is for all features within a distance (b,) of x, the second, at x, is continued by `HeadConstants`.
+    """
+
+    def layer(matrix, bias, x, further, moved=0.0):
+        """Sizes and values of sums, and their errors; sizes and values may be greater by `moved`."""
+        sizes, values = np.abs(x) @ np.abs(matrix).T + np.abs(bias) + moved, x @ matrix.T + bias
+        terms, lengths = np.count_nonzero(matrix, axis=1), np.linalg.norm(matrix, axis=1)
+        errors = sum_errors(sizes, np.abs(values) + moved, terms, further, LEAVES + MOVED)
+        lost = 8 * LEAST * matrix.shape[1] * (1 + lengths + np.linalg.norm(x, axis=1, keepdims=True))
+        return sizes, values, errors + lost
+
+    distance = distance[:, None]
     if isinstance(head, operators.LinearHead):
-        sums = np.abs(x) @ np.abs(head.matrix).T + np.abs(head.bias)
-        local = gamma32(features + 8) * sums + lost * (1 + np.linalg.norm(head.matrix, axis=1) + length)
-        return local, np.max(sums, axis=1)
-    hidden = head.w1.shape[0]
-    sums = np.abs(x) @ np.abs(head.w1).T + np.abs(head.b1)
-    unit_error = gamma32(features + 8) * sums + lost * (1 + np.linalg.norm(head.w1, axis=1) + length)
-    units = softplus_of(x @ head.w1.T + head.b1, np)
-    unit_error = unit_error + (18 + 2 * units) * UNIT_ROUNDOFF
-    units = units + 2 * unit_error
-    outer = units @ np.abs(head.w2).T + np.abs(head.b2)
-    lost = 8 * LEAST * hidden * (1 + np.linalg.norm(head.w2, axis=1) + np.linalg.norm(units, axis=1, keepdims=True))
-    local = unit_error @ np.abs(head.w2).T + gamma32(hidden + 8) * outer + lost
-    return local, np.maximum(np.max(sums, axis=1), np.max(outer, axis=1))
+        sizes, _, errors = layer(head.matrix, head.bias, x, distance * np.linalg.norm(head.matrix, axis=1))
+        return np.max(sizes, axis=1), errors
+    weights, further = np.abs(head.w2), distance * np.linalg.norm(head.w1, axis=1)
+    sizes, values, errors = layer(head.w1, head.b1, x, further)
+    units = softplus_of(values, np)
+    errors = errors + (18 + 2 * (units + further)) * UNIT_ROUNDOFF
+    moved = 2 * np.max(errors, axis=0)
+    outer, _, own = layer(head.w2, head.b2, units, further @ weights.T, moved @ weights.T)
+    lost = 8 * LEAST * head.w2.shape[1] * np.linalg.norm(moved, axis=1)[:, None]
+    return np.maximum(np.max(sizes, axis=1), np.max(outer, axis=1)), errors @ weights.T + own + lost
 
 
 @dataclasses.dataclass(frozen=True)
 class _Evaluation:
-    """Of n images: logits (n, k) in float64; l2 errors (n,) of the features in float64 and float32; errors (n, k) that
-    the head adds in float64, and in float32 at the computed features."""
+    """Of n images: logits (n, k) in float64; l2 errors of the features in float64 (n,) and float32 (n, 2); errors that
+    the head adds, in float64 (n, k), and in float32 (n, 2, k) at the computed features. Pairs are as in `_Values`."""
 
     logits: np.ndarray
     error64: np.ndarray
@@ -88,9 +120,9 @@ class _Evaluation:
     head32: np.ndarray
 
     @property
-    def distance(self) -> np.ndarray:
-        """How far the features of the two evaluations may be from each other: (n,)."""
-        return self.error64 + self.error32
+    def distances(self) -> np.ndarray:
+        """How far the features of the two evaluations may be from each other: (n, 2)."""
+        return self.error64[:, None] + self.error32
 
 
 class _Analysis:
@@ -107,14 +139,25 @@ class _Analysis:
         self._locals = locals_of(network, rows)
         self.head = HeadConstants(network.head)
         self.lipschitz, self.spread, self.reach = 1.0, gamma32(5), math.inf
-        for norm, local in zip((row.bound for row in rows), self._locals, strict=True):
-            self._limit(local.gain)
-            self.spread = ((norm + local.slope) * self.spread + local.slope * self.lipschitz) * ROOM
-            self.lipschitz *= norm * ROOM
-        self._limit(self.head.gain)
+        for row, local in zip(rows, self._locals, strict=True):
+            self.spread, self.lipschitz = self._follow(row, local, self.spread, self.lipschitz)
+        self._limit(self.head.gain, self.lipschitz + self.spread)
 
-    def _limit(self, gain: float) -> None:
-        self.reach = min(self.reach, LARGEST / max(gain * (self.lipschitz + self.spread) * ROOM, 2.0**-1000))
+    def _follow(self, row: LayerBound, local: Local, spread: float, lipschitz: float) -> tuple[float, float]:
+        """`spread` and `lipschitz` behind an operator, from those in front of it."""
+        if not local.parts:
+            self._limit(local.gain, lipschitz + spread)
+            return ((row.bound + local.slope) * spread + local.slope * lipschitz) * ROOM, lipschitz * row.bound * ROOM
+        inner, through = spread, lipschitz
+        for part, own in zip(row.parts, local.parts, strict=True):
+            inner, through = self._follow(part, own, inner, through)
+        both = spread + lipschitz + inner + through
+        self._limit(1.0, both)
+        added = local.relative * both + local.sums * (spread + lipschitz)
+        return (spread + inner + added) * ROOM, (lipschitz + through) * ROOM
+
+    def _limit(self, gain: float, further: float) -> None:
+        self.reach = min(self.reach, LARGEST / max(gain * further * ROOM, 2.0**-1000))
 
     def evaluate(self, images, batch_size: int) -> _Evaluation:
         if batch_size < 1:
@@ -122,7 +165,8 @@ class _Analysis:
         check_arithmetic()
         images = self._frozen._check_images(images)
         none, size = np.empty((0, self._frozen.num_classes)), min(batch_size, len(images))
-        parts: list[tuple[np.ndarray, ...]] = [(none, np.empty(0), np.empty(0), none, none)]
+        pairs = np.empty((0, 2)), np.empty((0, 2, self._frozen.num_classes))
+        parts: list[tuple[np.ndarray, ...]] = [(none, np.empty(0), pairs[0], none, pairs[1])]
         # NaN and what overflows end as infinite bounds.
         with float64_on_cpu(), np.errstate(over="ignore", invalid="ignore"):
             network = jax.tree.map(jnp.asarray, self._frozen.network)
@@ -133,27 +177,22 @@ class _Analysis:
         return _Evaluation(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     def _batch(self, network: Network, images: np.ndarray) -> tuple[np.ndarray, ...]:
-        x, error64 = jnp.asarray(images), jnp.full(len(images), FLOOR)
         flat = images.reshape(len(images), -1)
         error = (gamma32(5) * np.linalg.norm(flat, axis=1) + 4 * LEAST * math.sqrt(flat.shape[1])) * ROOM
+        at = _Values(jnp.asarray(images), jnp.full(len(images), FLOOR), np.stack([error, error]))
         for op, row, local in zip((network.normalize, *network.ops), self._rows, self._locals, strict=True):
-            distance = error + np.asarray(error64)
-            x, error64, length, weighted = _observe(op, row.norms, error64, x)
-            largest = local.offset + local.gain * (length + distance)
-            error = row.bound * error + local.absolute + local.relative * length + local.slope * distance
-            error = (error + local.weighted * weighted) * ROOM
-            error = np.where(largest <= LARGEST, error, np.inf)
-        logits, head64 = map(np.asarray, finish(network.head, x))
-        head32, largest = _head_local(self._frozen.network.head, np.asarray(x))
-        distance = error + np.asarray(error64)
-        inside = np.isfinite(distance) & (largest + self.head.gain * distance <= LARGEST)
-        head32 = np.where(inside[:, None], head32 * ROOM, np.inf)
-        return logits, np.asarray(error64), np.where(inside, error, np.inf), head64, head32
+            at = _advance(op, row, local, at)
+        logits, head64 = map(np.asarray, finish(network.head, at.x))
+        distances = at.distances
+        largest, head32 = _head_local(self._frozen.network.head, np.asarray(at.x), distances[0])
+        inside = np.isfinite(distances) & (largest + self.head.gain * distances <= LARGEST)
+        head32 = np.where(inside[:, :, None], head32 * ROOM, np.inf).swapaxes(0, 1)
+        return logits, np.asarray(at.error64), np.where(inside, at.errors, np.inf).T, head64, head32
 
     def bound(self, found: _Evaluation) -> np.ndarray:
         with np.errstate(over="ignore", invalid="ignore"):
-            total = self.head.lipschitz * found.error32[:, None] + found.head32
-            total = (total + self.head.slope * found.distance[:, None]) * ROOM
+            total = self.head.lipschitz * found.error32[:, :1] + found.head32[:, 0]
+            total = (total + self.head.slope * found.distances[:, :1]) * ROOM
         return np.where(np.isnan(total), np.inf, total)
 
     def radii(self, found: _Evaluation, predictions: np.ndarray) -> np.ndarray:
@@ -163,17 +202,18 @@ class _Analysis:
         def both(values):  # the prediction's and each rival's
             return values + values[rows, predictions][:, None]
 
-        slope = np.broadcast_to(self.head.slope, found.logits.shape)
+        slope, distance = np.broadcast_to(self.head.slope, found.logits.shape), found.distances[:, 1]
+        head32 = found.head32[:, 1]
         with np.errstate(over="ignore", invalid="ignore"):
             gaps = found.logits[rows, predictions][:, None] - found.logits
-            slack = head * found.distance[:, None] + both(found.head64) + both(found.head32)
-            slack = (slack + both(slope) * found.distance[:, None]) * ROOM + operators.gamma(2) * np.abs(gaps)
+            slack = head * distance[:, None] + both(found.head64) + both(head32)
+            slack = (slack + both(slope) * distance[:, None]) * ROOM + operators.gamma(2) * np.abs(gaps)
             per_unit = self._frozen.margin_lipschitz()[predictions] + head * self.spread
             per_unit = (per_unit + both(slope) * (self.spread + self.lipschitz)) * ROOM
             radii = radius_of(np.nextafter(gaps - slack, -np.inf), per_unit)
         radii[rows, predictions] = np.inf
         # With a single class there is nothing to confuse, but float32 may still overflow.
-        bounded = np.isfinite(found.error32) & np.isfinite(found.head32).all(axis=1)
+        bounded = np.isfinite(distance) & np.isfinite(head32).all(axis=1)
         return np.where(bounded, np.minimum(radii.min(axis=1, initial=np.inf), self.reach), 0.0)
 
 

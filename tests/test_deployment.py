@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from deployment_helpers import NETWORKS, U, apply, convolve, evaluate, frozen_network, numbers, pixels, times
+from deployment_helpers import NETWORKS, U, apply, evaluate, frozen_network, numbers, pixels, times
 
-from lipjax import _float32, activations, deployment, operators, pooling
+from lipjax import _float32, activations, bounds, deployment, operators, pooling
+from lipjax._float32_sums import SUMS, errors_at_images
+from lipjax._float64 import float64_on_cpu
 from lipjax.errors import NotCertifiable, UserError
 from lipjax.frozen import FrozenNetwork
 from lipjax.network import make_network
@@ -78,26 +80,45 @@ def test_no_operator_adds_more_than_its_part(name):
     x = (pixels(frozen, 4).astype(np.float32) - np.float32(0.3)) / np.float32(0.7)
     parts = _float32.locals_of(network, frozen.lipschitz_report())[1:]
     for op, local in zip(network.ops, parts, strict=True):
-        exact, absolute = apply(op, numbers(x, object), object), np.abs(x).astype(np.float64)
-        sums = 0.0
-        if isinstance(op, operators.Dense):
-            sums = lengths(absolute @ np.abs(op.matrix).T)
-        elif isinstance(op, operators.Conv):
-            sums = lengths(convolve(absolute, np.abs(op.kernel), op.strides, op.padding))
-        allowed = local.absolute + local.relative * lengths(absolute) + local.weighted * sums
+        exact, nowhere = apply(op, numbers(x, object), object), np.zeros(4)
+        found = added(op, local, x.astype(np.float64), nowhere)
         single = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), op)
-        found = [apply(op, x, np.float32), np.asarray(_apply(single, jnp.asarray(x)))]
-        errors = [lengths((numbers(y, object) - exact).astype(float)) for y in found]
-        assert all((error <= allowed).all() for error in errors), op
+        computed = [apply(op, x, np.float32), np.asarray(_apply(single, jnp.asarray(x)))]
+        errors = [lengths((numbers(y, object) - exact).astype(float)) for y in computed]
+        for allowed in found:
+            assert all((error <= allowed).all() for error in errors), op
         if isinstance(op, EXACT):
             assert not np.any(errors)
         else:  # control
-            assert np.max(errors / allowed) > 1e-4, op
-        x = found[0]
+            assert np.max(errors / found[1]) > 1e-4, op
+        x = computed[0]
     exact = apply(network.head, numbers(x, object), object)
-    allowed, _ = deployment._head_local(network.head, x.astype(np.float64))
+    _, both = deployment._head_local(network.head, x.astype(np.float64), np.zeros(4))
     error = np.abs(numbers(apply(network.head, x, np.float32), object) - exact).astype(float)
-    assert (error <= allowed).all() and np.max(error / allowed) > 1e-3
+    for allowed in both:
+        assert (error <= allowed).all() and np.max(error / allowed) > 1e-3
+
+
+def added(op, local, x, distance):
+    """Both bounds of what an operator adds to inputs that are exactly x."""
+    if isinstance(op, operators.Residual):
+        error64 = np.zeros(len(x))
+        at = deployment._Values(jnp.asarray(x, jnp.float64), jnp.asarray(error64), np.stack([distance, distance]))
+        row = bounds.operator_bounds(network_of(op))[1]
+        with float64_on_cpu():
+            return deployment._advance(op, row, local, at).errors
+    found = np.zeros((2, len(x))) + local.absolute + local.relative * lengths(x)
+    if isinstance(op, SUMS):
+        with float64_on_cpu():
+            rest = op, local.inner, None, local.leaves, jnp.asarray(x), jnp.asarray(distance)
+            found = found + np.asarray(errors_at_images(*rest))
+    return found
+
+
+def network_of(op):
+    rows = int(np.prod(op.out_shape))
+    ops = [("op", op), ("flatten", operators.Flatten(op.out_shape))] if len(op.out_shape) == 3 else [("op", op)]
+    return make_network(ops, operators.LinearHead(np.zeros((2, rows)), np.zeros(2)))
 
 
 def lengths(x):
@@ -164,9 +185,9 @@ def test_bounds_of_a_ball_hold_at_its_points(name):
         step = np.random.default_rng(2).normal(size=images.shape)
         step *= radius / np.linalg.norm(step.reshape(4, -1), axis=1).max() * (1 - 1e-9)
         there = analysis.evaluate(np.clip(images + step, 0, 1), 4)
-        assert (there.error32 <= here.error32 + analysis.spread * radius).all()
+        assert (there.error32[:, 1] <= here.error32[:, 1] + analysis.spread * radius).all()
         further = analysis.head.slope * (analysis.spread + analysis.lipschitz) * radius
-        assert (there.head32 <= here.head32 + further).all()
+        assert (there.head32[:, 1] <= here.head32[:, 1] + further).all()
 
 
 def test_the_report():

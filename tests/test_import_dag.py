@@ -20,6 +20,7 @@ ROWS = (
     ("_symbol", "_series", "pooling"),
     ("spectral",),
     ("operators",),
+    ("_float32_sums",),
     ("parametrize", "network", "curvature", "_host_map", "_liplt_path"),
     ("_chains", "_liplt"),
     ("_liplt_bound",),
