@@ -1,5 +1,7 @@
 """Networks of all operators, and their function for arrays of Decimal (an oracle) or of float32, sums from the end."""
 
+import contextlib
+import contextvars
 import functools
 from decimal import Decimal
 
@@ -19,12 +21,41 @@ def numbers(array, dtype):
     return array.astype(np.float32) if dtype == np.float32 else np.vectorize(Decimal, otypes=[object])(array)
 
 
+_ORDER = contextvars.ContextVar("order of summation", default=lambda n: np.arange(n)[::-1])
+
+
+@contextlib.contextmanager
+def in_order(order):
+    """Sums of n terms in the order(n) of its indices, or halves by halves where that is None."""
+    token = _ORDER.set(order)
+    try:
+        yield
+    finally:
+        _ORDER.reset(token)
+
+
+def _by_halves(terms):
+    while len(terms) > 1:
+        pairs = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)]
+        terms = pairs + terms[len(pairs) * 2 :]
+    return terms[0]
+
+
 def product(x, w):
-    """(..., n) times (n, m), the last term first."""
+    """(..., n) times (n, m), the last term first or as `in_order` says."""
+    order = _ORDER.get()(len(w))
+    if order is None:
+        return _by_halves([x[..., k, None] * w[k] for k in range(len(w))])
     total = 0 * x[..., :1]
-    for k in reversed(range(len(w))):
+    for k in order:
         total = total + x[..., k, None] * w[k]
     return total
+
+
+def float32_class(frozen, images, order):
+    """Classes by float32 arithmetic with sums in an order: a context manager of `in_order`."""
+    with order:
+        return evaluate(frozen.network, images, np.float32).argmax(axis=1)
 
 
 def convolve(x, kernel, strides=1, padding="ZERO"):
