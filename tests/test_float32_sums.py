@@ -91,8 +91,9 @@ def test_no_tree_of_additions_is_further_off():
 
 
 def hurt(terms, leaves):
-    """The sum of terms by a machine whose products are off by `leaves` roundings, and whose additions, in the order that
-    makes partial sums large, each err upwards by as much as rounding to nearest may."""
+    """The sum of terms by a machine that errs upwards: its products by `leaves` roundings each, its additions, in the
+    order that makes partial sums large, by as much as rounding to nearest may.
+    """
     terms = terms + leaves * U * np.abs(terms)
     positive, negative = np.sort(terms[terms > 0])[::-1], np.sort(terms[terms <= 0])[::-1]
     found = 0.0
