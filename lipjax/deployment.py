@@ -38,6 +38,11 @@ BALL_CLAIM = (
 )
 
 
+def _pixels(frozen: FrozenNetwork, images, pixel_max: int | None) -> np.ndarray:
+    """Images of a batch in float64, divided by pixel_max if there is one."""
+    return frozen._check_images(images if pixel_max is None else np.asarray(images) / np.float64(pixel_max))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Values:
     """Of a batch, in front of an operator: its images in float64, how far they are from the exact ones, and two bounds
@@ -159,11 +164,10 @@ class _Analysis:
     def _limit(self, gain: float, further: float) -> None:
         self.reach = min(self.reach, LARGEST / max(gain * further * ROOM, 2.0**-1000))
 
-    def evaluate(self, images, batch_size: int) -> _Evaluation:
+    def evaluate(self, images, batch_size: int, pixel_max: int | None = None) -> _Evaluation:
         if batch_size < 1:
             raise ValueError(f"Expected a batch_size of at least 1, got {batch_size}.")
         check_arithmetic()
-        images = self._frozen._check_images(images)
         none, size = np.empty((0, self._frozen.num_classes)), min(batch_size, len(images))
         pairs = np.empty((0, 2)), np.empty((0, 2, self._frozen.num_classes))
         parts: list[tuple[np.ndarray, ...]] = [(none, np.empty(0), pairs[0], none, pairs[1])]
@@ -171,8 +175,8 @@ class _Analysis:
         with float64_on_cpu(), np.errstate(over="ignore", invalid="ignore"):
             network = jax.tree.map(jnp.asarray, self._frozen.network)
             for start in range(0, len(images), max(size, 1)):
-                batch = images[start : start + size]
-                padding = [(0, size - len(batch))] + [(0, 0)] * (images.ndim - 1)
+                batch = _pixels(self._frozen, images[start : start + size], pixel_max)
+                padding = [(0, size - len(batch))] + [(0, 0)] * (batch.ndim - 1)
                 parts.append(tuple(a[: len(batch)] for a in self._batch(network, np.pad(batch, padding))))
         return _Evaluation(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
@@ -226,20 +230,20 @@ def float32_error(frozen: FrozenNetwork, images, batch_size: int = 256) -> np.nd
       nobody bounds.
     """
     analysis = _Analysis(frozen)
-    return analysis.bound(analysis.evaluate(images, batch_size))
+    return analysis.bound(analysis.evaluate(frozen._check_images(images), batch_size))
 
 
 _logits = jax.jit(lambda network, pixels: network(pixels))
 
 
-def _float32_logits(frozen: FrozenNetwork, images, batch_size: int) -> np.ndarray:
+def _float32_logits(frozen: FrozenNetwork, images, batch_size: int, pixel_max: int | None = None) -> np.ndarray:
     """The logits of the network as one float32 program on JAX's default device, products at the highest precision."""
     with np.errstate(over="ignore"):
         network = jax.tree.map(lambda a: jnp.asarray(a.astype(np.float32)), frozen.network)
     parts = [np.empty((0, frozen.num_classes), np.float32)]
     with jax.default_matmul_precision("highest"):
         for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size].astype(np.float32)
+            batch = _pixels(frozen, images[start : start + batch_size], pixel_max).astype(np.float32)
             parts.append(np.asarray(_logits(network, jnp.asarray(batch))))
     return np.concatenate(parts)
 
@@ -257,7 +261,7 @@ def float32_gap(frozen: FrozenNetwork, images, batch_size: int = 256) -> np.ndar
     Raises: UserError for images of another shape, type or range.
     """
     logits = frozen(images, batch_size)
-    return _gap(_float32_logits(frozen, frozen._check_images(images), batch_size), logits)
+    return _gap(_float32_logits(frozen, images, batch_size), logits)
 
 
 def _number(value) -> float | None:
@@ -274,32 +278,52 @@ def _statistics(values: np.ndarray) -> dict:
 
 
 def deployment_report(
-    frozen: FrozenNetwork, images, certificate: Certificate, radii: tuple[float, ...] = (), batch_size: int = 256
+    frozen: FrozenNetwork,
+    images,
+    certificate: Certificate,
+    radii: tuple[float, ...] = (),
+    batch_size: int = 256,
+    *,
+    labels=None,
+    pixel_max: int | None = None,
 ) -> dict:
     """What to say about float32 beside a certificate, JSON-ready.
 
-    Args: images: those of the certificate. radii: pixel units, at which to compare the two kinds of claims.
+    Args: images: those of the certificate. radii: pixel units, at which to compare the two kinds of claims. labels:
+      (n,), for the accuracies. pixel_max: images are whole numbers, divided by this batch by batch; None: floats in
+      [0, 1].
     Returns: "dtype", "device", "assumptions", "num_images";
       "bound" and "gap", each with "largest" and "median" over images of the largest of an image's logits, null where
       infinite, the former with the number of images "without" a bound, the latter with the number in the "same_class";
-      "point": POINT_CLAIM and the number of images;
+      "point": POINT_CLAIM, the number of images, and with labels "accuracy", the fraction where that class is right;
       "ball": BALL_CLAIM, how many images have a positive radius in exact arithmetic ("certified") and in float32
       ("float32"), the median of the ratio of the two over the former, and for each of `radii` the fraction of images
-      beyond it in "exact" arithmetic and in "float32". For an MLP head float32 radii rest on global Lipschitz constants
-      alone.
+      beyond it in "exact" arithmetic and in "float32", and with labels "accuracy", the latter among images of the
+      right class. For an MLP head float32 radii rest on global Lipschitz constants alone.
     Raises: ValueError if certificate and images differ in number; as `float32_error`.
     """
     if len(certificate.predictions) != len(images):
         raise ValueError(f"Expected the certificate's {len(certificate.predictions)} images, got {len(images)}.")
     analysis = _Analysis(frozen)
-    found = analysis.evaluate(images, batch_size)
+    found = analysis.evaluate(images, batch_size, pixel_max)
     bound, predictions = analysis.bound(found), certificate.predictions
-    logits = _float32_logits(frozen, frozen._check_images(images), batch_size)
+    logits = _float32_logits(frozen, images, batch_size, pixel_max)
     at_image = analysis.radii(found, predictions)
     inside = np.minimum(at_image, certificate.radii)
     certified = certificate.radii > 0
     ratios = inside[certified] / certificate.radii[certified]
     device = next(iter(jnp.zeros(()).devices()))
+
+    def accuracy(robust):
+        if labels is None:
+            return {}
+        return {"accuracy": float(np.mean(robust & (predictions == labels))) if len(images) else None}
+
+    def row(radius):
+        robust = inside > radius
+        exact, single = (float(np.mean(r)) if len(images) else None for r in (certificate.radii > radius, robust))
+        return {"radius": float(radius), "exact": exact, "float32": single} | accuracy(robust)
+
     return {
         "dtype": "float32",
         "device": f"{device.platform} ({device.device_kind})",
@@ -308,19 +332,12 @@ def deployment_report(
         "bound": _statistics(bound) | {"without": int(np.sum(~np.isfinite(bound).all(axis=1)))},
         "gap": _statistics(_gap(logits, found.logits))
         | {"same_class": int(np.sum(np.argmax(logits, axis=1) == predictions))},
-        "point": {"claim": POINT_CLAIM, "num_images": int(np.sum(at_image > 0))},
+        "point": {"claim": POINT_CLAIM, "num_images": int(np.sum(at_image > 0))} | accuracy(at_image > 0),
         "ball": {
             "claim": BALL_CLAIM,
             "certified": int(np.sum(certified)),
             "float32": int(np.sum(inside > 0)),
             "median_ratio": float(np.median(ratios)) if ratios.size else None,
-            "radii": [
-                {
-                    "radius": float(radius),
-                    "exact": float(np.mean(certificate.radii > radius)) if len(images) else None,
-                    "float32": float(np.mean(inside > radius)) if len(images) else None,
-                }
-                for radius in radii
-            ],
+            "radii": [row(radius) for radius in radii],
         },
     }

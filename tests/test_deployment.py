@@ -208,6 +208,19 @@ def test_the_report():
     assert [row["exact"] for row in ball["radii"]] == [1.0, float(np.mean(certificate.radii > radii[1]))]
     assert 0.3 < ball["radii"][1]["float32"] <= ball["radii"][1]["exact"]
 
+    # Accuracies are of images whose class is right, of pixels that are divided batch by batch.
+    whole = np.round(images * 255)
+    certificate = frozen.certify(whole / 255, 4)
+    labels = np.where(np.arange(20) < 5, 1 - np.minimum(certificate.predictions, 1), certificate.predictions)
+    found = deployment.deployment_report(frozen, whole / 255, certificate, radii, 4, labels=labels)
+    again = deployment.deployment_report(
+        frozen, whole.astype(np.uint8), certificate, radii, 3, labels=labels, pixel_max=255
+    )
+    assert found["ball"] == again["ball"] and found["point"] == again["point"]
+    assert found["point"]["accuracy"] == 0.75 and found["ball"]["radii"][0]["accuracy"] == 0.75
+    exact = certificate.radii[5:] / radii[1]  # float32 shortens them a little
+    assert np.sum(exact > 1.05) / 20 <= found["ball"]["radii"][1]["accuracy"] <= np.sum(exact > 1) / 20
+
     # Next to biases of this size float32 sees no margin, and takes the first class.
     turned = _with_offset(frozen.network, 2 - certificate.predictions[0], 2.0**28)
     report = deployment.deployment_report(turned, images, turned.certify(images, 4), radii, 4)

@@ -76,6 +76,8 @@ def documents(sha256, seed=0, text="plain"):
         "clean_accuracy": 0.9,
         "certified_accuracy": {"0.141176": 0.9, "0.75": 0.7},
         "attacked_accuracy": {"0.141176": 0.8, "0.75": 0.6},
+        "clean_accuracy_float32": 0.9,
+        "certified_accuracy_float32": {"0.141176": 0.8, "0.75": 0.5},
         "radii": [36 / 255, 0.75],
         "num_images": NUM_IMAGES,
         "num_attacked_images": NUM_ATTACKED,
@@ -182,9 +184,11 @@ def test_a_page_says_what_is_proved_and_stands_alone(tmp_path):
         "Not covered: running the network in float32",
         # Of 18 correct images, of radii 3/8 … 20/8, 18 are above 36/255 and 14 above 0.75. Of the two attacks the
         # lower accuracy counts.
-        "0 (clean) 90.00 % 18 / 20 80.00 % 8 / 10",
-        "36/255 90.00 % 18 / 20 70.00 % 7 / 10",
-        "0.75 70.00 % 14 / 20 60.00 % 6 / 10",
+        "proved for the float32 program, too 80.00 % at radius 36/255",
+        "certified (proved) proved for the float32 program, too under attack (upper bound)",
+        "0 (clean) 90.00 % 18 / 20 90.00 % 80.00 % 8 / 10",
+        "36/255 90.00 % 18 / 20 80.00 % 70.00 % 7 / 10",
+        "0.75 70.00 % 14 / 20 50.00 % 60.00 % 6 / 10",
         # Proved bounds are rounded up: 5.4321004, 1 + 2^-40.
         "linear Dense 5.43211 5.4 5.9e-03 " + f"{np.linalg.svd(matrix, compute_uv=False)[-1]:.6g} plain",
         "series ConvExponential 1 + 9.1e-13 – – ≥ 0.9583 supremum",  # 1 - 1/4!
@@ -241,13 +245,24 @@ def test_float32_is_told_beside_the_claim(directory, capsys):
     path.write_text(json.dumps(report | {"float32": found}))
     assert __main__.main(["report", str(directory)]) == 0
     page = stands_alone((directory / "report.html").read_text())
-    assert "In float32 (first 7 images)" in page.text and "sums in any order, 1 < 2" in page.text
+    assert "In float32 (7 images)" in page.text and "sums in any order, 1 < 2" in page.text
     assert "Not covered: running the network in float32" not in page.text
     path.write_text(json.dumps(report | {"float32": {"error": "no bound of a Strange layer"}}))
     assert __main__.main(["report", str(directory)]) == 0
     page = stands_alone((directory / "report.html").read_text())
     assert "Not covered: running the network in float32" in page.text
+    assert "Nothing is proved for the float32 program: no bound of a Strange layer" in page.text
+    nothing = {"clean_accuracy_float32": None, "certified_accuracy_float32": None}
+    path.write_text(json.dumps(report | nothing))
+    assert __main__.main(["report", str(directory)]) == 0
+    page = stands_alone((directory / "report.html").read_text())
+    assert "0.75 70.00 % 14 / 20 not proved" in page.text
     capsys.readouterr()
+    # Float32 adds errors: nothing can be proved for it that is not proved in exact arithmetic.
+    for field, value in (("clean", 0.95), ("clean", -0.1), ("certified", {"0.141176": 0.8, "0.75": 0.75})):
+        path.write_text(json.dumps(report | {f"{field}_accuracy_float32": value}))
+        assert __main__.main(["report", str(directory)]) == 2
+        assert "proves more for float32" in capsys.readouterr().err
     path.write_text(json.dumps(report | {"float32": {"bound": 1}}))
     assert __main__.main(["report", str(directory)]) == 2
     assert "part on float32 is damaged" in capsys.readouterr().err
@@ -298,8 +313,9 @@ def test_several_runs_get_an_index(tmp_path):
     page = Page((tmp_path / "report.html").read_text())
     assert page.references == ["seed_3/report.html", "seed_4/report.html"]
     assert all((tmp_path / link).exists() for link in page.references)
-    assert "seed 3 90.00 % 90.00 % 80.00 % 70.00 % 60.00 %" in page.text
+    assert "seed 3 90.00 % 90.00 % 80.00 % 80.00 % 70.00 % 50.00 % 60.00 %" in page.text
     assert "60.00 ± 14.14 %" in page.text  # of 70 and 50
+    assert "certified at 0.75 float32, too, at 0.75 attacked at 0.75" in page.text and "50.00 ± 0.00 %" in page.text
     report["radii"] = [0.75]
     (directories[1] / "report.json").write_text(json.dumps(report))
     before = (tmp_path / "report.html").read_bytes()

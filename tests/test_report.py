@@ -16,6 +16,7 @@ import lipjax
 from lipjax import checker
 from lipjax.attacks import AttackResult
 from lipjax.certify import Certificate
+from lipjax.deployment import deployment_report
 from lipjax.training import evaluate, loop
 from lipjax.training import report as reports
 from lipjax.training.evaluate import certify_run
@@ -50,6 +51,14 @@ def test_a_certified_run_writes_what_is_proved(workdir):
         assert [row[field] for row in rows] == values.tolist()
     assert [row["radius"] for row in rows] == certificate.radii.tolist()
     assert [row["margin"] for row in rows] == certificate.margins.tolist()
+    # What is proved for the float32 program, of all images.
+    correct, single = certificate.predictions == labels, report["float32"]
+    assert single["num_images"] == 15 and report["clean_accuracy_float32"] == np.mean(correct)
+    whole = deployment_report(network, images / 255, certificate, tuple(config.certify.radii), 8, labels=labels)
+    assert whole["ball"] == single["ball"] and whole["point"] == single["point"]
+    shares = [row["accuracy"] for row in whole["ball"]["radii"]]
+    assert list(report["certified_accuracy_float32"].values()) == shares
+    assert report["certified_accuracy_float32"].keys() == report["certified_accuracy"].keys()
     digest = hashlib.sha256(b"pixel_max 255\n")
     for array in (images, labels.astype("<i4")):
         digest.update(f"{array.dtype.str} {array.shape}\n".encode() + array.tobytes())
@@ -164,7 +173,7 @@ def test_the_line_about_float32_never_rounds_a_bound_down():
         }
         line = reports.float32_line(found)
         assert largest <= float(re.search(r"proved below (\S+);", line)[1]) <= 1.11 * largest
-        assert "first 7 images" in line and "1.3e-06 off" in line and "5 of 6 radii" in line and "90.0 %" in line
+        assert "In float32 (7 images)" in line and "1.3e-06 off" in line and "5 of 6 radii" in line and "90.0 %" in line
     overflow = {**found, "gap": {"largest": None}}
     assert "logits that are not finite, proved below" in reports.float32_line(overflow)
     nothing = {**found, "bound": {"largest": None}, "ball": {"float32": 0, "certified": 0, "median_ratio": None}}
@@ -196,8 +205,45 @@ def test_several_runs_give_mean_and_sample_standard_deviation():
         assert stats == {"mean": pytest.approx(column.mean()), "sd": pytest.approx(column.std(ddof=1))}
     assert found["seeds"] == [0, 1, 2] and len(found["runs"]) == 3
     out = io.StringIO()
-    reports.print_table(found, Console(file=out, width=120))
+    reports.print_table(found, Console(file=out, width=160))
     assert "80.00 % ± 10.00" in out.getvalue() and "50.00 % ± 10.00" in out.getvalue()
+    assert "not proved" in out.getvalue()  # for float32, of which these reports say nothing
+
+
+def float32_found(clean, certified):
+    return {
+        "num_images": 10,
+        "bound": {"largest": 0.01},
+        "gap": {"largest": 1e-6},
+        "point": {"accuracy": clean},
+        "ball": {"float32": 5, "certified": 6, "median_ratio": 0.9, "radii": [{"radius": 0.25, "accuracy": certified}]},
+    }
+
+
+def test_what_is_proved_for_float32_is_a_column():
+    rows = [(0.9, 0.5, 0.7, 0.875, 0.375), (0.8, 0.6, 0.7, 0.75, 0.5)]
+    found = [reports.add_float32(one_report(i, *row[:3]), float32_found(*row[3:])) for i, row in enumerate(rows)]
+    assert found[0]["clean_accuracy_float32"] == 0.875 and found[0]["certified_accuracy_float32"] == {"0.25": 0.375}
+    out = io.StringIO()
+    reports.print_table(found[0], Console(file=out, width=160))
+    heading, *table = [line for line in out.getvalue().splitlines() if "│" in line or "┃" in line]
+    assert "certified (proved) ┃ proved for the float32 program, too ┃ under attack (upper bound)" in heading
+    assert [re.findall(r"[\d.]+ %", line) for line in table] == [
+        ["90.00 %", "87.50 %", "90.00 %"],
+        ["50.00 %", "37.50 %", "70.00 %"],
+    ]
+    both = reports.summarize(found)
+    assert both["certified_accuracy_float32"] == {"0.25": 0.4375} and both["clean_accuracy_float32"] == 0.8125
+    reports.print_table(both, Console(file=out, width=160))
+    assert "43.75 % ± 8.84" in out.getvalue()
+
+    failed = reports.add_float32(one_report(0, 0.9, 0.5, 0.7), {"error": "head: nobody bounds it."})
+    assert failed["certified_accuracy_float32"] is None and failed["clean_accuracy_float32"] is None
+    out = io.StringIO()
+    reports.print_table(failed, Console(file=out, width=160))
+    assert out.getvalue().count("not proved") == 2
+    assert "Nothing is proved for the float32 program: head: nobody bounds it." in out.getvalue()
+    assert "certified_accuracy_float32" not in reports.summarize([failed, found[0]])
 
 
 def test_the_table_names_the_images_that_were_attacked():

@@ -24,8 +24,6 @@ from lipjax.training.loop import Run, load_best
 from lipjax.training.metrics import validation_metrics
 from lipjax.training.same_run import plain
 
-# What float32 changes is looked at for so many images.
-FLOAT32_IMAGES = 1000
 VERSIONED = ("jax", "jaxlib", "numpy", "scipy", "flax", "optax", "orbax-checkpoint")
 
 
@@ -91,7 +89,8 @@ def certify_run(workdir: str | os.PathLike, config, seed: int, run: Run | None =
     report |= class_report(*proved, keys, network.num_classes, network.class_names)
     report |= {"seed": seed, "step": step, "frozen_sha256": network.sha256()}
     report["validation"] = validation_metrics(workdir, step)  # to select by: test accuracies are not for that
-    report["float32"] = _float32(network, certificate, images[:FLOAT32_IMAGES] / np.float64(pixel_max), options)
+    console.print("Bounding what float32 changes ...")
+    report = reports.add_float32(report, _float32(network, certificate, images, labels, pixel_max, options))
     # Those of LipLT are of whole chains of layers.
     vectors = state.lip["vectors"] if config.lipschitz == "product" else None
     # Only what the attack has not refuted replaces an older network and its certificate.
@@ -117,13 +116,11 @@ def certify_run(workdir: str | os.PathLike, config, seed: int, run: Run | None =
     return report
 
 
-def _float32(network: lipjax.FrozenNetwork, certificate: certify.Certificate, pixels, options) -> dict:
-    """`deployment_report` of the first images, or why there is none."""
-    part = slice(0, FLOAT32_IMAGES)
-    names = ("predictions", "rivals", "margins", "radii")
-    first = certify.Certificate(*(getattr(certificate, name)[part] for name in names))
+def _float32(network: lipjax.FrozenNetwork, certificate: certify.Certificate, images, labels, pixel_max, options):
+    """`deployment_report` of all images, or why there is none."""
+    radii, batch_size = tuple(options.radii), options.batch_size
     try:
-        return deployment_report(network, pixels[part], first, tuple(options.radii), options.batch_size)
+        return deployment_report(network, images, certificate, radii, batch_size, labels=labels, pixel_max=pixel_max)
     except NotCertifiable as error:
         return {"error": str(error)}
 

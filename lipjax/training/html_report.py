@@ -34,7 +34,7 @@ from lipjax.training.html_parts import (
     tag,
     up,
 )
-from lipjax.training.report import float32_line, radius_key, radius_label, summarize
+from lipjax.training.report import FLOAT32, NOT_PROVED, float32_line, radius_key, radius_label, summarize
 
 FILE_NAME = "report.html"
 
@@ -76,19 +76,36 @@ def _index_page(runs: list[CertifiedRun], links: list[str]) -> str:
     summary: Any = summarize([run.report for run in runs])["summary"]
     keys = [radius_key(radius) for radius in runs[0].report["radii"]]
     columns = [("seed", ""), ("clean", "number")]
-    columns += [(f"{kind} at {radius_label(r)}", "number") for r in runs[0].report["radii"] for kind in _KINDS]
+    columns += [(f"{kind} at {radius_label(r)}", "number") for r in runs[0].report["radii"] for kind in _KINDS.values()]
+
+    def cell(numbers, field, key):
+        found = numbers.get(field)
+        if found is None:
+            return NOT_PROVED
+        found = found[key]
+        mean, spread = (found["mean"], f" ± {100 * found['sd']:.2f}") if isinstance(found, dict) else (found, "")
+        return f"{100 * mean:.2f}{spread} %"
+
     rows = []
     for run, link in zip(runs, links, strict=True):
-        cells = [run.report["clean_accuracy"]]
-        cells += [run.report[f"{kind}_accuracy"][key] for key in keys for kind in _KINDS]
-        rows.append([tag("a", f"seed {run.report['seed']}", href=link), *(f"{100 * cell:.2f} %" for cell in cells)])
-    spreads = [summary["clean_accuracy"], *(summary[f"{kind}_accuracy"][key] for key in keys for kind in _KINDS)]
-    rows.append(["mean ± sd", *(f"{100 * s['mean']:.2f} ± {100 * s['sd']:.2f} %" for s in spreads)])
-    caption = "Certified accuracies are proved; those under attack are upper bounds. Each seed has a report of its own."
+        cells = [cell(run.report, field, key) for key in keys for field in _KINDS]
+        name = tag("a", f"seed {run.report['seed']}", href=link)
+        rows.append([name, f"{100 * run.report['clean_accuracy']:.2f} %", *cells])
+    clean = summary["clean_accuracy"]
+    clean = f"{100 * clean['mean']:.2f} ± {100 * clean['sd']:.2f} %"
+    rows.append(["mean ± sd", clean, *(cell(summary, field, key) for key in keys for field in _KINDS)])
+    caption = (
+        f"Certified accuracies are proved in exact arithmetic; those of float32 are {FLOAT32}; those under attack are "
+        "upper bounds. Each seed has a report of its own."
+    )
     return document(title, tag("h1", title), tag("p", _described(runs[0])), table(caption, columns, rows))
 
 
-_KINDS = ("certified", "attacked")
+_KINDS = {
+    "certified_accuracy": "certified",
+    "certified_accuracy_float32": "float32, too,",
+    "attacked_accuracy": "attacked",
+}
 
 
 def _title(run: CertifiedRun) -> str:
@@ -116,6 +133,7 @@ def _header(run: CertifiedRun) -> Markup:
     tiles = (
         ("clean accuracy", percent(int(np.sum(run.predictions == run.labels)), total), f"of {total} test images"),
         ("certified accuracy", percent(num_certified(run, radius), total), f"proved, at radius {radius_label(radius)}"),
+        (FLOAT32, _float32_cell(run, radius), f"at radius {radius_label(radius)}"),
         ("under attack", f"{100 * attacked:.2f} %", f"upper bound, at radius {radius_label(radius)}{of}"),
     )
     cells = (
@@ -128,9 +146,18 @@ def _header(run: CertifiedRun) -> Markup:
     )
 
 
+def _float32_cell(run: CertifiedRun, radius: float | None) -> Markup | str:
+    """Of how many images what is proved holds for the float32 program, too; without a radius: their class alone."""
+    found = run.report.get("clean_accuracy_float32" if radius is None else "certified_accuracy_float32")
+    if found is None:
+        return NOT_PROVED
+    return percent(round((found if radius is None else found[radius_key(radius)]) * len(run.labels)), len(run.labels))
+
+
 def _float32(found: Any) -> str:
     if not isinstance(found, dict) or "error" in found:
-        return "Not covered: running the network in float32, which adds a rounding error of its own."
+        why = f" {float32_line(found)}" if isinstance(found, dict) else ""
+        return f"Not covered: running the network in float32, which adds a rounding error of its own.{why}"
     try:
         return f"{float32_line(found)} This is beside the claim, and assumes: {found['assumptions']}"
     except (KeyError, TypeError, ValueError) as error:
@@ -160,11 +187,14 @@ def _accuracies(run: CertifiedRun) -> Markup:
         return join(percent(count, of), " ", tag("small", f"{count} / {of}"))
 
     correct = run.predictions == run.labels
-    rows = [["0 (clean)", cell(int(np.sum(correct)), total), cell(int(np.sum(correct[:attacked])), attacked)]]
+    of_attacked = cell(int(np.sum(correct[:attacked])), attacked)
+    rows = [["0 (clean)", cell(int(np.sum(correct)), total), _float32_cell(run, None), of_attacked]]
     for radius in run.report["radii"]:
         survived = round(run.report["attacked_accuracy"][radius_key(radius)] * attacked)
-        rows.append([radius_label(radius), cell(num_certified(run, radius), total), cell(survived, attacked)])
-    columns = [("l2 radius", ""), ("certified (proved)", "number"), ("under attack (upper bound)", "number")]
+        proved = cell(num_certified(run, radius), total)
+        rows.append([radius_label(radius), proved, _float32_cell(run, radius), cell(survived, attacked)])
+    names = ("certified (proved)", FLOAT32, "under attack (upper bound)")
+    columns = [("l2 radius", ""), *((name, "number") for name in names)]
     caption = "Accuracy on the test set; radii in pixels from 0 to 1."
     if attacked != total:
         caption += f" The attack ran on the first {attacked} images."

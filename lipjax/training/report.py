@@ -12,6 +12,9 @@ from rich.table import Table
 from lipjax.certify import certified_accuracy, replacing
 from lipjax.training.classes import print_classes
 
+# The column of what is proved of the program that one runs, not of exact arithmetic alone.
+FLOAT32, NOT_PROVED = "proved for the float32 program, too", "not proved"
+
 
 def radius_key(radius: float) -> str:
     """A radius as a key of report.json: a decimal number of six digits, never above it, as "0.25" or "0.141176".
@@ -57,18 +60,34 @@ def make_report(certificate, labels, radii, attack, attack_labels) -> dict:
     }
 
 
+def add_float32(report: dict, found: dict) -> dict:
+    """The report with what is known about its network in float32, and in front what is proved of that program, too.
+
+    Args: found: of `deployment.deployment_report` with labels, or {"error": why there is none}.
+    Returns: clean_accuracy_float32, the fraction of images that every float32 evaluation classifies correctly, and
+      certified_accuracy_float32, that of images on which it does so inside the radius, by `radius_key`; both None
+      where nothing is proved. Never above the accuracies in exact arithmetic. float32: `found`.
+    """
+    headline: dict[str, Any] = {"clean_accuracy_float32": None, "certified_accuracy_float32": None}
+    if "error" not in found:
+        rows = {radius_key(row["radius"]): row["accuracy"] for row in found["ball"]["radii"]}
+        headline = {"clean_accuracy_float32": found["point"]["accuracy"], "certified_accuracy_float32": rows}
+    return {**report, **headline, "float32": found}
+
+
 def summarize(found: list[dict]) -> dict:
     """The report of several runs: means where one run has numbers, "summary" (mean and sd, ddof 1), and the runs."""
 
     def both(values):
         return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
 
-    maps = ("certified_accuracy", "attacked_accuracy")
-    first = found[0]
-    summary: dict[str, Any] = {"clean_accuracy": both([r["clean_accuracy"] for r in found])}
+    numbers, maps, first = ("clean_accuracy",), ("certified_accuracy", "attacked_accuracy"), found[0]
+    if all(r.get("certified_accuracy_float32") for r in found):
+        numbers, maps = (*numbers, "clean_accuracy_float32"), (*maps, "certified_accuracy_float32")
+    summary: dict[str, Any] = {field: both([r[field] for r in found]) for field in numbers}
     summary |= {field: {key: both([r[field][key] for r in found]) for key in first[field]} for field in maps}
     return {
-        "clean_accuracy": summary["clean_accuracy"]["mean"],
+        **{field: summary[field]["mean"] for field in numbers},
         **{field: {key: value["mean"] for key, value in summary[field].items()} for field in maps},
         **{field: first[field] for field in ("radii", "num_images", "num_attacked_images")},
         "summary": summary,
@@ -86,6 +105,8 @@ def print_table(report: dict, console: Console | None = None) -> None:
         return text if spread is None else f"{text} ± {100 * spread:.2f}"
 
     def entry(field, key=None):
+        if report.get(field) is None:
+            return NOT_PROVED
         found = report[field] if key is None else report[field][key]
         if summary is None:
             return cell(found)
@@ -95,12 +116,12 @@ def print_table(report: dict, console: Console | None = None) -> None:
     runs = f", mean ± sd of {len(report['seeds'])} runs" if summary else ""
     table = Table(title=f"Accuracy on {report['num_images']} test images{runs}")
     table.add_column("l2 radius")
-    table.add_column("certified (proved)", justify="right")
-    table.add_column("under attack (upper bound)", justify="right")
-    table.add_row("0 (clean)", entry("clean_accuracy"), entry("clean_accuracy"))
+    for name in ("certified (proved)", FLOAT32, "under attack (upper bound)"):
+        table.add_column(name, justify="right")
+    table.add_row("0 (clean)", *map(entry, ("clean_accuracy", "clean_accuracy_float32", "clean_accuracy")))
     for radius in report["radii"]:
-        key = radius_key(radius)
-        table.add_row(radius_label(radius), entry("certified_accuracy", key), entry("attacked_accuracy", key))
+        key, fields = radius_key(radius), ("certified_accuracy", "certified_accuracy_float32", "attacked_accuracy")
+        table.add_row(radius_label(radius), *(entry(field, key) for field in fields))
     console = console or Console()
     console.print(table)
     if report["num_attacked_images"] != report["num_images"]:
@@ -108,19 +129,21 @@ def print_table(report: dict, console: Console | None = None) -> None:
     if "per_class" in report:
         print_classes(report, radius_key(report["radii"][0]), radius_label(report["radii"][0]), console)
     found = report.get("float32")
-    if found and "error" not in found:
+    if found:
         console.print(float32_line(found), markup=False)
 
 
 def float32_line(found: dict) -> str:
-    """What `deployment.deployment_report` found, in one sentence."""
+    """What `deployment.deployment_report` found, or why nothing, in one sentence."""
+    if "error" in found:
+        return f"Nothing is proved for the float32 program: {found['error']}"
     bound, gap, ball = found["bound"]["largest"], found["gap"]["largest"], found["ball"]
     # 5 % more, so that rounding to two digits does not go below.
     proved = "no error bound" if bound is None else f"proved below {1.05 * bound:.2g}"
     measured = "logits that are not finite" if gap is None else f"logits {gap:.2g} off at most"
     kept = "" if ball["median_ratio"] is None else f", the median at {100 * ball['median_ratio']:.1f} % of its length"
     return (
-        f"In float32 (first {found['num_images']} images): {measured}, {proved}; "
+        f"In float32 ({found['num_images']} images): {measured}, {proved}; "
         f"{ball['float32']} of {ball['certified']} radii are proved for float32, too{kept}."
     )
 
