@@ -134,6 +134,7 @@ def test_compare_shows_what_differs_and_what_to_select_by(lipjax_command, certif
     validation = report.pop("validation")  # as an older lipjax wrote it: metrics.jsonl says it
     assert validation == metrics.validation_metrics(other, report["step"]) and 0 < validation["accuracy"] <= 1
     report["certified_accuracy"]["0.25"] = 0.125
+    report["float32_certified_accuracy"] = None  # of a network whose float32 error nobody bounds
     (other / "report.json").write_text(json.dumps(report))
     uncertified = tmp_path / "uncertified"
     shutil.copytree(trained(), uncertified)
@@ -147,6 +148,8 @@ def test_compare_shows_what_differs_and_what_to_select_by(lipjax_command, certif
     first = next(line for line in out.splitlines() if "  accuracy" in line)
     assert first.count(accuracy) >= 2  # of validation, in both
     assert rows["proved, at 0.25"][1:] == ["12.50 %", "-"]
+    assert rows["proved for float32, too, at 0.25"][0].endswith(" %")
+    assert rows["proved for float32, too, at 0.25"][1:] == ["-", "-"]
     table = out[out.index("validation images (select by these)") :]
     assert "test images" in table and "Choose by the rows" in table
 

@@ -76,8 +76,8 @@ def documents(sha256, seed=0, text="plain"):
         "clean_accuracy": 0.9,
         "certified_accuracy": {"0.141176": 0.9, "0.75": 0.7},
         "attacked_accuracy": {"0.141176": 0.8, "0.75": 0.6},
-        "clean_accuracy_float32": 0.9,
-        "certified_accuracy_float32": {"0.141176": 0.8, "0.75": 0.5},
+        "float32_clean_accuracy": 0.9,
+        "float32_certified_accuracy": {"0.141176": 0.8, "0.75": 0.5},
         "radii": [36 / 255, 0.75],
         "num_images": NUM_IMAGES,
         "num_attacked_images": NUM_ATTACKED,
@@ -252,7 +252,7 @@ def test_float32_is_told_beside_the_claim(directory, capsys):
     page = stands_alone((directory / "report.html").read_text())
     assert "Not covered: running the network in float32" in page.text
     assert "Nothing is proved for the float32 program: no bound of a Strange layer" in page.text
-    nothing = {"clean_accuracy_float32": None, "certified_accuracy_float32": None}
+    nothing = {"float32_clean_accuracy": None, "float32_certified_accuracy": None}
     path.write_text(json.dumps(report | nothing))
     assert __main__.main(["report", str(directory)]) == 0
     page = stands_alone((directory / "report.html").read_text())

@@ -53,12 +53,12 @@ def test_a_certified_run_writes_what_is_proved(workdir):
     assert [row["margin"] for row in rows] == certificate.margins.tolist()
     # What is proved for the float32 program, of all images.
     correct, single = certificate.predictions == labels, report["float32"]
-    assert single["num_images"] == 15 and report["clean_accuracy_float32"] == np.mean(correct)
+    assert single["num_images"] == 15 and report["float32_clean_accuracy"] == np.mean(correct)
     whole = deployment_report(network, images / 255, certificate, tuple(config.certify.radii), 8, labels=labels)
     assert whole["ball"] == single["ball"] and whole["point"] == single["point"]
     shares = [row["accuracy"] for row in whole["ball"]["radii"]]
-    assert list(report["certified_accuracy_float32"].values()) == shares
-    assert report["certified_accuracy_float32"].keys() == report["certified_accuracy"].keys()
+    assert list(report["float32_certified_accuracy"].values()) == shares
+    assert report["float32_certified_accuracy"].keys() == report["certified_accuracy"].keys()
     digest = hashlib.sha256(b"pixel_max 255\n")
     for array in (images, labels.astype("<i4")):
         digest.update(f"{array.dtype.str} {array.shape}\n".encode() + array.tobytes())
@@ -223,7 +223,7 @@ def float32_found(clean, certified):
 def test_what_is_proved_for_float32_is_a_column():
     rows = [(0.9, 0.5, 0.7, 0.875, 0.375), (0.8, 0.6, 0.7, 0.75, 0.5)]
     found = [reports.add_float32(one_report(i, *row[:3]), float32_found(*row[3:])) for i, row in enumerate(rows)]
-    assert found[0]["clean_accuracy_float32"] == 0.875 and found[0]["certified_accuracy_float32"] == {"0.25": 0.375}
+    assert found[0]["float32_clean_accuracy"] == 0.875 and found[0]["float32_certified_accuracy"] == {"0.25": 0.375}
     out = io.StringIO()
     reports.print_table(found[0], Console(file=out, width=160))
     heading, *table = [line for line in out.getvalue().splitlines() if "│" in line or "┃" in line]
@@ -233,17 +233,17 @@ def test_what_is_proved_for_float32_is_a_column():
         ["50.00 %", "37.50 %", "70.00 %"],
     ]
     both = reports.summarize(found)
-    assert both["certified_accuracy_float32"] == {"0.25": 0.4375} and both["clean_accuracy_float32"] == 0.8125
+    assert both["float32_certified_accuracy"] == {"0.25": 0.4375} and both["float32_clean_accuracy"] == 0.8125
     reports.print_table(both, Console(file=out, width=160))
     assert "43.75 % ± 8.84" in out.getvalue()
 
     failed = reports.add_float32(one_report(0, 0.9, 0.5, 0.7), {"error": "head: nobody bounds it."})
-    assert failed["certified_accuracy_float32"] is None and failed["clean_accuracy_float32"] is None
+    assert failed["float32_certified_accuracy"] is None and failed["float32_clean_accuracy"] is None
     out = io.StringIO()
     reports.print_table(failed, Console(file=out, width=160))
     assert out.getvalue().count("not proved") == 2
     assert "Nothing is proved for the float32 program: head: nobody bounds it." in out.getvalue()
-    assert "certified_accuracy_float32" not in reports.summarize([failed, found[0]])
+    assert "float32_certified_accuracy" not in reports.summarize([failed, found[0]])
 
 
 def test_the_table_names_the_images_that_were_attacked():

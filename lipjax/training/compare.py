@@ -85,7 +85,7 @@ def _by_radius(run: ComparedRun) -> dict[float, dict[str, float | None]]:
     try:
         radii, proved = run.report.get("radii", []), run.report.get("certified_accuracy", {}).values()
         found = {float(r): {"proved": value} for r, value in zip(radii, proved, strict=True)}
-        for radius, value in zip(radii, run.report.get("float32_certified_accuracy", {}).values(), strict=False):
+        for radius, value in zip(radii, (run.report.get("float32_certified_accuracy") or {}).values(), strict=False):
             found[float(radius)]["proved for float32, too"] = value
         return found
     except (TypeError, ValueError, AttributeError, LookupError) as error:

@@ -178,9 +178,9 @@ def _check_report(report: dict, certificate: dict, correct: np.ndarray, proved: 
     stated = {key: report["certified_accuracy"][key] for key in counted}
     if (report["clean_accuracy"], stated) != (float(np.mean(correct)), counted):
         raise ValueError("its accuracies are not those of the certificate's rows")
-    single: Any = report.get("certified_accuracy_float32")
+    single: Any = report.get("float32_certified_accuracy")
     if single is not None:  # of an older version, or where nothing is proved for float32
-        shares = _numbers([report["clean_accuracy_float32"], *(single[key] for key in counted)], "if")
+        shares = _numbers([report["float32_clean_accuracy"], *(single[key] for key in counted)], "if")
         if not ((shares >= 0).all() and (shares <= [report["clean_accuracy"], *counted.values()]).all()):
             raise ValueError("it proves more for float32 than for exact arithmetic")
     if type(report["seed"]) is not int:

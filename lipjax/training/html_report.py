@@ -103,7 +103,7 @@ def _index_page(runs: list[CertifiedRun], links: list[str]) -> str:
 
 _KINDS = {
     "certified_accuracy": "certified",
-    "certified_accuracy_float32": "float32, too,",
+    "float32_certified_accuracy": "float32, too,",
     "attacked_accuracy": "attacked",
 }
 
@@ -148,7 +148,7 @@ def _header(run: CertifiedRun) -> Markup:
 
 def _float32_cell(run: CertifiedRun, radius: float | None) -> Markup | str:
     """Of how many images what is proved holds for the float32 program, too; without a radius: their class alone."""
-    found = run.report.get("clean_accuracy_float32" if radius is None else "certified_accuracy_float32")
+    found = run.report.get("float32_clean_accuracy" if radius is None else "float32_certified_accuracy")
     if found is None:
         return NOT_PROVED
     return percent(round((found if radius is None else found[radius_key(radius)]) * len(run.labels)), len(run.labels))

@@ -64,14 +64,14 @@ def add_float32(report: dict, found: dict) -> dict:
     """The report with what is known about its network in float32, and in front what is proved of that program, too.
 
     Args: found: of `deployment.deployment_report` with labels, or {"error": why there is none}.
-    Returns: clean_accuracy_float32, the fraction of images that every float32 evaluation classifies correctly, and
-      certified_accuracy_float32, that of images on which it does so inside the radius, by `radius_key`; both None
+    Returns: float32_clean_accuracy, the fraction of images that every float32 evaluation classifies correctly, and
+      float32_certified_accuracy, that of images on which it does so inside the radius, by `radius_key`; both None
       where nothing is proved. Never above the accuracies in exact arithmetic. float32: `found`.
     """
-    headline: dict[str, Any] = {"clean_accuracy_float32": None, "certified_accuracy_float32": None}
+    headline: dict[str, Any] = {"float32_clean_accuracy": None, "float32_certified_accuracy": None}
     if "error" not in found:
         rows = {radius_key(row["radius"]): row["accuracy"] for row in found["ball"]["radii"]}
-        headline = {"clean_accuracy_float32": found["point"]["accuracy"], "certified_accuracy_float32": rows}
+        headline = {"float32_clean_accuracy": found["point"]["accuracy"], "float32_certified_accuracy": rows}
     return {**report, **headline, "float32": found}
 
 
@@ -82,8 +82,8 @@ def summarize(found: list[dict]) -> dict:
         return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
 
     numbers, maps, first = ("clean_accuracy",), ("certified_accuracy", "attacked_accuracy"), found[0]
-    if all(r.get("certified_accuracy_float32") for r in found):
-        numbers, maps = (*numbers, "clean_accuracy_float32"), (*maps, "certified_accuracy_float32")
+    if all(r.get("float32_certified_accuracy") for r in found):
+        numbers, maps = (*numbers, "float32_clean_accuracy"), (*maps, "float32_certified_accuracy")
     summary: dict[str, Any] = {field: both([r[field] for r in found]) for field in numbers}
     summary |= {field: {key: both([r[field][key] for r in found]) for key in first[field]} for field in maps}
     return {
@@ -118,9 +118,9 @@ def print_table(report: dict, console: Console | None = None) -> None:
     table.add_column("l2 radius")
     for name in ("certified (proved)", FLOAT32, "under attack (upper bound)"):
         table.add_column(name, justify="right")
-    table.add_row("0 (clean)", *map(entry, ("clean_accuracy", "clean_accuracy_float32", "clean_accuracy")))
+    table.add_row("0 (clean)", *map(entry, ("clean_accuracy", "float32_clean_accuracy", "clean_accuracy")))
     for radius in report["radii"]:
-        key, fields = radius_key(radius), ("certified_accuracy", "certified_accuracy_float32", "attacked_accuracy")
+        key, fields = radius_key(radius), ("certified_accuracy", "float32_certified_accuracy", "attacked_accuracy")
         table.add_row(radius_label(radius), *(entry(field, key) for field in fields))
     console = console or Console()
     console.print(table)
