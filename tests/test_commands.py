@@ -145,7 +145,7 @@ def test_compare_shows_what_differs_and_what_to_select_by(lipjax_command, certif
     assert rows["loss.epsilon"] == ["0.1411764705882353", "0.5", "0.1411764705882353"]
     assert not any(name.startswith("optimizer") for name in rows)  # what is equal is not shown
     accuracy = f"{100 * validation['accuracy']:.2f} %"
-    first = next(line for line in out.splitlines() if "  accuracy" in line)
+    first = next(line for line in out.splitlines() if line.startswith("│") and "  accuracy" in line)
     assert first.count(accuracy) >= 2  # of validation, in both
     assert rows["proved, at 0.25"][1:] == ["12.50 %", "-"]
     assert rows["proved for float32, too, at 0.25"][0].endswith(" %")
