@@ -22,7 +22,6 @@ from lipjax._liplt_path import ResidualBlock
 from lipjax.errors import NotCertifiable
 from lipjax.network import Network
 from lipjax.operators import Dense, LinearHead, Residual
-from lipjax.operators.grid import on_grid as _on_grid
 
 Vectors = dict[str, Float[Array, "..."]]
 
@@ -96,15 +95,6 @@ def _alike(tasks: dict[str, Any]) -> list[list[str]]:
 def _slopes(ops: Sequence) -> float:
     """The product of the Lipschitz constants of elementwise activations."""
     return math.prod((max(map(abs, op.slope)) for op in ops if hasattr(op, "slope")), start=1.0)
-
-
-def on_grid(network: Network) -> Network:
-    """What norm estimates take in the place of a network so that they tend to the norms that are proved.
-
-    Zero-padded convolutions on maps that are not small become the circulants of their proofs, of which the one with the
-    least norm counts. The result is for estimates (`init_vectors`, `feature_lipschitz_estimate`) and cannot be applied.
-    """
-    return dataclasses.replace(network, ops=tuple(map(_on_grid, network.ops)))
 
 
 def feature_lipschitz_estimate(network: Network, vectors: Vectors, num_iters: int) -> tuple[Float[Array, ""], Vectors]:
@@ -375,7 +365,6 @@ __all__ = [
     "margin_lipschitz_bound",
     "margin_lipschitz_estimate",
     "norm_estimates",
-    "on_grid",
     "operator_bounds",
     "product_bound",
 ]

@@ -231,6 +231,21 @@ def test_a_bad_value_is_refused_by_the_name_of_its_field():
         validate(config)
 
 
+def test_what_was_taken_out_is_refused_with_the_reason(tmp_path):
+    config = tiny_config(lipschitz="grid")
+    with pytest.raises(UserError, match='"grid" is not there any more, because it made networks worse'):
+        validate(config)
+    (tmp_path / "config.json").write_text(json.dumps({"config": same_run.plain(config), "seed": 0}))
+    with pytest.raises(UserError, match="trained with it needs the lipjax that trained it"):
+        load_config(tmp_path)
+    with pytest.raises(UserError, match="config.optimizer.schedule: expected one of"):
+        validate(tiny_config(**{"optimizer.schedule": "triangle"}))
+    config = default_config()
+    config.model = ConfigDict({"name": "convnet", "variant": "9c2f"})
+    with pytest.raises(UserError, match="expected variant to be one of"):
+        get_model(config.model, input_shape=(32, 32, 3), num_classes=10)
+
+
 def test_unknown_and_missing_fields_are_refused():
     config = default_config()
     config.loss.epsilom = 1.0

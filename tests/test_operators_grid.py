@@ -1,4 +1,6 @@
-"""The circulants of proofs as what training estimates: against dense matrices, and against the proved bound."""
+"""The circulants of proofs, as operators with norm estimates: against dense matrices and the proved bound."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +139,7 @@ def test_a_network_on_the_grid(key):
         ("flat", operators.Flatten(shape)),
     ]
     network = make_network(ops, operators.LinearHead(jnp.eye(2, 32), jnp.zeros(2)), 0.0, 0.5)
-    grid = bounds.on_grid(network)
+    grid = dataclasses.replace(network, ops=tuple(map(on_grid, network.ops)))
     product = jax.jit(bounds.feature_lipschitz_estimate, static_argnums=2)
     vectors = bounds.init_vectors(grid, key)
     assert {name: v.shape[0] for name, v in vectors.items()} == {"block/0": 8, "centred": 8, "conv": 8}

@@ -278,15 +278,6 @@ def test_sgd_is_torchs():
         np.testing.assert_allclose(params["theta"], [t], rtol=1e-5)
 
 
-def test_the_triangle_peaks_at_two_fifths_and_ends_at_zero():
-    config = tiny_config(**{"optimizer.learning_rate": 1.0}).optimizer
-    with config.unlocked():
-        config.update({"schedule": "triangle", "final_fraction": 0.0})
-    rate = optimizer.learning_rate_schedule(config, 10, 10)
-    for at, expected in ((0, 0.0), (20, 0.5), (40, 1.0), (60, 0.525), (80, 0.05), (90, 0.025), (100, 0.0)):
-        assert abs(float(rate(at)) - expected) < 1e-6, at
-
-
 def test_weight_decay_of_weights_spares_biases_angles_and_the_mlp_head():
     params = {"conv": {"kernel": jnp.ones((1, 1, 2, 2)), "bias": jnp.ones(2)}, "head": {"w1": jnp.ones((2, 2))}}
     params["conv"]["activation"] = {"theta": jnp.ones(1)}

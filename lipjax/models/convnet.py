@@ -16,7 +16,7 @@ from lipjax.nn import (
 )
 
 # (features, kernel size, strides, zero padding on every side). The nets for MNIST and CIFAR-10 are cut from one row.
-_ROW = ((32, 3, 1, 1), (32, 4, 2, 1), *((64, 3, 1, 1), (64, 4, 2, 1)) * 4, (64, 3, 1, 1))
+_ROW = ((32, 3, 1, 1), (32, 4, 2, 1), *((64, 3, 1, 1), (64, 4, 2, 1)) * 2)
 _EIGHT = (
     *((64, 3, 1, 1), (64, 3, 1, 0), (64, 4, 2, 0)),
     *((128, 3, 1, 1), (128, 3, 1, 1), (128, 4, 2, 0)),
@@ -26,12 +26,7 @@ _EIGHT = (
 VARIANTS: dict[str, tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]] = {
     "4c3f": (_ROW[:4], (512, 512)),
     "6c2f": (_ROW[:6], (512,)),
-    "7c2f": (_ROW[:7], (512,)),
     "8c2f": (_EIGHT, (256,)),
-    "8c2f_cifar": (_ROW[:8], (256,)),
-    "9c2f": (_ROW[:9], (256,)),
-    "10c4f": (_ROW[:10], (64, 64, 32)),
-    "11c4f": (_ROW[:11], (64, 64, 32)),
 }
 """Convolutions and widths of the dense layers before the head, by the number of both (the head counts as one)."""
 
@@ -40,9 +35,8 @@ class ConvNet(LipschitzModel):
     """Convolutions, dense layers and a head with free rows; an elementwise activation after every layer but the head.
 
     variant: a name of `VARIANTS`: "4c3f" is the paper's for MNIST, "6c2f" for CIFAR-10, "8c2f" for Tiny-ImageNet (as
-    its code corrected it), and "7c2f", "8c2f_cifar", "9c2f", "10c4f", "11c4f" are 6C2F continued to greater depth on
-    32 x 32 images. "custom" takes `convs`, a tuple of (features, kernel size, strides, zero padding on every side), and
-    `dense`, the widths of the dense layers before the head, which the names leave empty.
+    its code corrected it). "custom" takes `convs`, a tuple of (features, kernel size, strides, zero padding on every
+    side), and `dense`, the widths of the dense layers before the head, which the names leave empty.
 
     activation: a name of `nn.ELEMENTWISE`; negative_slope is that of "leaky_relu" alone. Weights and biases start as
     torch's do, U(+-1 / sqrt(fan_in)). Norms are unconstrained.

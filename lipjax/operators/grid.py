@@ -1,4 +1,4 @@
-"""The circulants by which the norm of a zero-padded convolution is proved: for training against what certifies."""
+"""The circulants by which the norm of a zero-padded convolution is proved, as operators with norm estimates."""
 
 import copy
 from typing import Any

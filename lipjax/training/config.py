@@ -38,8 +38,7 @@ def default_config() -> Any:
     config.scan = False  # loops over equal layers and micro-batches, which compile sooner: for accelerators
     config.train_head_only = False  # keep all but the head as config.init_from left it
     config.init_from = ""  # directory of a finished run of the same layers, whose best checkpoint training starts from
-    # What estimates L in training and validation: the "product" of norms, or of those on the "grid" of proofs; "liplt".
-    config.lipschitz = "product"
+    config.lipschitz = "product"  # what estimates L in training and validation: the product of norms, or "liplt"
     config.power_iterations = 10  # per training step, warm-started
     config.power_iterations_eval = 100  # before a validation
 
@@ -108,11 +107,11 @@ def default_config() -> Any:
     config.optimizer.name = "adamw"  # or "adam", "nadam", "nadamw", "sgd"
     config.optimizer.learning_rate = 1e-3  # the largest of the schedule
     config.optimizer.eps = 1e-8  # in the denominator of adam, adamw, nadam and nadamw
-    config.optimizer.schedule = "cosine"  # or "exponential", "step", "triangle", from the warm-up on
+    config.optimizer.schedule = "cosine"  # or "exponential", "step", from the warm-up on
     config.optimizer.decay_from = 0.0  # epochs; read by the schedule "exponential", which is constant until then
     config.optimizer.weight_decay = 0.0  # apart from the gradient in adamw and nadamw, a part of it in the others
     config.optimizer.decay = "all"  # what weight decay shrinks: all but activations' angles, or only the "weights"
-    config.optimizer.warmup_epochs = 1.0  # of linear growth; "triangle" has none
+    config.optimizer.warmup_epochs = 1.0  # of linear growth
     config.optimizer.final_fraction = 1e-5  # of the learning rate, at the end of the schedule
     config.optimizer.clip_norm = 3.0  # global norm of the gradients; 0: no clipping
     config.optimizer.lookahead_period = 0  # steps between synchronisations of Lookahead; 0: no Lookahead
@@ -166,6 +165,11 @@ def validate(config) -> None:
         raise UserError(centering_refused(count))
     _check(config.remat >= 0, "remat", "0 or a number of layers", config.remat)
     _check(not config.train_head_only or config.init_from != "", "init_from", "a run, for train_head_only", "")
+    if config.lipschitz == "grid":
+        raise UserError(
+            'config.lipschitz: "grid" is not there any more, because it made networks worse (docs/bound_quality.md): '
+            'train with "product". A run that was trained with it needs the lipjax that trained it.'
+        )
     _check(config.lipschitz in LIPSCHITZ, "lipschitz", f"one of {LIPSCHITZ}", config.lipschitz)
     for field in ("validation_fraction", "test_fraction"):
         _check(0 <= config.data[field] < 1, f"data.{field}", "a fraction in [0, 1)", config.data[field])

@@ -121,7 +121,7 @@ OPTIMIZERS = {
     "sgd": lambda rate, config, mask: _decay_in_gradient(optax.sgd(rate, momentum=0.9), config, mask),
 }
 
-SCHEDULES = ("cosine", "exponential", "step", "triangle")
+SCHEDULES = ("cosine", "exponential", "step")
 DECAYED = ("all", "weights")
 
 
@@ -147,20 +147,11 @@ def learning_rate_schedule(config, steps_per_epoch: int, num_epochs: int) -> opt
 
     "cosine"; "exponential": the peak for decay_from epochs, then final_fraction^t, t from 0 to 1 at the last step
     (without decay if decay_from is not below num_epochs); "step": a tenth of the rate from 1/2 of the epochs on and a
-    hundredth from 3/4 (final_fraction is not used); "triangle": up to the peak at 2/5 of the epochs, 1/20 of it at 4/5,
-    then to final_fraction (no other warm-up).
+    hundredth from 3/4 (final_fraction is not used).
 
     Args: config: the optimizer group: schedule, learning_rate, warmup_epochs, final_fraction, decay_from.
     """
     total, peak = steps_per_epoch * num_epochs, config.learning_rate
-    if config.schedule == "triangle":
-        corners = [(0.0, 0.0), (0.4, peak), (0.8, peak / 20), (1.0, peak * config.final_fraction)]
-        steps = [round(fraction * total) for fraction, _ in corners]
-        pieces = [
-            optax.linear_schedule(low, high, max(1, stop - start))
-            for (_, low), (_, high), start, stop in zip(corners, corners[1:], steps, steps[1:], strict=False)
-        ]
-        return optax.join_schedules(pieces, steps[1:-1])
     warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
     if config.schedule == "step":
         # Counted from the end of the warm-up, because joined schedules count from their own start.

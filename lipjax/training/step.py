@@ -50,7 +50,7 @@ LOSSES = {
 }
 CURVATURE = "curvature"
 CRM = ("crm", "crm_max")
-LIPSCHITZ = ("product", "grid", "liplt")
+LIPSCHITZ = ("product", "liplt")
 CLASS_WEIGHTS = ("none", "balanced")
 METRIC = "certified_accuracy_estimate"
 # Up to this many classes the curvatures of all pairs are cheaper than those of every image's own rivals, of which the
@@ -88,13 +88,9 @@ def init_state(
     params, lip = jax.tree.map(
         lambda a: a.astype(jnp.float32), (variables["params"], {"vectors": {}, **variables.get(COLLECTION, {})})
     )
-    if lipschitz != "product":
+    if lipschitz == "liplt":
         network: Any = model.apply({"params": params, COLLECTION: lip}, method="build")
-        network_key = jax.random.fold_in(init_key, 1)
-        if lipschitz == "grid":
-            vectors = bounds.init_vectors(bounds.on_grid(network), network_key)
-        else:
-            vectors = bounds.init_liplt_vectors(network, network_key)
+        vectors = bounds.init_liplt_vectors(network, jax.random.fold_in(init_key, 1))
         lip["vectors"] = jax.tree.map(lambda v: v.astype(jnp.float32), vectors)
     return TrainState(jnp.zeros((), jnp.int32), params, lip, optimizer.init(params), data_key)
 
@@ -147,8 +143,7 @@ def estimate_constants(network, lip, num_iters: int, lipschitz: str):
     if lipschitz == "liplt":
         constants, vectors = bounds.margin_liplt_estimate(network, lip["vectors"], num_iters)
         return {"lipschitz": constants}, {**lip, "vectors": vectors}
-    measured = bounds.on_grid(network) if lipschitz == "grid" else network
-    product, vectors = bounds.feature_lipschitz_estimate(measured, lip["vectors"], num_iters)
+    product, vectors = bounds.feature_lipschitz_estimate(network, lip["vectors"], num_iters)
     constants = {"features": product, "lipschitz": product * network.head.pairwise_lipschitz()}
     # A training step estimates no norms of contractions, whose vectors wait for the next evaluation.
     lip = {**lip, "vectors": {**lip["vectors"], **vectors}}
