@@ -1,4 +1,4 @@
-"""train.py as two processes on this machine, and what they wrote."""
+"""train.py as several processes on this machine, and what they wrote."""
 
 import json
 import os
@@ -42,12 +42,12 @@ def free_port():
 
 
 class Processes:
-    """train.py as two processes of two devices each, as a user starts them."""
+    """train.py as several processes, each with devices of its own, as a user starts them."""
 
-    def __init__(self, config, workdir, second=(), slurm=False, preamble=""):
+    def __init__(self, config, workdir, second=(), slurm=False, preamble="", count=2, devices=2):
         """second: arguments that only process 1 gets. slurm: the processes find each other as under srun.
 
-        preamble: Python that both processes execute first.
+        preamble: Python that all processes execute first.
         """
         path = workdir.with_suffix(".py")
         where = workdir.with_suffix(".config")
@@ -56,7 +56,7 @@ class Processes:
         path.write_text(preamble + CONFIG.format(directory=str(where)))
         environment = {
             **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "JAX_COMPILATION_CACHE_DIR": str(scratch() / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
@@ -65,19 +65,21 @@ class Processes:
         of_launcher = SLURM | {"SLURM_STEP_NODELIST": "localhost", "JAX_COORDINATOR_PORT": port} if slurm else {}
 
         def flags_of(i):
-            meeting = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}"]
+            meeting = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}"]
             return [*shared, *([] if slurm else meeting)]
 
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "train.py", *flags_of(i), *arguments],
                 cwd=ROOT,
-                env=environment | of_launcher | ({"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} if slurm else {}),
+                env=environment
+                | of_launcher
+                | ({"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "SLURM_NTASKS": str(count)} if slurm else {}),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for i, arguments in enumerate(((), second))
+            for i, arguments in enumerate([(), second, *[()] * count][:count])
         ]
 
     def wait_for(self, path, lines):
@@ -86,6 +88,12 @@ class Processes:
         while not (path.exists() and path.read_text().count("\n") >= lines):
             assert all(process.poll() is None for process in self.processes) and time.monotonic() < deadline
             time.sleep(0.2)
+
+    def close_output(self):
+        """Closes the reader of process 0's standard output after its first line, as `head -n 1` does."""
+        stream = self.processes[0].stdout
+        assert stream is not None and stream.readline()
+        stream.close()
 
     def finish(self):
         """[(exit code, standard output, standard error)], without what gloo says of its connections."""
