@@ -53,7 +53,7 @@ def freeze(model, variables=None, class_names: Sequence[str] | None = None) -> "
     if variables is None:
         raise ValueError(
             f"freeze({type(model).__name__}, variables) takes the model's variables, too: model.init(...), or "
-            "lipjax.training.load_run(workdir), gives them."
+            "lipjax.training.load_trained(workdir), gives them."
         )
     variables = jax.tree.map(lambda a: _host_float64(a), variables)
     with float64_on_cpu():

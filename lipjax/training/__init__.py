@@ -1,1 +1,13 @@
 """The trainer: data, train state, step, loop, checkpoints, evaluation."""
+
+from typing import Any
+
+__all__ = ["load_trained"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_trained":  # on demand, because it takes Orbax and optax
+        from lipjax.training.trained import load_trained
+
+        return load_trained
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -270,7 +270,7 @@ def train(config, workdir: str | os.PathLike, seed: int, writable: bool = True) 
         cluster.check_agreement({"the last checkpoint that is seen": latest})
         if latest is not None:
             meta = checkpointer.meta()
-            check_same_run(workdir, meta, config, seed, identity)
+            check_same_run(workdir, meta, config, seed, identity, done=(latest, run.steps_per_epoch))
         else:
             check_not_foreign(workdir / "config.json")
         if not writable and (latest is None or latest < run.total_steps):
@@ -304,8 +304,10 @@ def _train_epochs(run: Run, state, checkpointer: Checkpointer, writer: MetricWri
     rate = optimizers.learning_rate_schedule(config.optimizer, run.steps_per_epoch, config.num_epochs)
     pending = None
 
+    shape = {"input_shape": list(run.model.input_shape), "num_classes": run.model.num_classes}
+
     def save(step, metric):
-        meta = {"config": plain(config), "seed": run.seed, "data": data, "epoch_totals": dict(totals)}
+        meta = {"config": plain(config), "seed": run.seed, "data": data, "shape": shape, "epoch_totals": dict(totals)}
         checkpointer.save(step, state, meta, metric)
 
     def averages():
@@ -384,8 +386,9 @@ def load_best(workdir: str | os.PathLike, run: Run):
         whole = sharding.replicated(run.mesh)
         target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), run.abstract_state)
         state, meta = checkpointer.restore_best(target)
-    check_same_run(workdir, meta, run.config, run.seed, run.data_identity)
-    step, params = int(state.step), optimizers.slow_parameters(state.params, state.opt_state)
+    step = int(state.step)
+    check_same_run(workdir, meta, run.config, run.seed, run.data_identity, done=(step, run.steps_per_epoch))
+    params = optimizers.slow_parameters(state.params, state.opt_state)
     state = dataclasses.replace(state, lip=jax.tree.map(np.asarray, state.lip))
     return {"params": jax.tree.map(np.asarray, params), COLLECTION: state.lip}, state, step
 

@@ -3,7 +3,12 @@
 import json
 import pathlib
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from lipjax.errors import UserError
+from lipjax.training import optimizer as optimizers
 from lipjax.training.config import default_config
 
 # What may change when a run resumes: none of it alters what training computes. (A directory's seed is checked apart.)
@@ -30,10 +35,17 @@ def flat(tree: dict, prefix: str = "") -> dict:
     return found
 
 
-def check_same_run(directory, meta: dict, config, seed: int, data: dict | None = None) -> None:
+def check_same_run(
+    directory, meta: dict, config, seed: int, data: dict | None = None, done: tuple[int, int] | None = None
+) -> None:
     """Raises: UserError naming the first fields by which a run's saved config differs from the one asked for.
 
-    Args: meta: of a checkpoint. data: what of `Run.training_identity` is to be compared, as it is now; None: nothing.
+    A run may get more epochs, if with them it would have come to the same so far: then it goes on as if it had been
+    asked for as many from the start.
+
+    Args:
+      meta: of a checkpoint. data: what of `Run.training_identity` is to be compared, as it is now; None: nothing.
+      done: steps that the checkpoint has behind it, and steps of an epoch; None: no other number of epochs will do.
     """
     ours, saved, defaults = flat(plain(config)), flat(meta["config"]), flat(plain(default_config()))
     # A run of an older lipjax lacks the fields that came later; their defaults are what it did.
@@ -42,6 +54,18 @@ def check_same_run(directory, meta: dict, config, seed: int, data: dict | None =
     differ = [
         f"config.{n}: {theirs.get(n)!r} there, {ours.get(n)!r} now" for n in names if ours.get(n) != theirs.get(n)
     ]
+    epochs = theirs.get("num_epochs")
+    if len(differ) == 1 and done is not None and isinstance(epochs, int) and config.num_epochs > epochs:
+        if meta["seed"] == seed and _same_so_far(config, epochs, *done):
+            differ = []
+        elif meta["seed"] == seed:
+            raise UserError(
+                f"{directory} holds a run of {epochs} epochs, and {config.num_epochs} are asked for. With so many, the "
+                f"learning rate (config.optimizer.schedule = {config.optimizer.schedule!r}) or the loss's schedule "
+                f"would have been another in the {done[0]} steps that are done, so that the run cannot simply go on. "
+                "To train on from its parameters, with a schedule of its own, take another --workdir and "
+                f"--config.init_from={directory}."
+            )
     if meta["seed"] != seed:
         differ.insert(0, f"config.seeds: {meta['seed']} there, {seed} now")
     # The same path may hold other images by now, and then a new split would put trained images into the test set.
@@ -53,6 +77,16 @@ def check_same_run(directory, meta: dict, config, seed: int, data: dict | None =
             f"{directory} holds a run with another config ({'; '.join(differ[:4])}): "
             "choose another --workdir, or the same values."
         )
+
+
+def _same_so_far(config, num_epochs: int, steps: int, steps_per_epoch: int) -> bool:
+    """Whether a run of config would have taken the same first steps with num_epochs, on which schedules depend."""
+    both = num_epochs, config.num_epochs
+    rates = [optimizers.learning_rate_schedule(config.optimizer, steps_per_epoch, epochs) for epochs in both]
+    taken = [np.asarray(jax.vmap(rate)(jnp.arange(steps))) for rate in rates]
+    begun = range(-(-steps // steps_per_epoch))
+    losses = [[optimizers.loss_schedule(config.loss, epoch, epochs) for epoch in begun] for epochs in both]
+    return np.array_equal(*taken) and losses[0] == losses[1]
 
 
 def check_not_foreign(path: pathlib.Path) -> None:

@@ -7,12 +7,10 @@ import pathlib
 import jax
 
 from lipjax.errors import UserError
-from lipjax.models import get_model
 from lipjax.nn import LipschitzModel
-from lipjax.training import optimizer as optimizers
 from lipjax.training import sharding, step
 from lipjax.training.checkpoint import Checkpointer
-from lipjax.training.config import load_config
+from lipjax.training.trained import restore_best
 
 
 def state_from(
@@ -25,18 +23,11 @@ def state_from(
       others: what it was trained on could be among the images that validate or test here.
     """
     directory = pathlib.Path(directory).expanduser()
-    config, _ = load_config(directory)
-    other = get_model(config.model, input_shape=model.input_shape, num_classes=model.num_classes)
-    optimizer = optimizers.make_optimizer(config.optimizer, 1, config.num_epochs, config.train_head_only)
-    abstract = jax.eval_shape(lambda: step.init_state(other, optimizer, jax.random.key(0), config.lipschitz))
     everywhere = sharding.replicated(mesh)
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), abstract)
-    with Checkpointer(directory / "checkpoints", best_metric=step.METRIC, read_only=True) as checkpointer:
-        found, meta = checkpointer.restore_best(abstract)
+    _, trained, trained_lip, meta = restore_best(directory, model.input_shape, model.num_classes, everywhere)
     _check_images(directory, meta, data_identity)
-    trained = optimizers.slow_parameters(found.params, found.opt_state)
     params, lip = (
-        _merged(ours, theirs, directory) for ours, theirs in ((state.params, trained), (state.lip, found.lip))
+        _merged(ours, theirs, directory) for ours, theirs in ((state.params, trained), (state.lip, trained_lip))
     )
     return dataclasses.replace(state, params=params, lip=lip)
 
