@@ -198,3 +198,23 @@ def _square(direction) -> tuple[Float[Array, " half"], Float[Array, " half"]]:
     along, across = direction
     size = along * along + across * across
     return (along * along - across * across) / size, 2 * along * across / size
+
+
+__all__ = [
+    "HOUSEHOLDER2_THETA",
+    "HOUSEHOLDER_THETA",
+    "clip_angle",
+    "fold",
+    "fold_sectors",
+    "half_angle",
+    "householder",
+    "householder2",
+    "householder2_directions",
+    "householder_direction",
+    "maxmin",
+    "split_pairs",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

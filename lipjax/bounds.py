@@ -368,3 +368,7 @@ __all__ = [
     "operator_bounds",
     "product_bound",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -361,3 +361,22 @@ def write_json(path: str | os.PathLike, document: dict) -> None:
     with replacing(path) as temporary, open(temporary, "w") as file:
         json.dump(document, file, indent=1, allow_nan=False)
         file.write("\n")
+
+
+__all__ = [
+    "CLAIM",
+    "Certificate",
+    "Minorants",
+    "best_minorant",
+    "certified_accuracy",
+    "certified_radius",
+    "certify_margins",
+    "certify_radii",
+    "minorant_radius",
+    "mlp_radius",
+    "radius_of",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -364,3 +364,27 @@ def apply_response(
         raise ValueError(f"Expected a response (h, w // 2 + 1, o, i) for images {x.shape}, got {response.shape}.")
     blocks = _dft.pack(response, (h, w))
     return _dft.image(_dft.apply_blocks(_dft.spectrum(x, precision), *blocks, precision), (h, w), precision)
+
+
+__all__ = [
+    "Padding",
+    "adjoint_kernel",
+    "apply_response",
+    "conv2d",
+    "conv2d_adjoint",
+    "depth_to_space",
+    "explicit_padding",
+    "frequency_response",
+    "output_size",
+    "packed_response",
+    "series_exponential",
+    "series_exponential_fast_gradient",
+    "skew_kernel",
+    "space_to_depth",
+    "stride_pair",
+    "tap_blocks",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

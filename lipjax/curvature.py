@@ -138,3 +138,10 @@ def bound(w1: np.ndarray | Array, w2: np.ndarray | Array, class_: int, rival: in
     frobenius = math.sqrt(float(np.sum(rows**2)))
     norm = (spectral.matrix_norm_bound(rows).value + gamma(8) * frobenius) * (1 + gamma(8)) + 2.0**-500
     return math.nextafter(norm * norm / 4, math.inf)
+
+
+__all__ = ["bound", "eigenvalue_table", "estimate", "estimate_table", "norm_table", "top_rivals"]
+
+
+def __dir__() -> list[str]:
+    return __all__

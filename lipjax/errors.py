@@ -42,3 +42,10 @@ def run_command(command: Callable[[], object], interrupted: str) -> int:
             print(interrupted, file=sys.stderr)
             return 130
         return 0
+
+
+__all__ = ["NotCertifiable", "Refuted", "UserError", "run_command"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -382,3 +382,10 @@ def cholesky_orthogonalize(
         w = _cholesky.orthogonalize(_cholesky.transpose(w), ridge, method)
         return _spread.gathered(_cholesky.transpose(w))
     return _spread.gathered(_cholesky.orthogonalize(w, ridge, method))
+
+
+__all__ = ["cayley", "cayley_split", "cholesky_orthogonalize", "expm_skew", "expm_skew_split"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -221,3 +221,24 @@ def curvature_penalty(logits: Logits, labels: Labels, curvatures: Float[Array, "
     Source: Singla & Feizi 2022, arXiv:2211.08453.
     """
     return cross_entropy(logits, labels) + beta * jnp.mean(curvatures, axis=1)
+
+
+__all__ = [
+    "boosted_cross_entropy",
+    "bottom_logit",
+    "certificate_regularization",
+    "crm",
+    "crm_max",
+    "cross_entropy",
+    "curvature_penalty",
+    "emma",
+    "gloro",
+    "label_radius",
+    "margin",
+    "shifted_logits",
+    "trades",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

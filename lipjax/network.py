@@ -205,3 +205,10 @@ def _check_part(name: str, part) -> None:
         getattr(part, "check", lambda: None)()
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+__all__ = ["Network", "Plan", "check_network", "make_network"]
+
+
+def __dir__() -> list[str]:
+    return __all__

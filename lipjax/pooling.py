@@ -80,3 +80,10 @@ def _length_jvp(primals, tangents):
     length = _length(a, b)
     divisor = jnp.where(length > 0, length, 1.0)
     return length, (a / divisor) * a_dot + (b / divisor) * b_dot
+
+
+__all__ = ["PROJECTION_THETA", "max_pool_pairs", "projection_pool", "wedge_direction", "wedge_distance"]
+
+
+def __dir__() -> list[str]:
+    return __all__

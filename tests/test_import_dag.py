@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = (
     ("_streams",),
     ("errors", "checker", "_spread"),
-    ("_arithmetic", "_dft", "_cholesky", "_parts"),
+    ("_arithmetic", "_power", "_dft", "_cholesky", "_parts"),
     ("linalg", "conv", "activations", "_verified"),
     ("_symbol", "_series", "pooling"),
     ("spectral",),

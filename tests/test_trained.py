@@ -12,8 +12,8 @@ from training_helpers import (  # noqa: F401  quick_compiles is a fixture
 )
 
 import lipjax
-import lipjax.training.trained as trained_module
 from lipjax.errors import UserError
+from lipjax.training import trained as trained_module
 from lipjax.training.loop import Run, load_best, train
 from lipjax.training.same_run import check_same_run, plain
 
@@ -74,17 +74,17 @@ def test_a_trained_run_loads_by_one_call(tmp_path, monkeypatch):
     pixels = jnp.asarray(np.random.default_rng(0).uniform(size=(2, *run.model.input_shape)), jnp.float32)
     with monkeypatch.context() as patch:
         patch.setattr("lipjax.training.loop.load_dataset", None)  # the data set is not needed
-        model, variables = lipjax.training.load_trained(trained())
+        model, variables = trained_module.load_trained(trained())
     jax.tree.map(np.testing.assert_array_equal, variables, expected)
     assert (model.input_shape, model.num_classes) == (run.model.input_shape, run.model.num_classes)
     logits = model.apply(variables, pixels)
     np.testing.assert_allclose(lipjax.freeze(model, variables)(np.asarray(pixels)), logits, atol=1e-4)
     with pytest.raises(UserError, match="holds no training run"):
-        lipjax.training.load_trained(tmp_path)
+        trained_module.load_trained(tmp_path)
     (tmp_path / "seed_3").mkdir()
     (tmp_path / "seed_3" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="several runs: .*seed_3"):
-        lipjax.training.load_trained(tmp_path)
+        trained_module.load_trained(tmp_path)
 
 
 def test_a_run_without_the_size_of_its_images_loads_by_its_data(monkeypatch):
@@ -92,5 +92,5 @@ def test_a_run_without_the_size_of_its_images_loads_by_its_data(monkeypatch):
     assert meta["shape"] == {"input_shape": [8, 8, 1], "num_classes": 3}
     monkeypatch.setattr(trained_module, "best_meta", lambda _: {k: v for k, v in meta.items() if k != "shape"})
     expected, _, _ = load_best(trained(), Run(tiny_config(), 0))
-    model, variables = lipjax.training.load_trained(trained())
+    model, variables = trained_module.load_trained(trained())
     jax.tree.map(np.testing.assert_array_equal, variables, expected)

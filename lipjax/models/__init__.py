@@ -29,3 +29,7 @@ def get_model(config, *, input_shape: tuple[int, int, int], num_classes: int, ba
 
 
 __all__ = ["ConvNet", "LipConvnet", "LiResNet", "get_model"]
+
+
+def __dir__() -> list[str]:
+    return __all__

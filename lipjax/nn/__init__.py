@@ -57,3 +57,7 @@ __all__ = [
     "torch_conv",
     "torch_linear",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -81,3 +81,7 @@ __all__ = [
     "gamma",
     "norm_per_image",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -3,3 +3,7 @@
 from lipjax.parametrize import cayley, cholesky, lln, residual, soc, soc_forms, soc_frequency
 
 __all__ = ["cayley", "cholesky", "lln", "residual", "soc", "soc_forms", "soc_frequency"]
+
+
+def __dir__() -> list[str]:
+    return __all__

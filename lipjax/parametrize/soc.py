@@ -113,3 +113,7 @@ def normalize(kernel: Float[Array, "kh kw c c"], sigma: Float[Array, ""], kappa:
     # Of order one first, lest the gradient's 1 / sigma^2 overflow.
     scale = jax.lax.stop_gradient(sigma)
     return jnp.where(positive, kernel / scale * (kappa / (sigma / scale)), 0)
+
+
+def __dir__() -> list[str]:
+    return __all__

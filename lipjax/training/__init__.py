@@ -1,6 +1,9 @@
 """The trainer: data, train state, step, loop, checkpoints, evaluation."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lipjax.training.trained import load_trained
 
 __all__ = ["load_trained"]
 
@@ -11,3 +14,7 @@ def __getattr__(name: str) -> Any:
 
         return load_trained
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

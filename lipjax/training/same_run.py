@@ -86,7 +86,7 @@ def _same_so_far(config, num_epochs: int, steps: int, steps_per_epoch: int) -> b
     taken = [np.asarray(jax.vmap(rate)(jnp.arange(steps))) for rate in rates]
     begun = range(-(-steps // steps_per_epoch))
     losses = [[optimizers.loss_schedule(config.loss, epoch, epochs) for epoch in begun] for epochs in both]
-    return np.array_equal(*taken) and losses[0] == losses[1]
+    return np.array_equal(taken[0], taken[1]) and losses[0] == losses[1]
 
 
 def check_not_foreign(path: pathlib.Path) -> None:

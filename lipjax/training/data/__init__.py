@@ -16,3 +16,7 @@ __all__ = [
     "open_generated",
     "stratified_split",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
