@@ -140,25 +140,29 @@ def test_an_ambient_matmul_precision_changes_nothing():
     assert float(poor[0, 0]) < float(poor[0, 1])  # control: unpinned, the wrong class wins
 
 
+def holding(op, *arrays):
+    """The operator with other arrays, past the checks of its constructor."""
+    return jax.tree.unflatten(jax.tree.structure(op), arrays)
+
+
 def test_a_bias_that_would_broadcast_is_refused():
-    bias = operators.Bias(np.zeros(9), (1,))
+    bias = holding(operators.Bias(np.zeros(1), (1,)), np.zeros(9))
     weights = operators.Dense(np.concatenate([np.ones((1, 9)), np.zeros((1, 9))]))
     head = operators.LinearHead(np.eye(2), np.array([0, 4.5]))
     with pytest.raises(ValueError, match="bias of shape"):
         FrozenNetwork(Network((bias, weights), head, np.zeros(1), np.ones(1), ("bias", "dense")))
 
 
+DENSE, HEAD = operators.Dense(np.eye(3)), operators.LinearHead(np.eye(3), np.zeros(3))
+
+
 @pytest.mark.parametrize(
     ("ops", "head", "mean"),
     [
-        ((operators.Dense(np.ones(3)),), operators.LinearHead(np.eye(3), np.zeros(3)), np.zeros(1)),
-        ((operators.Dense(np.eye(3)),), operators.LinearHead(np.eye(3), np.zeros(1)), np.zeros(1)),
-        ((operators.Dense(np.eye(3)),), operators.LinearHead(np.eye(3), np.zeros(3)), np.zeros(2)),
-        (
-            (operators.Conv(np.ones((1, 1, 1, 3)), (1, 1, 3)),),
-            operators.LinearHead(np.eye(3), np.zeros(3)),
-            np.zeros(1),
-        ),
+        ((holding(DENSE, np.ones(3)),), HEAD, np.zeros(1)),
+        ((DENSE,), holding(HEAD, np.eye(3), np.zeros(1)), np.zeros(1)),
+        ((DENSE,), HEAD, np.zeros(2)),
+        ((holding(operators.Conv(np.ones((1, 1, 3, 3)), (1, 1, 3)), np.ones((1, 1, 1, 3))),), HEAD, np.zeros(1)),
     ],
 )
 def test_arrays_of_other_shapes_are_refused(ops, head, mean):
