@@ -37,9 +37,9 @@ class Local:
 
         absolute + relative |x|_2 + sums(x),
 
-    sums(x) that of `_float32_sums.errors_at_images`, with `inner` for its norm, `bias` and `leaves`, and with the
-    Lipschitz constant `sums`; 0 for operators that are not in `SUMS`. Of a `Residual` it is what the addition of x and
-    g(x) adds, absolute + relative (|x|_2 + |g(x)|_2) + sums |x|_2, and `parts` are those of g.
+    sums(x) that of `_float32_sums.errors_at_images`, with `inner` for its norm, `bias`, `leaves` and `whole`, and with
+    the Lipschitz constant `sums`; 0 for operators that are not in `SUMS`. Of a `Residual` it is what the addition of x
+    and g(x) adds, absolute + relative (|x|_2 + |g(x)|_2) + sums |x|_2, and `parts` are those of g.
 
     Nothing that the operator computes exceeds offset + gain |x|_2. A bias behind it may join a sum of `terms`; None
     leaves that to the operator before.
@@ -54,6 +54,7 @@ class Local:
     inner: float = 1.0
     bias: np.ndarray | None = None
     leaves: int = LEAVES
+    whole: bool = True
     parts: tuple["Local", ...] = ()
 
     @property
@@ -104,23 +105,30 @@ def _locals(ops: Sequence, rows: list[LayerBound], terms: int = 0) -> tuple[list
     return found, terms
 
 
-def _merged(ops: Sequence, found: Sequence[Local], copies: float = 1.0) -> tuple[list[Local], float]:
-    """Where operators are merged, both numbers of a pair may be computed twice, with other roundings each time.
+def _merged(
+    ops: Sequence, found: Sequence[Local], copies: float = 1.0, joining: bool = False
+) -> tuple[list[Local], float, bool]:
+    """Where operators are merged, both numbers of a pair may be computed twice, with other roundings each time, and
+    what follows a sum may join it.
 
-    copies: the factor by which that enlarges what the last operator adds. Returns: the bounds, that factor of what lies
-      before all of them.
+    copies: the factor by which the former enlarges what the last operator adds. joining: something behind all operators
+      may join a sum that ends them. Returns: the bounds, and both of what lies before all operators.
     """
     enlarged = []
-    for op, local in zip(reversed(ops), reversed(found), strict=True):
+    for i, (op, local) in reversed(list(enumerate(zip(ops, found, strict=True)))):
         if isinstance(op, SUMS):
-            copies = 1.0
+            copies, local, joining = 1.0, dataclasses.replace(local, whole=not joining), False
         absolute, relative, parts, inner = local.absolute * copies, local.relative * copies, (), copies
         if isinstance(op, operators.Residual):
-            parts, inner = _merged(op.ops, local.parts, copies)
+            parts, inner, joining = _merged(op.ops, local.parts, copies, joining=True)
+        elif isinstance(op, operators.Bias):
+            joining |= not (i and isinstance(ops[i - 1], SUMS))  # which has counted it
+        elif local.terms is not None:
+            joining = False
         enlarged.append(dataclasses.replace(local, absolute=absolute, relative=relative, parts=tuple(parts)))
         # No product stands beside the sum of a residual block.
         copies = max(copies, inner) * (math.sqrt(2) * ROOM if isinstance(op, _FOLDS) else 1.0)
-    return enlarged[::-1], copies
+    return enlarged[::-1], copies, joining
 
 
 def _fits(part) -> bool:

@@ -29,7 +29,9 @@ def gamma32(num_roundings: int) -> float:
     return roundings / (1 - roundings) if roundings < 0.5 else math.inf
 
 
-def sum_errors(sizes: Any, values: Any, additions: Any, further: Any = 0.0, leaves: int = LEAVES) -> Any:
+def sum_errors(
+    sizes: Any, values: Any, additions: Any, further: Any = 0.0, leaves: int = LEAVES, whole: bool = True
+) -> Any:
     """Two bounds of the errors of sums, in any order, of products that are off by `leaves` roundings each.
 
     Every partial sum of the exact products lies between the sum of the negative ones and that of the positive ones, so
@@ -38,7 +40,8 @@ def sum_errors(sizes: Any, values: Any, additions: Any, further: Any = 0.0, leav
     most, and smaller than the second would be there: a number rounds by u times the power of two below it.
 
     Args: sizes: sums of the products' absolute values. values: the sums, exact but for the rounding of float64.
-      additions: how many round at most; infinite bounds from u times that = 1/2 on.
+      additions: how many round at most; infinite bounds from u times that = 1/2 on. whole: nothing else joins the
+      sums. Of others both bounds are linear, so that what joins can add its own part.
     Returns: (2, *shape), a NumPy array if sizes are one.
     """
     xp: Any = np if isinstance(sizes, np.ndarray) else jnp
@@ -51,7 +54,7 @@ def sum_errors(sizes: Any, values: Any, additions: Any, further: Any = 0.0, leav
     smooth, reach = bound(sizes, largest), largest + further
     # The largest number that an addition may have to round.
     _, exponent = xp.frexp((reach + bound(sizes_here, reach)) * (1 + 2.0**-20))
-    power = xp.where(xp.isfinite(reach), xp.ldexp(xp.ones_like(reach), exponent - 1), reach)
+    power = xp.where(xp.isfinite(reach) & whole, xp.ldexp(xp.ones_like(reach), exponent - 1), reach)
     return xp.stack([bound(sizes_here, xp.minimum(power, reach)), smooth])
 
 
@@ -66,18 +69,18 @@ def _with_bias(sizes, values, bias):
 
 
 @functools.singledispatch
-def _at_images(op, norm, bias, leaves, x, distance) -> Float[Array, "2 b"]: ...
+def _at_images(op, norm, bias, options, x, distance) -> Float[Array, "2 b"]: ...
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def errors_at_images(op, norm, bias, leaves, x, distance) -> Float[Array, "2 b"]:
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def errors_at_images(op, norm, bias, leaves, whole, x, distance) -> Float[Array, "2 b"]:
     """Two bounds of the l2 error that the sums of one operator add, to first order, but for underflow: as `sum_errors`.
 
     Args: op: of a class in `SUMS`. norm: of what amplifies errors inside the operator. bias: of a `Bias` behind it,
-      or None. leaves: of `sum_errors`. x: float64 images. distance: (b,), how far the operator's input may be from x
-      where the first bound holds.
+      or None. leaves, whole: of `sum_errors`. x: float64 images. distance: (b,), how far from x the operator's input may
+      be where the first bound holds.
     """
-    return _at_images(op, norm, bias, leaves, x, distance)
+    return _at_images(op, norm, bias, {"leaves": leaves, "whole": whole}, x, distance)
 
 
 def _rows(weights, *axes):
@@ -86,10 +89,10 @@ def _rows(weights, *axes):
 
 
 @_at_images.register
-def _(op: operators.Dense, norm, bias, leaves, x, distance):
+def _(op: operators.Dense, norm, bias, options, x, distance):
     sizes, values = _with_bias(jnp.abs(x) @ jnp.abs(op.matrix).T, x @ op.matrix.T, bias)
     terms, further = jnp.sum(op.matrix != 0, axis=1), distance[:, None] * _rows(op.matrix, 1)
-    return _length(sum_errors(sizes, values, _JOINED + terms, further, leaves))
+    return _length(sum_errors(sizes, values, _JOINED + terms, further, **options))
 
 
 def _convolve(op, x, kernel):
@@ -103,16 +106,17 @@ def _terms(op):
 
 
 @_at_images.register
-def _(op: operators.Conv, norm, bias, leaves, x, distance):
+def _(op: operators.Conv, norm, bias, options, x, distance):
     sizes, values = _with_bias(_convolve(op, jnp.abs(x), jnp.abs(op.kernel)), _convolve(op, x, op.kernel), bias)
     # Of circular padding, several taps may read one pixel.
     rows = _rows(op.kernel, 0, 1, 2) if op.padding != "CIRCULAR" else jnp.sum(_rows(op.kernel, 2), (0, 1))
     further = distance[:, None, None, None] * rows
-    return _length(sum_errors(sizes, values, _JOINED + _terms(op), further, leaves))
+    return _length(sum_errors(sizes, values, _JOINED + _terms(op), further, **options))
 
 
 @_at_images.register
-def _(op: operators.ConvExponential, norm, bias, leaves, x, distance):
+def _(op: operators.ConvExponential, norm, bias, options, x, distance):
+    options = options | {"leaves": options["leaves"] + MOVED}  # the division by k moves, too
     magnitudes, terms, partial, errors = jnp.abs(op.kernel), _JOINED + 1 + _terms(op), x, jnp.zeros((2, len(x)))
     rows, reach = jnp.sum(_rows(op.kernel, 2), (0, 1)), distance
     for k in range(op.num_terms, 0, -1):
@@ -120,7 +124,7 @@ def _(op: operators.ConvExponential, norm, bias, leaves, x, distance):
         partial = x + _convolve(op, partial, op.kernel) / k
         sizes, values = _with_bias(sizes, partial, bias if k == 1 else None)
         further = distance[:, None, None, None] + (reach + errors[0] * _ALSO)[:, None, None, None] * rows / k
-        errors = norm / k * errors + _length(sum_errors(sizes, values, terms, further, leaves + MOVED))
+        errors = norm / k * errors + _length(sum_errors(sizes, values, terms, further, **options))
         reach = distance + norm / k * reach
     return errors
 
@@ -138,7 +142,7 @@ def _absolute_blocks(op, z):
 
 
 @_at_images.register
-def _(op: operators.CircularConv, norm, bias, leaves, x, distance):
+def _(op: operators.CircularConv, norm, bias, options, x, distance):
     size, precision, errors = op.in_shape[:2], lax.Precision.HIGHEST, jnp.zeros((2, len(x)))
     for inverse in (False, True):
         found = list(zip(_dft.steps(size, inverse), _dft.steps(size, inverse, absolute=True), strict=True))
@@ -148,13 +152,13 @@ def _(op: operators.CircularConv, norm, bias, leaves, x, distance):
             axis = 0 if last else x.ndim - 2
             with_bias = _with_bias(sizes, x, bias if last else None)
             further = (distance + errors[0] * _ALSO).reshape([-1 if a == axis else 1 for a in range(x.ndim)])
-            errors += _length(sum_errors(*with_bias, _JOINED + terms, further, leaves), axis)
+            errors += _length(sum_errors(*with_bias, _JOINED + terms, further, **options), axis)
         if not inverse:
             sizes, x = _absolute_blocks(op, jnp.abs(x)), _dft.apply_blocks(x, op.fixed, op.paired, precision)
             terms = op.in_shape[2] * jnp.where(jnp.arange(len(x)) < len(op.fixed), 1, 2)[:, None, None]
             rows = jnp.concatenate([_rows(op.fixed, 2), jnp.repeat(_rows(op.paired, 1, 3), 2, axis=0)])
             further = (distance + errors[0] * _ALSO)[:, None] * rows[:, None]
-            errors = norm * errors + _length(sum_errors(sizes, x, _JOINED + terms, further, leaves), 1)
+            errors = norm * errors + _length(sum_errors(sizes, x, _JOINED + terms, further, **options), 1)
             distance = norm * distance
     return errors
 

@@ -80,7 +80,8 @@ def _advance(op, row: LayerBound, local: Local, at: _Values) -> _Values:
     length, distances = at.length, at.distances
     errors = row.bound * at.errors + local.absolute + local.relative * length + local.slope * distances
     if isinstance(op, SUMS):
-        errors += np.asarray(errors_at_images(op, local.inner, local.bias, local.leaves, at.x, distances[0]))
+        options = local.inner, local.bias, local.leaves, local.whole
+        errors += np.asarray(errors_at_images(op, *options, at.x, distances[0]))
     x, error64 = propagate(op, row.bound, at.error64, at.x)
     return _Values(x, error64, _inside(errors, local.offset + local.gain * (length + distances)))
 

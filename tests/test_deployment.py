@@ -110,7 +110,7 @@ def added(op, local, x, distance):
     found = np.zeros((2, len(x))) + local.absolute + local.relative * lengths(x)
     if isinstance(op, SUMS):
         with float64_on_cpu():
-            rest = op, local.inner, None, local.leaves, jnp.asarray(x), jnp.asarray(distance)
+            rest = op, local.inner, None, local.leaves, local.whole, jnp.asarray(x), jnp.asarray(distance)
             found = found + np.asarray(errors_at_images(*rest))
     return found
 

@@ -9,7 +9,7 @@ import pytest
 from deployment_helpers import U, draw, evaluate, numbers
 
 from lipjax import _float32, deployment, operators
-from lipjax._float32_sums import LEAVES, errors_at_images, sum_errors
+from lipjax._float32_sums import LEAVES, SUMS, errors_at_images, sum_errors
 from lipjax._float64 import float64_on_cpu
 from lipjax.frozen import FrozenNetwork
 from lipjax.network import make_network
@@ -135,6 +135,36 @@ def test_further_values_and_powers_of_two():
     assert not np.isfinite(found).any()
 
 
+def whole_sums(ops, head_width):
+    """Of the sums of a network: whether all that may join them is counted in them."""
+    head = operators.LinearHead(np.zeros((2, head_width)), np.zeros(2))
+    frozen = FrozenNetwork(jax.tree.map(np.asarray, make_network([(f"op{i}", op) for i, op in enumerate(ops)], head)))
+    found = []
+    for op, local in zip(
+        frozen.network.ops, _float32.locals_of(frozen.network, frozen.lipschitz_report())[1:], strict=True
+    ):
+        pairs = zip(op.ops, local.parts, strict=True) if local.parts else [(op, local)]
+        found += [own.whole for part, own in pairs if isinstance(part, SUMS)]
+    return found
+
+
+def test_sums_that_something_may_join_take_no_powers_of_two():
+    # 1.9 and 0.2 that joins it round like 2.1.
+    first, smooth = sum_errors(np.array([1.9]), np.array([1.9]), 1000, whole=False)
+    assert first == smooth > 1.8 * sum_errors(np.array([1.9]), np.array([1.9]), 1000)[0]
+    dense, bias = (lambda: operators.Dense(np.eye(4))), operators.Bias(np.ones(4), (4,))
+    assert whole_sums([dense(), bias, operators.MaxMin((4,)), dense()], 4) == [True, True]
+    assert whole_sums([dense(), bias, bias], 4) == [False]
+    assert whole_sums([dense(), operators.MaxMin((4,)), bias], 4) == [True]
+    block = operators.Residual((dense(), bias, operators.MaxMin((4,)), dense(), bias))
+    assert whole_sums([dense(), block, dense()], 4) == [True, True, False, True]
+    assert whole_sums([dense(), operators.Residual((bias, dense(), operators.ReLU((4,))))], 4) == [False, True]
+    assert whole_sums([dense(), operators.Residual((dense(), operators.ReLU((4,)))), bias], 4) == [True, True]
+    shape = (2, 2, 1)
+    conv = operators.Conv(np.ones((1, 1, 1, 1)), shape)
+    assert whole_sums([conv, operators.Flatten(shape), bias], 4) == [False]
+
+
 def global_constant(op, length):
     """What is proved for an operator's sums whatever its input."""
     head = operators.LinearHead(np.zeros((2, int(np.prod(op.out_shape)))), np.zeros(2))
@@ -168,8 +198,8 @@ def test_errors_at_images_are_far_below_those_of_any_input(name, share):
     length = np.linalg.norm(x.reshape(8, -1), axis=1)
     local, everywhere = global_constant(op, length)
     with float64_on_cpu():
-        found = errors_at_images(op, local.inner, None, local.leaves, jnp.asarray(x), jnp.zeros(8))
-        further = errors_at_images(op, local.inner, None, local.leaves, jnp.asarray(x), jnp.full(8, 1e-3))
+        found = errors_at_images(op, local.inner, None, local.leaves, True, jnp.asarray(x), jnp.zeros(8))
+        further = errors_at_images(op, local.inner, None, local.leaves, True, jnp.asarray(x), jnp.full(8, 1e-3))
     first, smooth = np.asarray(found)
     assert (first <= smooth * (1 + 1e-9)).all() and (smooth <= everywhere).all()
     assert np.median(first / everywhere) < share
