@@ -77,8 +77,8 @@ def errors_at_images(op, norm, bias, leaves, whole, x, distance) -> Float[Array,
     """Two bounds of the l2 error that the sums of one operator add, to first order, but for underflow: as `sum_errors`.
 
     Args: op: of a class in `SUMS`. norm: of what amplifies errors inside the operator. bias: of a `Bias` behind it,
-      or None. leaves, whole: of `sum_errors`. x: float64 images. distance: (b,), how far from x the operator's input may
-      be where the first bound holds.
+      or None. leaves, whole: of `sum_errors`. x: float64 images. distance: (b,), of inputs from x up to which the first
+      bound holds.
     """
     return _at_images(op, norm, bias, {"leaves": leaves, "whole": whole}, x, distance)
 

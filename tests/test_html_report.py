@@ -260,7 +260,7 @@ def test_float32_is_told_beside_the_claim(directory, capsys):
     capsys.readouterr()
     # Float32 adds errors: nothing can be proved for it that is not proved in exact arithmetic.
     for field, value in (("clean", 0.95), ("clean", -0.1), ("certified", {"0.141176": 0.8, "0.75": 0.75})):
-        path.write_text(json.dumps(report | {f"{field}_accuracy_float32": value}))
+        path.write_text(json.dumps(report | {f"float32_{field}_accuracy": value}))
         assert __main__.main(["report", str(directory)]) == 2
         assert "proves more for float32" in capsys.readouterr().err
     path.write_text(json.dumps(report | {"float32": {"bound": 1}}))
