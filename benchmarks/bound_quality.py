@@ -46,7 +46,7 @@ def pool(directory: pathlib.Path, frozen: FrozenNetwork) -> np.ndarray:
         return safetensors.numpy.load_file(path)["pixels"][:32] / np.float64(scale)
     config, seed = load_config(directory)
     dataset = load_dataset(config.data, seed)
-    images, _ = evaluate.test_images(dataset, 32, 32)
+    images, _ = evaluate.test_images(dataset, evaluate.drawn_indices(dataset, 32), 32)
     return images.reshape(-1, *frozen.in_shape) / np.float64(dataset.pixel_max)
 
 

@@ -50,14 +50,15 @@ def claimed_radii(logits: np.ndarray, lipschitz: np.ndarray) -> np.ndarray:
 def compare(workdir: str) -> None:
     """Certified accuracy of a run's test images by estimates and by proof."""
     from lipjax.training.config import load_config
-    from lipjax.training.evaluate import test_images
+    from lipjax.training.evaluate import drawn_indices, test_images
     from lipjax.training.loop import Run
 
     config, seed = load_config(workdir)
     with config.unlocked():
         config.data.data_dir = FLAGS.data_dir or config.data.data_dir
     run = Run(config, seed)
-    images, labels = test_images(run.dataset, config.certify.num_images, config.certify.batch_size)
+    indices = drawn_indices(run.dataset, config.certify.num_images)
+    images, labels = test_images(run.dataset, indices, config.certify.batch_size)
     pixels = images / np.float64(run.pixel_max)
     frozen = lipjax.FrozenNetwork.load(os.path.join(workdir, "frozen"))
     certificate, logits = frozen.certify(pixels), frozen(pixels)

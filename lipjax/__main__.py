@@ -44,7 +44,8 @@ def certify(arguments) -> None:
         validate(config)
         found.append(certify_run(directory, config, seed, console=console))
         print_table(found[-1], console)
-        files = "frozen/, certificate.json, images.safetensors, report.json, attack.json, certified_accuracy.png"
+        files = "frozen/, certificate.json, images.safetensors, report.json, certified_accuracy.png"
+        files += ", attack.json" if found[-1]["num_attacked_images"] else ""
         console.print(f"Written to {directory}: {files}")
     if len(found) > 1:
         root = directories[0].parent
@@ -65,11 +66,12 @@ def report(arguments) -> None:
 def attack(arguments) -> None:
     """Attacks every certified run in a directory."""
     from lipjax.training.attack import attack_run
+    from lipjax.training.attack_files import print_findings
     from lipjax.training.config import load_config, validate
-    from lipjax.training.falsify import print_findings
 
     console = Console(soft_wrap=True, highlight=False)
-    fields = {"attack": "method", "attack_steps": "steps", "attack_restarts": "restarts", "attack_images": "num_images"}
+    fields = {"attack": "method", "attack_images": "num_images"}
+    fields |= {f"attack_{name}": name for name in ("objective", "steps", "restarts", "targets", "queries")}
     for directory in run_directories(arguments.workdir):
         config, seed = load_config(directory)
         with config.unlocked():
@@ -80,8 +82,8 @@ def attack(arguments) -> None:
             if arguments.data_dir is not None:
                 config.data.data_dir = arguments.data_dir
         validate(config)
-        print_findings(attack_run(directory, config, seed, arguments.objective, console), console)
-        console.print(f"Written to {directory}: attack.json, attack.npz", markup=False)
+        print_findings(attack_run(directory, config, seed, console), console)
+        console.print(f"Written to {directory}: attack.json, attack.npz, adversarial.npz", markup=False)
 
 
 def plan(arguments, overrides: list[str]) -> None:
@@ -145,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         return passed_on[argv[0]](argv[1:])
     command = commands.add_parser("certify", help="freeze and certify a trained run, and write what is proved")
     command.add_argument("workdir", help="the --workdir of train.py")
-    command.add_argument("--num_images", type=int, help="only the first test images (default: as configured)")
+    command.add_argument("--num_images", type=int, help="so many test images, drawn by hash (default: as configured)")
     command.add_argument("--data_dir", help="where the data set lies now (default: as configured)")
     command.set_defaults(run=certify)
     command = commands.add_parser(
@@ -170,10 +172,12 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("attack", help="try to break the certificates of a run and its Lipschitz bounds")
     command.add_argument("workdir", help="the --workdir of train.py")
     command.add_argument("--method", choices=METHODS, help="default: as configured")
-    command.add_argument("--objective", choices=OBJECTIVES, default="margin", help="what the attack ascends")
-    command.add_argument("--steps", type=int, help="of each attack (default: as configured)")
+    command.add_argument("--objective", choices=OBJECTIVES, help="what apgd and pgd ascend (default: as configured)")
+    command.add_argument("--steps", type=int, help="of each start of an attack (default: as configured)")
     command.add_argument("--restarts", type=int, help="from random starts (default: as configured)")
-    command.add_argument("--num_images", type=int, help="only the first certified images (default: all)")
+    command.add_argument("--targets", type=int, help="likeliest rivals to aim at (default: as configured)")
+    command.add_argument("--queries", type=int, help="of the Square attack (default: as configured)")
+    command.add_argument("--num_images", type=int, help="so many certified images, drawn by hash (default: all)")
     command.add_argument("--data_dir", help="where the data set lies now (default: as configured)")
     command.set_defaults(run=attack)
     command = commands.add_parser("report", help="write report.html about a certified run: one page, no other file")

@@ -238,6 +238,10 @@ class Certificate:
     radii: np.ndarray
     minorants: Minorants | None = None
 
+    def take(self, rows: np.ndarray) -> "Certificate":
+        """What is proved for some of the images, without minorants."""
+        return Certificate(self.predictions[rows], self.rivals[rows], self.margins[rows], self.radii[rows])
+
     @staticmethod
     def join(parts: "list[Certificate]") -> "Certificate":
         """The certificate of several batches, in order."""

@@ -23,6 +23,7 @@ import argparse  # noqa: E402
 import decimal  # noqa: E402
 import functools  # noqa: E402
 import hashlib  # noqa: E402
+import heapq  # noqa: E402
 import io  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
@@ -46,6 +47,8 @@ CLAIM = (
     "is the class reported for x. Radii are l2, for pixels in [0, 1]."
 )
 SAMPLE = 1000
+# Of data sets of at most so many images a draw by hash is repeated.
+MOST_IMAGES = 2**21
 LARGEST = sys.float_info.max
 
 # The unit roundoff, and more than what all underflows of scaled numbers add up to (§1).
@@ -2354,6 +2357,7 @@ class Check:
             self.problem(
                 "certificate.json, data", f"num_images {self.data.get('num_images')!r}, but {len(self.rows)} rows"
             )
+        self.places = self._places()
         self.good = np.zeros(len(self.rows), bool)
         for index, row in enumerate(self.rows):
             place = f"certificate.json, images[{index}]"
@@ -2385,6 +2389,31 @@ class Check:
             if radius != wanted:
                 self.good[index] = False
                 self.problem(place, f"radius {radius!r}, but margin and constant give {wanted!r}")
+
+    def _places(self) -> list[int]:
+        """Of every row the place of its image in the data set: `data.indices`, or without them the first places."""
+        count, total = len(self.rows), self.data.get("of")
+        first = list(range(count))
+        indices = self.data.get("indices", first)
+        if type(total) is not int or total < count:
+            self.problem("certificate.json, data", f"{count} rows, but of {total!r} images")
+            return first
+        integers = isinstance(indices, list) and len(indices) == count and all(type(i) is int for i in indices)
+        if not integers or any(a >= b for a, b in zip([-1, *indices], [*indices, total], strict=True)):
+            message = f"indices: expected {count} different places below {total}, ascending, one for each row"
+            self.problem("certificate.json, data", message)
+            return first
+        if count == total:
+            self.facts.append(f"about all {total} images of the data set")
+            return indices
+        how = "the first ones, not drawn by hash"
+        if "indices" in self.data:
+            if total > MOST_IMAGES:
+                self.problem("certificate.json, data", f"{total} images: draws are checked of {MOST_IMAGES} at most")
+                return first
+            how = "drawn by hash" if indices == drawn(total, count) else "NOT drawn by hash, but chosen otherwise"
+        self.facts.append(f"about {count} of the {total} images of the data set ({how})")
+        return indices
 
     def check_images(self) -> None:
         """What is claimed of the images whose pixels are there."""
@@ -2425,7 +2454,10 @@ class Check:
             if not self._check_split(pixels, labels, *held):
                 return
         chosen = sample_indices(self.frozen_sha256, str(self.data.get("sha256")), self.rows, self.count)
-        places = chosen if self.split is not None else np.searchsorted(wanted, chosen).tolist()
+        if self.split is not None:
+            places = [self.places[row] for row in chosen]
+        else:
+            places = np.searchsorted(wanted, chosen).tolist()
         if self.table is None or not self.good[chosen].all():
             return
         size = max(1, min(256, CHUNK // max(math.prod(op.out_shape) for op in self.ops)))
@@ -2465,14 +2497,19 @@ class Check:
         if digest != self.data.get("sha256") or len(labels) != self.data.get("of"):
             message = f"{len(labels)} images with SHA-256 {digest}, but the certificate is about "
             self.problem(str(self.source), f"{message}{self.data.get('of')!r} with {self.data.get('sha256')!r}")
-        elif pixels.shape[1:] != self.in_shape or len(labels) < len(self.rows) or pixels.max(initial=0) > scale:
+        elif (
+            pixels.shape[1:] != self.in_shape
+            or max(self.places, default=0) >= len(labels)
+            or pixels.max(initial=0) > scale
+        ):
             self.problem(str(self.source), f"images {pixels.shape} do not fit the network or the rows")
-        elif not np.array_equal(pixels[indices], sample):
+        elif not np.array_equal(pixels[[self.places[row] for row in indices]], sample):
             self.problem("images.safetensors, pixels", f"not those of {self.source}")
         else:
-            for index in np.flatnonzero(labels[: len(self.rows)] != [row.get("label") for row in self.rows]).tolist():
+            own = labels[self.places]
+            for index in np.flatnonzero(own != [row.get("label") for row in self.rows]).tolist():
                 place = f"certificate.json, images[{index}]"
-                self.problem(place, f"label {self.rows[index].get('label')!r}, not {labels[index]}")
+                self.problem(place, f"label {self.rows[index].get('label')!r}, not {own[index]}")
             self.facts.append("the images are those of the data set's hash")
         return len(self.problems) == before
 
@@ -2613,6 +2650,8 @@ class Check:
             self.problem("report.json, frozen_sha256", "of another network")
         if type(report.get("num_images")) is not int or report["num_images"] != len(rows):
             self.problem("report.json, num_images", f"{report.get('num_images')!r}, but {len(rows)} rows")
+        if "of" in report and (type(report["of"]) is not int or report["of"] != self.data.get("of")):
+            self.problem("report.json, of", f"{report['of']!r}, but the certificate's is {self.data.get('of')!r}")
         if len(rows) == 0:
             self.problem("report.json", "accuracies of no images")
             return
@@ -2697,6 +2736,12 @@ def fingerprint(pixels: np.ndarray, labels: np.ndarray, scale: int) -> str:
         digest.update(f"{array.dtype.str} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+def drawn(total: int, count: int) -> list[int]:
+    """Places of the images that stand for all of a data set: those with the least SHA-256 of a word and the place."""
+    keys = ((hashlib.sha256(b"lipjax-subset" + i.to_bytes(8, "little")).digest(), i) for i in range(total))
+    return sorted(i for _, i in heapq.nsmallest(count, keys))
 
 
 def sample_indices(frozen_sha256: str, data_sha256: str, rows: list, count: int | None = None) -> list[int]:

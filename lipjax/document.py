@@ -31,6 +31,21 @@ def sample_indices(frozen_sha256: str, data_sha256: str, rows: list[dict]) -> np
     return np.sort(np.array(sorted(range(len(rows)), key=keys.__getitem__)[:SAMPLE]))
 
 
+def draw(indices: np.ndarray, count: int) -> np.ndarray:
+    """Which images stand for all of a data set: a draw that its order has no part in, and that nobody chooses.
+
+    Images with the least SHA-256("lipjax-subset", index as 8 bytes, little-endian) are taken, so that a smaller draw is
+    a part of a larger one. The first images of a set sorted by class would all be of one class.
+
+    Args: indices: (n,) of images in their data set, in any order. count: how many of them; at least n: all.
+    Returns: (min(n, count),) places in `indices`, ascending.
+    """
+    if count >= len(indices):
+        return np.arange(len(indices))
+    keys = [hashlib.sha256(b"lipjax-subset" + int(index).to_bytes(8, "little")).digest() for index in indices]
+    return np.sort(np.array(sorted(range(len(indices)), key=keys.__getitem__)[:count], np.int64))
+
+
 def sample_arrays(certificate: Certificate, indices: np.ndarray, pixels: np.ndarray, labels) -> dict[str, np.ndarray]:
     """What images.safetensors holds: `indices` of rows, their uint8 pixels, labels, and minorants of an MLP head."""
     arrays = {
@@ -63,7 +78,8 @@ def write_certificate(
 
     Args:
       certificate: of the images pixels / pixel_max, pixels uint8 (n, *in_shape); labels (n,).
-      data: "name", "split", "pixel_max", and "sha256" of the whole split, of which these are the first "num_images".
+      data: "name", "split", "pixel_max"; "sha256" of the whole split, "of" how many images; "num_images" of this
+        certificate, and if that is not all of them, "indices", their places in the split, ascending.
       provenance: what else to record. estimates: of operators' norms, by name.
       holds_split: whether "sha256" is that of these pixels and labels, as `ArrayDataset.fingerprint` takes it.
     Returns: the document.

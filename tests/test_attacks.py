@@ -10,6 +10,7 @@ import pytest
 from training_helpers import quick_compiles  # noqa: F401
 
 from lipjax import attacks, bounds, operators
+from lipjax.attacks import lipschitz_search, pgd
 from lipjax.frozen import FrozenNetwork
 from lipjax.network import make_network
 
@@ -144,7 +145,7 @@ def test_apgd_is_no_worse_than_pgd_at_equal_steps():
     network, certificate, images = small()
     epsilon = 3 * certificate.radii
     before = margins(logits_of(network, jnp.asarray(images)), certificate.predictions)
-    found = {method: search(epsilon, method, num_steps=15)[1] for method in attacks.METHODS}
+    found = {method: search(epsilon, method, num_steps=15, objective="margin")[1] for method in ("pgd", "apgd")}
     assert found["apgd"].mean() >= found["pgd"].mean()
     # Control: both are far from where they started, on each image.
     assert np.all(found["pgd"] > before + 0.5 * np.abs(before)) and np.all(found["apgd"] > found["pgd"] - 0.2)
@@ -162,11 +163,11 @@ def test_apgd_finds_the_closed_form_optimum(linear, key):
 
 
 def test_the_checkpoints_are_those_of_the_paper():
-    assert attacks.checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
-    assert attacks.checkpoints(1) == [1] and attacks.checkpoints(0) == []
+    assert pgd.checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
+    assert pgd.checkpoints(1) == [1] and pgd.checkpoints(0) == []
 
 
-@pytest.mark.parametrize("method", attacks.METHODS)
+@pytest.mark.parametrize("method", ["pgd", "apgd"])
 def test_every_image_has_its_own_epsilon_and_the_box_is_optional(method):
     _, certificate, images = small()
     epsilon = certificate.radii * np.geomspace(0.1, 30, len(images))
@@ -304,7 +305,7 @@ def trace_of_auto_pgd(image, start, epsilon, num_steps, fired):
 
     value = functools.partial(hilly, xp=np)
     x, previous, best, length = start, start, start, 2 * epsilon
-    marks, last_mark, best_at_mark, halved, gains = attacks.checkpoints(num_steps), 0, value(start), False, 0
+    marks, last_mark, best_at_mark, halved, gains = pgd.checkpoints(num_steps), 0, value(start), False, 0
     for k in range(1, num_steps + 1):
         weight = 1.0 if k == 1 else 0.75
         ahead = project(x + length * gradient(x))
@@ -330,12 +331,12 @@ def test_auto_pgd_is_the_published_algorithm(epsilon):
             return jnp.stack([jnp.zeros_like(value), value], axis=1)
 
     images, key, num_steps = jnp.asarray(np.random.default_rng(3).normal(size=(40, 2, 1, 1))), jax.random.key(5), 40
-    labels = jnp.zeros(40, jnp.int32)
-    attack = jax.jit(lambda x: attacks.apgd_l2(Hilly(), x, labels, epsilon, key, num_steps=num_steps, box=None))
+    labels, options = jnp.zeros(40, jnp.int32), {"objective": "margin", "box": None}
+    attack = jax.jit(lambda x: attacks.apgd_l2(Hilly(), x, labels, epsilon, key, num_steps=num_steps, **options))
     found = np.asarray(attack(images)).reshape(40, 2)
     # The random starts, as both attacks draw them.
     own = jax.random.fold_in(key, 0)
-    noise = attacks.unit(jax.random.normal(own, images.shape, images.dtype))
+    noise = lipschitz_search.unit(jax.random.normal(own, images.shape, images.dtype))
     shares = jax.random.uniform(jax.random.fold_in(own, 1), (40,), images.dtype)
     starts = np.asarray(images + noise * shares[:, None, None, None] * epsilon).reshape(40, 2)
     fired = {"few": 0, "stuck": 0}

@@ -107,7 +107,7 @@ def test_several_seeds_and_certify_again(train, lipjax_command, tmp_path):
 def test_certify_takes_other_images_and_another_data_dir(lipjax_command, workdir):
     before = json.loads((workdir / "config.json").read_text())
     code, out, _ = lipjax_command("certify", workdir, "--num_images", 4, "--data_dir", "/elsewhere")
-    assert code == 0 and "Accuracy on 4 test images" in out and len(radii(workdir)) == 4
+    assert code == 0 and "Accuracy on 4 of 15 test images" in out and len(radii(workdir)) == 4
     assert json.loads((workdir / "config.json").read_text()) == before
     code, _, err = lipjax_command("certify", workdir, "--num_images", -4)
     assert code == 2 and "config.certify.num_images" in err

@@ -16,14 +16,16 @@ from training_helpers import npz_file, quick_compiles, scratch, tiny_config, tra
 
 from lipjax import __main__ as program
 from lipjax import attacks, operators
+from lipjax.document import draw
 from lipjax.errors import UserError
 from lipjax.frozen import FrozenNetwork, float64_on_cpu
 from lipjax.network import Network, make_network
-from lipjax.training import falsify
+from lipjax.training import attack_files, falsify
 from lipjax.training.config import load_config, validate
 from lipjax.training.evaluate import certify_run
 
 SHAPE = (4, 4, 1)
+CONSOLE = Console(file=io.StringIO())
 
 
 @functools.cache
@@ -39,7 +41,7 @@ def linear():
     return frozen, images, frozen.certify(images / 255)
 
 
-SETTINGS = falsify.Settings(radii=(0.05, 0.1), steps=25, batch_size=5)
+SETTINGS = falsify.Settings(radii=(0.05, 0.1), steps=25, queries=50, batch_size=5)
 
 
 def run(directory, certificate, lipschitz=None, whole=None, settings=SETTINGS):
@@ -70,7 +72,7 @@ def test_lower_bounds_of_constants_hold_where_large_numbers_cancel():
     assert found.whole <= np.linalg.norm(matrix, 2)
 
 
-@pytest.mark.parametrize("method", ["apgd", "pgd"])
+@pytest.mark.parametrize("method", ["ensemble", "apgd", "pgd"])
 def test_true_certificates_pass_and_are_nearly_reached(tmp_path, method):
     _, _, certificate = linear()
     found = run(tmp_path, certificate, settings=dataclasses.replace(SETTINGS, method=method))
@@ -106,11 +108,13 @@ def test_the_certificates_of_misclassified_images_are_attacked_too(tmp_path):
     swapped = dataclasses.replace(certificate, predictions=(certificate.predictions + 1) % 3)
     with pytest.raises(RuntimeError, match="A certificate is false: 12 images"):
         run(tmp_path, swapped)
-    labels = (certificate.predictions + 1) % 3
-    findings = run(tmp_path, certificate)
-    assert np.all(falsify.of_labels(findings, certificate.predictions, labels).distances == 0)
-    right = falsify.of_labels(findings, certificate.predictions, certificate.predictions)
-    assert np.all(right.distances >= certificate.radii)
+    _, images, _ = linear()
+    findings, everything = run(tmp_path, certificate), np.arange(12)
+    for labels, right in ((certificate.predictions, True), ((certificate.predictions + 1) % 3, False)):
+        part = attack_files.Images(images, labels, everything, 12, 255, "data")
+        attacked = attack_files.Attacked(everything, part, certificate, findings, SETTINGS, None)
+        distances = attacked.of_labels().distances
+        assert np.all(distances >= certificate.radii) if right else np.all(distances == 0)
 
 
 def test_a_false_lipschitz_constant_is_refuted_by_two_points(tmp_path):
@@ -134,11 +138,12 @@ def test_without_steps_nothing_is_attacked(tmp_path):
     found = run(tmp_path, certificate, settings=dataclasses.replace(SETTINGS, steps=0))
     assert (found.num_inside, found.closest, found.search) == (0, None, None)
     frozen, _, _ = linear()
-    rest = images, certificate.predictions, 255, dataclasses.replace(SETTINGS, steps=0), found
-    document = falsify.write_findings(tmp_path, frozen, certificate, frozen.margin_lipschitz(), None, *rest)
-    assert document["lipschitz"] is None and document["attacked_accuracy"] == {"0.05": 1.0, "0.1": 1.0}
-    assert np.isnan(np.load(tmp_path / "attack.npz")["point"]).all()
-    falsify.print_findings(document, Console(file=io.StringIO()))
+    part = attack_files.Images(images, certificate.predictions, np.arange(12), 12, 255, "data")
+    constants, none = (frozen.margin_lipschitz(), None), dataclasses.replace(SETTINGS, steps=0)
+    attacked = attack_files.attack_images(tmp_path, frozen, certificate, *constants, part, none, 0, CONSOLE)
+    assert attacked.of_labels() is None and len(attacked.rows) == 0
+    assert attack_files.write_attack(tmp_path, frozen, attacked, *constants) is None
+    assert list(tmp_path.iterdir()) == []  # what did not happen is not told
 
 
 @functools.cache
@@ -177,28 +182,35 @@ def read(path):
 def test_the_command_attacks_what_was_certified(command, workdir):
     before, report = read(workdir / "attack.json"), read(workdir / "report.json")
     assert before["attacked_accuracy"] == report["attacked_accuracy"]
-    assert (before["method"], before["steps"], before["restarts"], before["num_images"]) == ("apgd", 5, 1, 15)
-    code, out, err = command(workdir, "--method", "pgd", "--steps", 4, "--restarts", 2, "--num_images", 9)
+    assert (before["method"], before["steps"], before["restarts"], before["num_images"]) == ("ensemble", 5, 1, 15)
+    for name in ("attack.json", "attack.npz", "adversarial.npz"):
+        (workdir / name).unlink()  # what is kept otherwise: test_attack_files.py
+    options = ["--objective", "margin", "--steps", 4, "--restarts", 2, "--num_images", 9]
+    code, out, err = command(workdir, "--method", "pgd", *options)
     assert (code, err) == (0, "")
-    assert "Attack on 9 test images (pgd, margin, 4 steps, 2 restarts)" in out and "attack.npz" in out
-    document, rows = read(workdir / "attack.json"), read(workdir / "certificate.json")["images"]
+    assert "Attacking 9 of 15 test images" in out
+    assert "Attack on 9 of 15 test images (pgd, margin, 4 steps, 2 restarts)" in out and "attack.npz" in out
+    document, everything = read(workdir / "attack.json"), read(workdir / "certificate.json")["images"]
+    chosen = draw(np.arange(15), 9)
+    assert chosen.tolist() != list(range(9))
+    rows = [everything[place] for place in chosen]
     assert (document["method"], document["steps"], document["num_images"]) == ("pgd", 4, 9)
-    inside = sum(row["radius"] > 0 for row in rows[:9])
+    inside = sum(row["radius"] > 0 for row in rows)
     assert document["gate"]["num_images"] == inside > 0 and document["gate"]["violations"] == 0
     assert document["gate"]["closest_ratio"] > 1
     assert document["lipschitz"]["num_pairs"] == document["lipschitz"]["of"] == 3
     assert all(0 < row["lower"] <= row["proved"] for row in document["lipschitz"]["pairs"])
     assert 0 < document["lipschitz"]["whole_lower"] <= document["lipschitz"]["whole_proved"]
     for key in document["attacked_accuracy"]:
-        proved = np.mean([row["radius"] > float(key) and row["label"] == row["prediction"] for row in rows[:9]])
+        proved = np.mean([row["radius"] > float(key) and row["label"] == row["prediction"] for row in rows])
         assert proved <= document["attacked_accuracy"][key] <= document["clean_accuracy"]
 
     with np.load(workdir / "attack.npz") as file:
         arrays = dict(file)
     network = FrozenNetwork.load(workdir / "frozen")
-    assert arrays["index"].tolist() == list(range(9)) and arrays["image"].dtype == arrays["point"].dtype == np.float32
+    assert arrays["index"].tolist() == chosen.tolist() and arrays["image"].dtype == arrays["point"].dtype == np.float32
     for field in ("label", "prediction", "radius"):
-        assert arrays[field].tolist() == [row[field] for row in rows[:9]]
+        assert arrays[field].tolist() == [row[field] for row in rows]
     found = np.isfinite(arrays["distance"])
     assert found.any() and np.array_equal(found, np.isfinite(arrays["point"]).all((1, 2, 3)))
     assert np.all(network(arrays["point"][found]).argmax(1) != arrays["prediction"][found])
@@ -278,6 +290,9 @@ def test_bad_arguments_are_refused(command, workdir):
         (["--steps", "-1"], "config.certify.attack_steps"),
         (["--restarts", "0"], "config.certify.attack_restarts"),
         (["--num_images", "-3"], "config.certify.attack_images"),
+        (["--targets", "0"], "config.certify.attack_targets"),
+        (["--queries", "0"], "config.certify.attack_queries"),
+        (["--objective", "hinge"], "invalid choice"),
         (["--method", "fgsm"], "invalid choice"),
     ):
         code, _, err = command(workdir, *arguments)
@@ -287,11 +302,11 @@ def test_bad_arguments_are_refused(command, workdir):
 @pytest.mark.x64_off
 def test_the_config_of_an_older_run_loads(workdir):
     document = read(workdir / "config.json")
-    for field in ("attack", "attack_restarts"):
+    for field in ("attack", "attack_restarts", "attack_objective", "attack_targets", "attack_queries"):
         del document["config"]["certify"][field]
     (workdir / "config.json").write_text(json.dumps(document))
     config, _ = load_config(workdir)
-    assert (config.certify.attack, config.certify.attack_restarts) == ("apgd", 1)
+    assert (config.certify.attack, config.certify.attack_restarts) == ("ensemble", 1)
     with config.unlocked(), pytest.raises(UserError, match="config.certify.attack: expected one of"):
         config.certify.attack = "cw"
         validate(config)

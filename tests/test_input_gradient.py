@@ -9,7 +9,7 @@ import pytest
 from deployment_helpers import NETWORKS, draw, frozen_network, pixels
 
 from lipjax import attacks, operators
-from lipjax._input_gradient import of_images
+from lipjax.attacks.input_gradient import of_images
 from lipjax.frozen import float64_on_cpu
 from lipjax.network import make_network
 

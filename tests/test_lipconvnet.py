@@ -271,7 +271,7 @@ def test_training_certifies_and_resumes(changes, tmp_path):
     assert report["clean_accuracy"] >= report["certified_accuracy"]["0.1"] >= report["certified_accuracy"]["0.25"]
     assert abs(np.prod([layer["bound"] for layer in certificate["layers"]]) - 1) < 1e-8
     # The estimate of training is what the proof says, up to what float32 and power iteration leave open.
-    images, _ = evaluate.test_images(run.dataset, 0, 8)
+    images, _ = evaluate.test_images(run.dataset, evaluate.drawn_indices(run.dataset, 0), 8)
     state = final_state(tmp_path, config)
     prepare, _ = step.make_eval_step(run.model, config, run.mesh, run.pixel_max)
     network, constants = prepare(state.params, state.lip)

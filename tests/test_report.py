@@ -17,7 +17,7 @@ from lipjax import checker
 from lipjax.attacks import AttackResult
 from lipjax.certify import Certificate
 from lipjax.deployment import deployment_report
-from lipjax.training import evaluate, loop
+from lipjax.training import loop
 from lipjax.training import report as reports
 from lipjax.training.evaluate import certify_run
 from lipjax.training.same_run import plain
@@ -138,12 +138,13 @@ def test_a_report_counts_what_its_words_say():
     labels = np.array([0, 1, 2, 1])
     certificate = certificate_of([0, 1, 2, 0], [0.3, 0.25, 0.1, 9.0])
     attack = AttackResult(np.array([np.inf, 0.26, 0.2]), np.zeros((3, 1, 1, 1)))
-    report = reports.make_report(certificate, labels, (0.1, 0.25, 36 / 255), attack, labels[:3])
+    report = reports.make_report(certificate, labels, (0.1, 0.25, 36 / 255), np.arange(3), attack, 9)
     assert report["clean_accuracy"] == 0.75
     # Strictly above the radius, so 0.25 and 0.1 do not count at theirs; the wrong image never counts.
     assert report["certified_accuracy"] == {"0.1": 0.5, "0.25": 0.25, "0.141176": 0.5}
     assert report["attacked_accuracy"] == {"0.1": 1.0, "0.25": pytest.approx(2 / 3), "0.141176": 1.0}
-    assert (report["num_images"], report["num_attacked_images"]) == (4, 3)
+    assert (report["num_images"], report["of"], report["num_attacked_images"]) == (4, 9, 3)
+    assert report["attacked_clean_accuracy"] == 1.0
 
 
 def test_radii_are_shown_as_people_write_them():
@@ -167,13 +168,14 @@ def test_the_line_about_float32_never_rounds_a_bound_down():
     for largest in (0.0104, 0.0995, 2.35, 9.99e-5):
         found = {
             "num_images": 7,
+            "of": 12,
             "bound": {"largest": largest},
             "gap": {"largest": 1.26e-6},
             "ball": {"float32": 5, "certified": 6, "median_ratio": 0.9},
         }
         line = reports.float32_line(found)
         assert largest <= float(re.search(r"proved below (\S+);", line)[1]) <= 1.11 * largest
-        assert "In float32 (7 images)" in line and "1.3e-06 off" in line and "5 of 6 radii" in line and "90.0 %" in line
+        assert "(7 of 12 images)" in line and "1.3e-06 off" in line and "5 of 6 radii" in line and "90.0 %" in line
     overflow = {**found, "gap": {"largest": None}}
     assert "logits that are not finite, proved below" in reports.float32_line(overflow)
     nothing = {**found, "bound": {"largest": None}, "ball": {"float32": 0, "certified": 0, "median_ratio": None}}
@@ -187,6 +189,7 @@ def one_report(seed, clean, certified, attacked):
         "attacked_accuracy": {"0.25": attacked},
         "radii": [0.25],
         "num_images": 10,
+        "of": 30,
         "num_attacked_images": 10,
         "seed": seed,
     }
@@ -251,22 +254,5 @@ def test_the_table_names_the_images_that_were_attacked():
     out = io.StringIO()
     reports.print_table(report, Console(file=out, width=120))
     assert "0.25" in out.getvalue() and "50.00 %" in out.getvalue() and "±" not in out.getvalue()
-    assert "first 4 images" in out.getvalue()
-
-
-def test_the_test_images_of_a_stream_are_its_first_without_the_filling():
-    class Stream(evaluate.StreamDataset):
-        def size(self, split):
-            return 5
-
-        def eval_batches(self, split, batch_size, shard_index=0, num_shards=1):
-            assert split == "test" and batch_size == 3
-            for start in (0, 3):
-                labels = np.array([start, start + 1, start + 2 if start == 0 else -1], np.int32)
-                yield np.full((3, 2, 2, 3), start, np.uint8), labels
-
-    stream = Stream("made up", {}, 5, 2)
-    images, labels = evaluate.test_images(stream, 0, 3)
-    assert labels.tolist() == [0, 1, 2, 3, 4] and images.shape == (5, 2, 2, 3)
-    images, labels = evaluate.test_images(stream, 2, 3)
-    assert labels.tolist() == [0, 1] and len(images) == 2
+    assert "Accuracy on 10 of 30 test images" in out.getvalue()
+    assert "The attack ran on 4 of 30 test images, drawn by hash." in out.getvalue()

@@ -87,6 +87,7 @@ def tiny_config(**changes):
             "certify.radii": (0.1, 0.25),
             "certify.batch_size": 8,
             "certify.attack_steps": 5,
+            "certify.attack_queries": 20,
             "mesh.data": 1,
         }
     )

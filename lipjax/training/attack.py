@@ -12,6 +12,7 @@ from lipjax.certify import SCHEMA, Certificate
 from lipjax.errors import UserError
 from lipjax.frozen import FrozenNetwork
 from lipjax.training import falsify, sharding
+from lipjax.training.attack_files import Images, attack_images, write_attack
 from lipjax.training.evaluate import test_images
 from lipjax.training.loop import Run
 
@@ -42,6 +43,10 @@ def read_claims(workdir: pathlib.Path) -> tuple[dict, Certificate, np.ndarray, l
         if not all(type(bound) is float and bound >= 0 for bound in numbers):
             raise ValueError("expected a bound of every layer")
         str(document["frozen_sha256"] + document["data"]["sha256"])
+        places = document["data"].get("indices", list(range(len(rows))))
+        integers = len(places) == len(rows) and all(type(place) is int for place in places)
+        if not integers or (np.diff(places, prepend=-1) < 1).any():
+            raise ValueError("expected the place of every image in the data set, ascending")
     except FileNotFoundError as error:
         raise UserError(f"{workdir} has no certificate ({path.name} is missing). {again}") from error
     except UserError:
@@ -51,12 +56,10 @@ def read_claims(workdir: pathlib.Path) -> tuple[dict, Certificate, np.ndarray, l
     return document, Certificate(ints[0], ints[1], margins, radii), lipschitz, layers
 
 
-def attack_run(
-    workdir: str | os.PathLike, config, seed: int, objective: str = "margin", console: Console | None = None
-) -> dict:
+def attack_run(workdir: str | os.PathLike, config, seed: int, console: Console | None = None) -> dict:
     """Attacks the certified images of a run, of which config.certify.attack_images says how many, and its bounds.
 
-    Writes attack.json and attack.npz into workdir.
+    Writes attack.json, attack.npz and adversarial.npz into workdir: of each image the strongest attack so far.
     Returns: what attack.json holds.
     Raises: UserError for files that are missing, damaged or do not fit each other, and for other images than those
       that were certified; Refuted if a certificate or a bound is false, as `falsify.falsify`.
@@ -75,18 +78,23 @@ def attack_run(
             f"The frozen network in {workdir} takes images {network.in_shape}, but those of {dataset.name} are "
             f"{dataset.image_shape}: give the data set that was certified."
         )
-    options = config.certify
-    count = min(options.attack_images or len(certificate.radii), len(certificate.radii))
-    images, labels = test_images(dataset, len(certificate.radii), options.batch_size)
-    if len(images) != len(certificate.radii) or dataset.fingerprint("test") != document["data"]["sha256"]:
+    options, data, total = config.certify, document["data"], dataset.size("test")
+    indices = np.array(data.get("indices", range(len(certificate.radii))), np.int64)
+    if max(indices[-1], len(indices) - 1) >= total or dataset.fingerprint("test") != data["sha256"]:
         raise UserError(
             f"The test images of {dataset.name} are not those that certificate.json in {workdir} is about: give the "
             "data set that was certified, or certify the run again."
         )
-    images, labels = images[:count], labels[:count]
-    settings = falsify.make_settings(options, seed, objective)
-    console.print(f"Attacking {count} certified images ...")
+    images, labels = test_images(dataset, indices, options.batch_size)
+    settings = falsify.make_settings(options, seed)
     whole = falsify.whole_bound(network.network.head, layers)
-    claims = network, certificate, lipschitz, whole
-    findings = falsify.falsify(*claims, images, dataset.pixel_max, settings, workdir)
-    return falsify.write_findings(workdir, *claims, images, labels, dataset.pixel_max, settings, findings)
+    attackable = Images(images, labels, indices, total, dataset.pixel_max, data["sha256"])
+    attacked = attack_images(
+        workdir, network, certificate, lipschitz, whole, attackable, settings, options.attack_images, console
+    )
+    written = write_attack(workdir, network, attacked, lipschitz, whole)
+    if written is None:
+        raise UserError(
+            "With 0 steps nothing is attacked, and no earlier attack is kept: give --steps=20, for example."
+        )
+    return written

@@ -125,10 +125,14 @@ def default_config() -> Any:
     config.certify = ml_collections.ConfigDict()
     config.certify.radii = (36 / 255, 72 / 255, 108 / 255)  # of the accuracies in the report
     config.certify.batch_size = 250  # images at a time
-    config.certify.num_images = 0  # of the test set, the first ones; 0 for all
-    config.certify.attack = "apgd"  # or "pgd"
-    config.certify.attack_steps = 50  # gradients of an attack; 0: nothing is attacked
+    config.certify.num_images = 0  # of the test set, drawn by hash; 0 for all
+    # Auto-PGD on the cross-entropy, then towards rivals, then Square: an "ensemble"; or "apgd", "pgd", "square" alone.
+    config.certify.attack = "ensemble"
+    config.certify.attack_steps = 20  # gradients of every start of an attack; 0: nothing is attacked
     config.certify.attack_restarts = 1  # random starts
+    config.certify.attack_targets = 3  # the likeliest rivals, towards which the "ensemble" and targeted objectives go
+    config.certify.attack_queries = 100  # of the network by "square", alone or in the "ensemble"
+    config.certify.attack_objective = "cross_entropy"  # what "apgd" and "pgd" ascend alone: docs/attacks.md
     config.certify.attack_images = 0  # as num_images, for the attack
 
     # The batch is divided over data x model devices, and what is trained is stored in `model` parts.
@@ -238,11 +242,10 @@ def validate(config) -> None:
     _check(distinct, "certify.radii", "positive numbers, at least one, that differ in six digits", radii)
     for field in ("num_images", "attack_steps", "attack_images"):
         _check(config.certify[field] >= 0, f"certify.{field}", "at least 0", config.certify[field])
-    for field in ("batch_size", "attack_restarts"):
+    for field in ("batch_size", "attack_restarts", "attack_targets", "attack_queries"):
         _check(config.certify[field] >= 1, f"certify.{field}", "at least 1", config.certify[field])
-    _check(
-        config.certify.attack in attacks.METHODS, "certify.attack", f"one of {attacks.METHODS}", config.certify.attack
-    )
+    for field, names in (("attack", attacks.METHODS), ("attack_objective", attacks.OBJECTIVES)):
+        _check(config.certify[field] in names, f"certify.{field}", f"one of {names}", config.certify[field])
     _check(config.mesh.data == -1 or config.mesh.data >= 1, "mesh.data", "-1 or a number of devices", config.mesh.data)
     _check(config.mesh.model >= 1, "mesh.model", "a number of parts, at least 1", config.mesh.model)
 

@@ -8,55 +8,57 @@ import platform
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 
 import lipjax
 from lipjax import certify
 from lipjax._arithmetic import blas_libraries
 from lipjax.deployment import deployment_report
-from lipjax.document import write_certificate
+from lipjax.document import draw, write_certificate
 from lipjax.errors import NotCertifiable
 from lipjax.training import falsify, sharding
 from lipjax.training import report as reports
+from lipjax.training.attack_files import Images, attack_images, write_attack
 from lipjax.training.classes import class_report
 from lipjax.training.data import StreamDataset
 from lipjax.training.loop import Run, load_best
 from lipjax.training.metrics import validation_metrics
+from lipjax.training.progress import shown
 from lipjax.training.same_run import plain
 
 VERSIONED = ("jax", "jaxlib", "numpy", "scipy", "flax", "optax", "orbax-checkpoint")
 
 
-def test_images(dataset, count: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first `count` test images (0: all), uint8, and their labels."""
-    if not isinstance(dataset, StreamDataset):
-        part = dataset.split("test")
-        return part.images[: count or None], part.labels[: count or None]
-    parts, seen, wanted = [], 0, count or dataset.size("test")
-    for images, labels in dataset.eval_batches("test", batch_size):
-        real = labels >= 0
-        parts.append((images[real], labels[real]))
-        seen += int(real.sum())
-        if seen >= wanted:
-            break
-    images, labels = (np.concatenate(a)[:wanted] for a in zip(*parts, strict=True))
-    return images, labels
+def drawn_indices(dataset, count: int) -> np.ndarray:
+    """Which test images are certified, ascending: all (count 0), or so many, drawn by hash (`document.draw`)."""
+    everything = np.arange(dataset.size("test"))
+    return everything[draw(everything, count or len(everything))]
+
+
+def test_images(dataset, indices: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The test images at these places, uint8, and their labels."""
+    if isinstance(dataset, StreamDataset):
+        return dataset.images("test", indices, batch_size)
+    part = dataset.split("test")
+    if len(indices) == len(part):  # all, ascending: not copied
+        return part.images, part.labels
+    return part.images[indices], part.labels[indices]
 
 
 def certify_images(network: lipjax.FrozenNetwork, images, pixel_max: int, batch_size: int, console: Console):
     """`network.certify` of uint8 images, batch by batch, so that few of them are held in float64 at a time."""
-    starts = range(0, len(images), batch_size)
     parts = []
-    for start in track(starts, "certifying", console=console, transient=True, disable=not console.is_terminal):
-        parts.append(network.certify(images[start : start + batch_size] / np.float64(pixel_max), batch_size))
+    with shown(console) as watch:
+        for start in range(0, len(images), batch_size):
+            watch("certifying", start / len(images))
+            parts.append(network.certify(images[start : start + batch_size] / np.float64(pixel_max), batch_size))
     return certify.Certificate.join(parts)
 
 
 def certify_run(workdir: str | os.PathLike, config, seed: int, run: Run | None = None, console: Console | None = None):
     """Certifies the checkpoint of a run that its validation split liked best, and writes what is proved.
 
-    Writes frozen/ (the network), certificate.json with images.safetensors, report.json, attack.json, attack.npz
-    and certified_accuracy.png.
+    Writes frozen/ (the network), certificate.json with images.safetensors, report.json, certified_accuracy.png, and
+    of an attack attack.json, attack.npz and adversarial.npz.
     Of several processes, which must all call this, process 0 certifies and writes.
 
     Returns: the report; {} in other processes than 0.
@@ -72,46 +74,47 @@ def certify_run(workdir: str | os.PathLike, config, seed: int, run: Run | None =
         return {}
     network = lipjax.freeze(run.model, variables, run.dataset.class_names)
     options, pixel_max = config.certify, run.dataset.pixel_max
-    images, labels = test_images(run.dataset, options.num_images, options.batch_size)
-    console.print(f"Certifying {len(labels)} test images with the checkpoint of step {step} ...")
+    indices, total = drawn_indices(run.dataset, options.num_images), run.dataset.size("test")
+    images, labels = test_images(run.dataset, indices, options.batch_size)
+    which = reports.part_of(len(labels), total)
+    console.print(f"Certifying {which} test images with the checkpoint of step {step} ...")
     certificate = certify_images(network, images, pixel_max, options.batch_size, console)
-    attacked = min(options.attack_images or len(labels), len(labels))
-    if options.attack_steps:
-        console.print(f"Attacking {attacked} of them at {len(options.radii)} radii and inside their own ...")
+    data = _data(run.dataset, indices)
     settings = falsify.make_settings(options, seed)
-    of_all_logits = falsify.whole_bound(network.network.head, network.lipschitz_report())
-    claims = network, certificate, network.margin_lipschitz(), of_all_logits
-    findings = falsify.falsify(*claims, images[:attacked], pixel_max, settings, workdir)
-    attack = falsify.of_labels(findings, certificate.predictions, labels[:attacked])
-    report = reports.make_report(certificate, labels, options.radii, attack, labels[:attacked])
+    constants = network.margin_lipschitz(), falsify.whole_bound(network.network.head, network.lipschitz_report())
+    attackable = Images(images, labels, indices, total, pixel_max, data["sha256"])
+    attacked = attack_images(
+        workdir, network, certificate, *constants, attackable, settings, options.attack_images, console
+    )
+    report = reports.make_report(certificate, labels, options.radii, attacked.rows, attacked.of_labels(), total)
     proved = certificate.predictions, labels, certificate.radii
     keys = {reports.radius_key(radius): radius for radius in options.radii}
     report |= class_report(*proved, keys, network.num_classes, network.class_names)
     report |= {"seed": seed, "step": step, "frozen_sha256": network.sha256()}
     report["validation"] = validation_metrics(workdir, step)  # to select by: test accuracies are not for that
     console.print("Bounding what float32 changes ...")
-    report = reports.add_float32(report, _float32(network, certificate, images, labels, pixel_max, options))
+    float32 = _float32(network, certificate, images, labels, pixel_max, options)
+    report = reports.add_float32(report, float32 | {"of": total})
     # Those of LipLT are of whole chains of layers.
     vectors = state.lip["vectors"] if config.lipschitz == "product" else None
     # Only what the attack has not refuted replaces an older network and its certificate.
     network.save(workdir / "frozen")
-    whole = not isinstance(run.dataset, StreamDataset) and len(labels) == run.dataset.size("test")
+    whole = not isinstance(run.dataset, StreamDataset) and len(labels) == total
     write_certificate(
         workdir,
         network,
         certificate,
         images,
         labels,
-        _data(run.dataset, len(labels)),
+        data,
         provenance=_provenance(config, seed, step),
         estimates=network.norm_estimates(vectors),
         holds_split=whole,
     )
     certify.write_json(workdir / "report.json", report)
-    attacked_images = images[:attacked], labels[:attacked], pixel_max
-    falsify.write_findings(workdir, *claims, *attacked_images, settings, findings)
+    write_attack(workdir, network, attacked, *constants)
     reports.plot_certified_accuracy(
-        workdir / "certified_accuracy.png", certificate, labels, attack, list(options.radii), attacked
+        workdir / "certified_accuracy.png", certificate, labels, attacked.of_labels(), list(options.radii), total
     )
     return report
 
@@ -125,16 +128,18 @@ def _float32(network: lipjax.FrozenNetwork, certificate: certify.Certificate, im
         return {"error": str(error)}
 
 
-def _data(dataset, count: int) -> dict:
-    """Which images a certificate is about: the first `count` of the test split."""
-    return {
+def _data(dataset, indices: np.ndarray) -> dict:
+    """Which images a certificate is about: those at `indices` of the test split."""
+    total = dataset.size("test")
+    found = {
         "name": dataset.name,
         "split": "test",
-        "num_images": count,
-        "of": dataset.size("test"),
+        "num_images": len(indices),
+        "of": total,
         "pixel_max": dataset.pixel_max,
         "sha256": dataset.fingerprint("test"),
     }
+    return found if len(indices) == total else found | {"indices": indices.tolist()}
 
 
 def _provenance(config, seed: int, step: int) -> dict:

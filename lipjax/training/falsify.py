@@ -4,24 +4,22 @@ import dataclasses
 import math
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from lipjax import attacks, bounds, spectral
 from lipjax.attacks import AttackResult, LipschitzSearch
-from lipjax.certify import Certificate, replacing, write_json
+from lipjax.certify import Certificate, replacing
+from lipjax.document import draw
 from lipjax.errors import Refuted
 from lipjax.frozen import FrozenNetwork
 from lipjax.operators import LinearHead, MLPHead
-from lipjax.training.report import radius_key, radius_label
 
-FORMAT, SCHEMA = "lipjax-attack", 1
-# So many images are kept in attack.npz. Their batch is attacked at these multiples of the largest radius, too.
+# So many images are shown in a report. They are attacked at these multiples of the largest radius, too.
 EXAMPLES = 16
 _FURTHER = (2.0, 4.0, 8.0)
 # The search is within this part of a radius; what it finds is moved to within the other one where float32 left it.
@@ -37,25 +35,43 @@ class Settings:
 
     radii: tuple[float, ...]
     steps: int
-    method: str = "apgd"
+    method: str = "ensemble"
     restarts: int = 1
-    objective: str = "margin"
+    objective: str = "cross_entropy"
+    targets: int = 9
+    queries: int = 1000
     batch_size: int = 250
     seed: int = 0
 
     def options(self) -> dict[str, Any]:
+        """Arguments of `attacks.attack_l2` and `attacks.attack_within`."""
+        renamed = {"num_steps": self.steps, "num_targets": self.targets, "num_queries": self.queries}
         names = ("method", "restarts", "objective", "batch_size", "seed")
-        return {"num_steps": self.steps, **{name: getattr(self, name) for name in names}}
+        return renamed | {name: getattr(self, name) for name in names}
+
+    def described(self) -> dict[str, Any]:
+        """What of this was used: for files, and for people who read these."""
+        found: dict[str, Any] = {"method": self.method}
+        if self.method in ("apgd", "pgd"):
+            found["objective"] = self.objective
+        found |= {"steps": self.steps, "restarts": self.restarts}
+        if self.method == "ensemble" or self.objective in attacks.TARGETED:
+            found["targets"] = self.targets
+        if self.method in ("ensemble", "square"):
+            found["queries"] = self.queries
+        return found | {"seed": self.seed}
 
 
-def make_settings(options, seed: int, objective: str = "margin") -> Settings:
+def make_settings(options, seed: int) -> Settings:
     """The attack that config.certify asks for."""
     return Settings(
         radii=tuple(options.radii),
         steps=options.attack_steps,
         method=options.attack,
         restarts=options.attack_restarts,
-        objective=objective,
+        objective=options.attack_objective,
+        targets=options.attack_targets,
+        queries=options.attack_queries,
         batch_size=options.batch_size,
         seed=seed,
     )
@@ -66,14 +82,17 @@ class Findings:
     """What an attack found that did not refute anything.
 
     Attributes:
-      attack: the nearest image of another class than the reported one, as found at the radii, in float32.
-      num_inside: images that were attacked inside their own certified radius; not those that overflow in float32.
+      attack: the nearest image of another class than the reported one, in float32: found now, or known before.
+      inside: (n,), the largest radius within which each image was attacked, now or before, for its certificate's sake;
+        0 for none, and where it overflows in float32.
+      num_inside: images of which that is the certified radius.
       closest: the least distance / radius of an image of another class, confirmed in float64, and its index; None
         if none was found.
       search: lower bounds of the Lipschitz constants; None without steps.
     """
 
     attack: AttackResult
+    inside: np.ndarray
     num_inside: int
     closest: tuple[float, int] | None
     search: LipschitzSearch | None
@@ -109,6 +128,14 @@ def _column(values: np.ndarray, images: np.ndarray) -> np.ndarray:
     return values.reshape(-1, *(1,) * (images.ndim - 1))
 
 
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What earlier attacks left about images: the nearest points of other classes, and `Findings.inside`."""
+
+    attack: AttackResult
+    inside: np.ndarray
+
+
 def falsify(
     network: FrozenNetwork,
     certificate: Certificate,
@@ -118,24 +145,38 @@ def falsify(
     pixel_max: int,
     settings: Settings,
     workdir: str | os.PathLike,
+    *,
+    indices: np.ndarray | None = None,
+    now: np.ndarray | None = None,
+    known: Known | None = None,
+    watch: Callable[[str, float], None] = lambda what, done: None,
 ) -> Findings:
     """Attacks images at fixed radii and inside their own certified radius, and searches the Lipschitz constants.
 
     Args:
-      certificate: of these images and perhaps more. lipschitz: (k, k), the proved constants of logit differences.
+      certificate: of these images. lipschitz: (k, k), the proved constants of logit differences.
       whole: the proved constant of all logits, as `whole_bound`. images: (n, ...) uint8. workdir: where
         counterexample.npz goes.
+      indices: (n,), the images' places in their data set; default: 0 to n - 1.
+      now: (n,) bool, which images are attacked; default: all. known: about all of them; it is looked at again.
+      watch: told what is done, and which fraction of it, now and then.
     Raises: Refuted if a certificate or a Lipschitz bound is false, after writing counterexample.npz and nothing
       else.
     """
     # Searches need not be exact: single precision, on whatever accelerator there is.
     deployed = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), network.network)
-    subject = _Subject(network, deployed, certificate, images, pixel_max, settings)
-    attack = subject.attack()
-    points, inside = subject.attack_inside()
-    _check_certificates(subject, attack, points, inside, pathlib.Path(workdir))
+    indices = np.arange(len(images)) if indices is None else indices
+    now = np.ones(len(images), bool) if now is None else now
+    subject = _Subject(network, deployed, certificate, images, indices, pixel_max, settings)
+    attack = subject.attack(now, watch)
+    points, inside, near = subject.attack_inside(now, watch)
+    if known is not None:
+        attack = subject.again(known.attack).nearer(attack)
+        inside = np.maximum(inside, known.inside)
+    _check_certificates(subject, attack, points, near, pathlib.Path(workdir))
     search = None
-    if settings.steps:
+    if settings.steps and now.any():
+        watch("searching for Lipschitz constants", 0.0)
         search = attacks.lipschitz_lower_bound(
             deployed,
             subject.pixels,
@@ -145,58 +186,92 @@ def falsify(
             evaluate=lambda z: logits_and_errors(network, z, settings.batch_size),
         )
         _check_lipschitz(search, lipschitz, whole, pathlib.Path(workdir))
-    return Findings(attack, subject.num_inside, subject.closest(attack), search)
+    return Findings(attack, inside, subject.num_inside(inside), subject.closest(attack), search)
 
 
 class _Subject:
     """A frozen network with the images that are attacked, and what is certified about these."""
 
-    def __init__(self, network, deployed, certificate, images, pixel_max, settings: Settings):
-        self.network, self.deployed, self.settings = network, deployed, settings
-        count = len(images)
+    def __init__(self, network, deployed, certificate, images, indices, pixel_max, settings: Settings):
+        self.network, self.deployed, self.settings, self.indices = network, deployed, settings, indices
         self.pixels = images / np.float32(pixel_max)
         self.images, self.pixel_max = images, pixel_max
-        self.predictions, self.rivals = (
-            a[:count].astype(np.int32) for a in (certificate.predictions, certificate.rivals)
-        )
-        self.margins, self.radii = certificate.margins[:count], certificate.radii[:count]
-        self.num_inside = int((self.radii > 0).sum()) if settings.steps else 0
+        self.predictions, self.rivals = (a.astype(np.int32) for a in (certificate.predictions, certificate.rivals))
+        self.margins, self.radii = certificate.margins, certificate.radii
+        diameter = math.sqrt(math.prod(self.pixels.shape[1:]))  # of the box
+        self.reach = np.minimum(self.radii, diameter)
 
     def exact(self, rows: np.ndarray) -> np.ndarray:
         """Images in float64, as they were certified."""
         return self.images[rows] / np.float64(self.pixel_max)
 
-    def attack(self) -> AttackResult:
-        """At the radii; the first batch, from which examples are kept, also further out."""
-        options = self.settings.options()
-        found = attacks.attack_l2(self.deployed, self.pixels, self.predictions, self.settings.radii, **options)
-        if not self.settings.steps or np.isfinite(found.distances[:EXAMPLES]).all():
-            return found
-        first = slice(0, self.settings.batch_size)
-        radii = [factor * max(self.settings.radii) for factor in _FURTHER]
-        further = attacks.attack_l2(self.deployed, self.pixels[first], self.predictions[first], radii, **options)
-        nearer = np.flatnonzero(further.distances < found.distances[first])
-        found.distances[nearer], found.points[nearer] = further.distances[nearer], further.points[nearer]
-        return found
+    def none(self) -> AttackResult:
+        """Nothing found."""
+        return AttackResult(np.full(len(self.pixels), np.inf), self.pixels, np.full(len(self.pixels), -1))
 
-    def attack_inside(self) -> tuple[np.ndarray, np.ndarray]:
-        """Points inside the radii where the reported class is weakest, and which of them need a look in float64."""
-        if not self.num_inside:
-            return self.pixels, np.zeros(len(self.pixels), bool)
-        diameter = math.sqrt(math.prod(self.pixels.shape[1:]))  # of the box
-        radii = _WITHIN * np.minimum(self.radii, diameter)
-        subject, options = (self.deployed, self.pixels, self.predictions, radii), self.settings.options()
-        points, margins = attacks.attack_within(*subject, **options)
+    def again(self, known: AttackResult) -> AttackResult:
+        """What was known, as far as the network still says so: files are not believed."""
+        distances = np.full(len(self.pixels), np.inf)
+        rows = np.flatnonzero(known.found_by >= 0)
+        if len(rows):
+            part = self.pixels[rows], self.predictions[rows], known.points[rows], self.settings.batch_size
+            distances[rows] = attacks.evaluate_points(self.deployed, *part)
+        axes = tuple(range(1, self.pixels.ndim))
+        found = np.isfinite(distances) & ((known.points >= 0) & (known.points <= 1)).all(axis=axes)
+        distances = np.where(found, distances, np.inf)
+        points = np.where(_column(found, self.pixels), known.points, self.pixels)
+        return AttackResult(distances, points, np.where(found, known.found_by, -1), known.ways)
+
+    def attack(self, now: np.ndarray, watch) -> AttackResult:
+        """At the radii; images that are shown also further out."""
+        nothing, rows = self.none(), np.flatnonzero(now)
+        if not self.settings.steps or not len(rows):
+            return nothing
+        what = "attacking"
+        found = nothing.nearer(self._attack(rows, self.settings.radii, lambda done: watch(what, done)))
+        shown = rows[draw(self.indices[rows], EXAMPLES)]
+        shown = shown[~np.isfinite(found.distances[shown])]
+        if not len(shown):
+            return found
+        further = [factor * max(self.settings.radii) for factor in _FURTHER]
+        return found.nearer(self._attack(shown, further, lambda done: watch("attacking examples further out", done)))
+
+    def _attack(self, rows: np.ndarray, radii, watch) -> AttackResult:
+        options = self.settings.options() | {"numbers": self.indices[rows], "watch": watch}
+        found = attacks.attack_l2(self.deployed, self.pixels[rows], self.predictions[rows], radii, **options)
+        whole = self.none()
+        points = self.pixels.copy()
+        whole.distances[rows], points[rows], whole.found_by[rows] = found.distances, found.points, found.found_by
+        return AttackResult(whole.distances, points, whole.found_by, found.ways)
+
+    def attack_inside(self, now: np.ndarray, watch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Points inside the radii where the class is weakest, `Findings.inside`, and which points to look at again."""
+        points, inside, near = self.pixels.copy(), np.zeros(len(self.pixels)), np.zeros(len(self.pixels), bool)
+        rows = np.flatnonzero(now & (self.radii > 0))
+        if not self.settings.steps or not len(rows):
+            return points, inside, near
+        options = self.settings.options() | {"numbers": self.indices[rows]}
+        if self.settings.method == "ensemble":  # the largest margin is wanted, not the first that suffices
+            options |= {"method": "apgd", "objective": "cross_entropy"}
+        subject = self.deployed, self.pixels[rows], self.predictions[rows], _WITHIN * self.reach[rows]
+        what = "attacking inside certified radii"
+        found, margins = attacks.attack_within(*subject, **options, watch=lambda done: watch(what, done / 2))
         # Towards the largest logit another search ends in local maxima; the nearest class is the certificate's rival.
-        options |= {"objective": "targeted_margin", "targets": self.rivals}
-        towards, other_margins = attacks.attack_within(*subject, **options)
+        options |= {"objective": "targeted_margin", "targets": self.rivals[rows]}
+        options |= {} if options["method"] == "pgd" else {"method": "apgd"}
+        towards, other_margins = attacks.attack_within(
+            *subject, **options, watch=lambda done: watch(what, (1 + done) / 2)
+        )
         larger = (other_margins > margins) | np.isnan(margins)
-        points, margins = np.where(_column(larger, points), towards, points), np.where(larger, other_margins, margins)
+        found, margins = np.where(_column(larger, found), towards, found), np.where(larger, other_margins, margins)
         # Where the network overflows in float32, nothing has been searched.
-        self.num_inside = int(np.sum((self.radii > 0) & np.isfinite(margins)))
+        points[rows], inside[rows] = found, np.where(np.isfinite(margins), self.reach[rows], 0.0)
         own = np.where(np.isfinite(self.margins), np.abs(self.margins), 0.0)
-        far = margins < -(_NEAR_OWN * own + _NEAR_LARGEST * own.max())
-        return points, ~far & (self.radii > 0)
+        near[rows] = ~(margins < -(_NEAR_OWN * own[rows] + _NEAR_LARGEST * own.max()))
+        return points, inside, near
+
+    def num_inside(self, inside: np.ndarray) -> int:
+        return int(np.sum((self.radii > 0) & (inside >= (1 - 1e-9) * self.reach)))
 
     def confirm(self, rows, points, pull_in: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """In float64: the points, if asked for moved inside the radii; their distances; which have another class."""
@@ -222,7 +297,7 @@ class _Subject:
             ratios = np.where(changed, distances / self.radii[rows], np.inf)
         if not np.isfinite(ratios).any():
             return None
-        return float(ratios.min()), int(rows[np.argmin(ratios)])
+        return float(ratios.min()), int(self.indices[rows[np.argmin(ratios)]])
 
 
 def _check_certificates(subject: _Subject, attack: AttackResult, points, inside, workdir: pathlib.Path) -> None:
@@ -233,11 +308,11 @@ def _check_certificates(subject: _Subject, attack: AttackResult, points, inside,
     moved, distances, changed = subject.confirm(rows, points, pull_in=True)
     broken = changed & (distances * (1 + 1e-12) < subject.radii[rows])
     if broken.any():
-        index, first = np.unique(rows[broken], return_index=True)
+        found, first = np.unique(rows[broken], return_index=True)
         path = workdir / "counterexample.npz"
-        save_arrays(path, index=index, image=subject.exact(index), point=moved[broken][first])
+        save_arrays(path, index=subject.indices[found], image=subject.exact(found), point=moved[broken][first])
         raise Refuted(
-            f"A certificate is false: {len(index)} images change class inside their certified radius ({path}). "
+            f"A certificate is false: {len(found)} images change class inside their certified radius ({path}). "
             "Please report this."
         )
 
@@ -264,101 +339,3 @@ def save_arrays(path: pathlib.Path, **arrays) -> None:
     """Writes an .npz file whole or not at all."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
-
-
-def of_labels(findings: Findings, predictions: np.ndarray, labels: np.ndarray) -> AttackResult:
-    """The attack with distance 0 where the image itself is misclassified: what attacked accuracy counts."""
-    attack = findings.attack
-    return AttackResult(np.where(predictions[: len(labels)] == labels, attack.distances, 0.0), attack.points)
-
-
-def write_findings(
-    workdir, network, certificate, lipschitz, whole, images, labels, pixel_max, settings, findings
-) -> dict:
-    """Writes attack.npz and attack.json (docs/attacks.md), each whole or not at all. Returns: the JSON document."""
-    workdir, count = pathlib.Path(workdir), min(EXAMPLES, len(images))
-    subject = _Subject(network, None, certificate, images[:count], pixel_max, settings)
-    attack, rows = findings.attack, np.arange(count)
-    logits = network(attack.points[:count], settings.batch_size)
-    found = np.isfinite(attack.distances[:count]) & (np.argmax(logits, axis=1) != subject.predictions)
-    save_arrays(
-        workdir / "attack.npz",
-        index=rows,
-        image=subject.pixels,
-        label=np.asarray(labels[:count], np.int64),
-        prediction=subject.predictions.astype(np.int64),
-        radius=subject.radii,
-        point=np.where(_column(found, images), attack.points[:count], np.float32(np.nan)),
-        distance=np.where(found, attack.distances[:count], np.nan),
-    )
-    correct = of_labels(findings, certificate.predictions, labels)
-    document = {
-        "format": FORMAT,
-        "schema": SCHEMA,
-        "frozen_sha256": network.sha256(),
-        "method": settings.method,
-        "objective": settings.objective,
-        "steps": settings.steps,
-        "restarts": settings.restarts,
-        "seed": settings.seed,
-        "num_images": len(images),
-        "clean_accuracy": float(np.mean(certificate.predictions[: len(labels)] == labels)),
-        "attacked_accuracy": {
-            radius_key(r): float(np.mean(correct.distances > r * (1 + 1e-6))) for r in settings.radii
-        },
-        "radii": list(settings.radii),
-        "gate": {
-            "num_images": findings.num_inside,
-            "violations": 0,
-            "closest_ratio": None if findings.closest is None else findings.closest[0],
-            "closest_index": None if findings.closest is None else findings.closest[1],
-        },
-        "lipschitz": _lipschitz_rows(findings.search, lipschitz, whole),
-    }
-    write_json(workdir / "attack.json", document)
-    return document
-
-
-def _lipschitz_rows(search: LipschitzSearch | None, lipschitz, whole: float | None) -> dict | None:
-    if search is None:
-        return None
-    proved = lipschitz[search.pairs[:, 0], search.pairs[:, 1]]
-    ratios = search.lower / np.where(proved > 0, proved, np.inf)
-    rows = zip(search.pairs.tolist(), search.lower.tolist(), proved.tolist(), strict=True)
-    known = len(ratios) > 0
-    return {
-        "violations": 0,
-        "num_pairs": len(ratios),
-        "of": len(lipschitz) * (len(lipschitz) - 1) // 2,
-        "largest_ratio": float(ratios.max()) if known else None,
-        "mean_ratio": float(ratios.mean()) if known else None,
-        "whole_lower": search.whole,
-        "whole_proved": whole,
-        "pairs": [{"classes": classes, "lower": lower, "proved": bound} for classes, lower, bound in rows],
-    }
-
-
-def print_findings(document: dict, console: Console) -> None:
-    """attack.json as a table."""
-    gate, lipschitz = document["gate"], document["lipschitz"]
-    how = f"{document['method']}, {document['objective']}, {document['steps']} steps, {document['restarts']} restarts"
-    table = Table(title=f"Attack on {document['num_images']} test images ({how})")
-    table.add_column("")
-    table.add_column("found", justify="right")
-    table.add_row("clean accuracy", f"{100 * document['clean_accuracy']:.2f} %")
-    for radius in document["radii"]:
-        value = f"{100 * document['attacked_accuracy'][radius_key(radius)]:.2f} %"
-        table.add_row(f"accuracy under attack at {radius_label(radius)} (upper bound)", value)
-    table.add_row("images attacked inside their certified radius", f"{gate['num_images']}")
-    table.add_row("of these, certificates found false", f"{gate['violations']}")
-    closest = gate["closest_ratio"]
-    table.add_row("nearest change of class / certified radius", "none found" if closest is None else f"{closest:.4f}")
-    if lipschitz is not None:
-        known = lipschitz["largest_ratio"] is not None
-        name = f"Lipschitz constant found / proved, best of {lipschitz['num_pairs']} pairs of logits"
-        table.add_row(name, f"{lipschitz['largest_ratio']:.4f}" if known else "-")
-        whole = lipschitz["whole_proved"]
-        if whole is not None:
-            table.add_row("Lipschitz constant of all logits, found", f"{lipschitz['whole_lower']:.6g}")
-            table.add_row("Lipschitz constant of all logits, proved", f"{whole:.6g}")
-    console.print(table)

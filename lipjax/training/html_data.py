@@ -32,7 +32,7 @@ class CertifiedRun:
 
     Attributes:
       certificate: certificate.json. report: report.json. metrics: the lines of metrics.jsonl.
-      labels, predictions, radii: (n,) of all certified images.
+      labels, predictions, radii: (n,) of all certified images. indices: (n,), their places in the data set.
       attack: the arrays of attack.npz, None without one. attack_notes: attack.json, None without one.
       smallest: the least singular value of layers by name, as text, where something is known about it.
       class_names: empty where they are not known.
@@ -44,6 +44,7 @@ class CertifiedRun:
     labels: np.ndarray
     predictions: np.ndarray
     radii: np.ndarray
+    indices: np.ndarray
     attack: dict[str, np.ndarray] | None
     attack_notes: dict | None
     smallest: dict[str, str]
@@ -76,6 +77,7 @@ def read_run(directory: pathlib.Path) -> CertifiedRun:
     attack = f"Attack the run again: python -m lipjax attack {directory}"
     notes = _read_notes(directory / "attack.json", certificate, len(labels), attack)
     report = report if notes is None else _with_attack(report, notes)
+    indices = np.array(certificate["data"].get("indices", range(len(labels))), np.int64)
     frozen = _frozen(directory / "frozen", certificate, certify)
     return CertifiedRun(
         certificate,
@@ -84,7 +86,8 @@ def read_run(directory: pathlib.Path) -> CertifiedRun:
         labels,
         predictions,
         radii,
-        _read_attack(directory / "attack.npz", predictions, radii, attack),
+        indices,
+        _read_attack(directory / "attack.npz", indices, predictions, radii, attack),
         notes,
         _smallest_singular_values(frozen, certificate),
         _class_names(frozen, certificate, 1 + int(max(labels.max(), predictions.max()))),
@@ -132,6 +135,9 @@ def _check_certificate(certificate: dict) -> tuple[np.ndarray, np.ndarray, np.nd
         if not isinstance(certificate[name], kind):
             raise TypeError(f"{name}: expected {kind.__name__}, got {type(certificate[name]).__name__}")
     _check_row(certificate["data"], ("name", "sha256"), ("num_images", "of"))
+    indices = certificate["data"].get("indices")
+    if indices is not None and (len(indices) != len(rows) or (np.diff(_numbers(indices, "i"), prepend=-1) < 1).any()):
+        raise ValueError("data.indices: expected the place of every image, ascending")
     for name, group in certificate["config"].items():
         if name in ("data", "loss", "model", "optimizer") and not isinstance(group, dict):
             raise TypeError(f"config.{name}: expected a group of fields, got {type(group).__name__}")
@@ -163,16 +169,18 @@ def _check_report(report: dict, certificate: dict, correct: np.ndarray, proved: 
     radii = _numbers(report["radii"], "if")
     if radii.ndim != 1 or not radii.size or not (radii > 0).all():
         raise ValueError("expected positive radii")
+    attacked, keys = report["num_attacked_images"], [radius_key(r) for r in radii]
+    fields = ("certified_accuracy", "attacked_accuracy") if attacked else ("certified_accuracy",)
     unnamed = [r for r in radii if not {*report["certified_accuracy"], *report["attacked_accuracy"]} >= {radius_key(r)}]
     if unnamed:
         raise ValueError(
             f"no accuracy at {radius_key(unnamed[0])!r}, the name of its radius {unnamed[0]}: keys of earlier versions "
             "could round up"
         )
-    maps = [report[name][radius_key(r)] for r in radii for name in ("certified_accuracy", "attacked_accuracy")]
+    maps = [report[field][key] for key in keys for field in fields]
+    maps += [report["attacked_clean_accuracy"]] if attacked and "attacked_clean_accuracy" in report else []
     fractions = _numbers([report["clean_accuracy"], *maps], "if")
-    attacked = report["num_attacked_images"]
-    if not ((fractions >= 0).all() and (fractions <= 1).all() and attacked in range(1, num_images + 1)):
+    if not ((fractions >= 0).all() and (fractions <= 1).all() and attacked in range(num_images + 1)):
         raise ValueError("expected accuracies from 0 to 1, under attack of some of the images")
     counted = {radius_key(r): float(np.mean(correct & (proved > r))) for r in radii}
     stated = {key: report["certified_accuracy"][key] for key in counted}
@@ -219,7 +227,7 @@ def _read_notes(path: pathlib.Path, certificate: dict, num_images: int, remedy: 
     try:
         gate, search = notes["gate"], notes["lipschitz"]
         _check_row(notes, (), ("num_images",))
-        fractions = _numbers([0, *notes["attacked_accuracy"].values()], "if")
+        fractions = _numbers([0, notes.get("clean_accuracy", 0), *notes["attacked_accuracy"].values()], "if")
         if not ((fractions >= 0).all() and (fractions <= 1).all() and notes["num_images"] <= num_images):
             raise ValueError("expected accuracies from 0 to 1, of some of the images")
         _check_row(gate, (), ("num_images", "violations"), ("closest_ratio",))
@@ -236,14 +244,17 @@ def _with_attack(report: dict, notes: dict) -> dict:
     own, other = report["attacked_accuracy"], notes["attacked_accuracy"]
     if notes.get("steps") == 0:  # nothing was attacked
         return report
-    if not own.keys() <= other.keys() or notes["num_images"] < report["num_attacked_images"]:
+    keys = [radius_key(radius) for radius in report["radii"]]
+    if not set(keys) <= other.keys() or notes["num_images"] < report["num_attacked_images"]:
         return report
     same = notes["num_images"] == report["num_attacked_images"]
-    found = {key: min(value, other[key]) if same else other[key] for key, value in own.items()}
-    return report | {"attacked_accuracy": found, "num_attacked_images": notes["num_images"]}
+    found = {key: min(own[key], other[key]) if same else other[key] for key in keys}
+    clean = {"attacked_clean_accuracy": notes["clean_accuracy"]} if "clean_accuracy" in notes else {}
+    return report | {"attacked_accuracy": found, "num_attacked_images": notes["num_images"]} | clean
 
 
-def _read_attack(path: pathlib.Path, predictions, radii, remedy: str) -> dict[str, np.ndarray] | None:
+def _read_attack(path: pathlib.Path, indices, predictions, radii, remedy: str) -> dict[str, np.ndarray] | None:
+    """attack.npz with "row", the rows of the certificate that its images have; None if there is none."""
     if not path.exists():
         return None
     try:
@@ -255,15 +266,16 @@ def _read_attack(path: pathlib.Path, predictions, radii, remedy: str) -> dict[st
             raise ValueError(f"images {images.shape} and points {arrays['point'].shape}")
         if any(arrays[name].shape != (len(images),) for name in _ATTACK_ARRAYS if name not in ("image", "point")):
             raise ValueError("expected one number per image")
-        fits = ((index >= 0) & (index < len(radii))).all() and (
-            np.array_equal(arrays["prediction"], predictions[index])
-            and np.allclose(arrays["radius"].astype(np.float64), radii[index], rtol=1e-6, atol=0)
+        row = np.searchsorted(indices, index).clip(max=len(indices) - 1)
+        fits = np.array_equal(indices[row], index) and (
+            np.array_equal(arrays["prediction"], predictions[row])
+            and np.allclose(arrays["radius"].astype(np.float64), radii[row], rtol=1e-6, atol=0)
         )
     except (ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}). {remedy}") from error
     if not fits:
         raise UserError(f"{path} is of another certificate: its predictions or radii differ. {remedy}")
-    return arrays
+    return arrays | {"row": row}
 
 
 def _frozen(directory: pathlib.Path, certificate: dict, remedy: str) -> FrozenNetwork | None:

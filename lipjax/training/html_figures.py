@@ -14,6 +14,13 @@ def num_certified(run: CertifiedRun, radius: float) -> int:
     return round(accuracy * len(run.labels))
 
 
+def attacked_clean(run: CertifiedRun) -> float:
+    """The clean accuracy of the images that were attacked. Older reports do not say it, but took the first ones."""
+    correct = run.predictions == run.labels
+    stated = run.report.get("attacked_clean_accuracy")
+    return float(np.mean(correct[: run.report["num_attacked_images"]])) if stated is None else float(stated)
+
+
 def accuracy_curve(run: CertifiedRun) -> Markup:
     """Certified accuracy over the radius, and what the attack left, as the steps that its few radii prove."""
     total, attacked = len(run.labels), run.report["num_attacked_images"]
@@ -23,26 +30,30 @@ def accuracy_curve(run: CertifiedRun) -> Markup:
     proved = 100 * (1 - np.searchsorted(shown, grid, side="right") / total)
     clean = 100 * float(np.mean(run.predictions == run.labels))
     proved[0] = clean
-    marks = [100 * run.report["attacked_accuracy"][radius_key(radius)] for radius in radii]
-    first = 100 * float(np.mean((run.predictions == run.labels)[:attacked]))
+    marks = [100 * run.report["attacked_accuracy"][radius_key(radius)] for radius in radii if attacked]
 
     def draw(axes):
-        # Robust accuracy never rises with the radius, so each upper bound holds up to the next one.
-        upper = np.array([first, *marks])[np.searchsorted([0.0, *radii], grid, side="right") - 1]
-        if attacked == total:  # otherwise the curves are about different images
-            axes.fill_between(grid, proved, upper, where=upper >= proved, color=BETWEEN, linewidth=0)
-        axes.plot(grid, upper, color=ATTACKED, linewidth=1.2, linestyle="--", label="attacked (upper bound)")
-        axes.plot(radii, marks, "v", color=ATTACKED, markersize=5)
+        if attacked:
+            # Robust accuracy never rises with the radius, so each upper bound holds up to the next one.
+            known = np.array([100 * attacked_clean(run), *marks])
+            upper = known[np.searchsorted([0.0, *radii], grid, side="right") - 1]
+            if attacked == total:  # otherwise the curves are about different images
+                axes.fill_between(grid, proved, upper, where=upper >= proved, color=BETWEEN, linewidth=0)
+            axes.plot(grid, upper, color=ATTACKED, linewidth=1.2, linestyle="--", label="attacked (upper bound)")
+            axes.plot(radii, marks, "v", color=ATTACKED, markersize=5)
         axes.plot(grid, proved, color=PROVED, linewidth=2, label="certified (proved)")
         axes.set(xlabel="l2 radius", ylabel="accuracy (%)", xlim=(0, grid[-1]), ylim=(0, 101))
 
+    under_attack = [f", {mark:.2f} % under attack" for mark in marks] if attacked else [""] * len(radii)
     said = "; ".join(
-        f"at {radius_label(r)} {percent(num_certified(run, r), total)} proved, {mark:.2f} % under attack"
-        for r, mark in zip(radii, marks, strict=True)
+        f"at {radius_label(r)} {percent(num_certified(run, r), total)} proved{rest}"
+        for r, rest in zip(radii, under_attack, strict=True)
     )
     caption = "The robust accuracy lies in the shaded part: above what is proved, at most what the attack left."
     if attacked != total:
-        caption = f"What is proved of all {total} images, and at most what the attack left of the first {attacked}."
+        caption = f"What is proved of {total} images, and at most what the attack left of {attacked} of them."
+    if not attacked:
+        caption = f"What is proved of {total} images. None was attacked."
     return figure(
         "curve",
         f"Accuracy over the l2 radius, from {clean:.1f} % at 0: {said}.",

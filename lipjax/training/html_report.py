@@ -13,6 +13,7 @@ from lipjax.training.html_classes import classes_section
 from lipjax.training.html_data import CertifiedRun, finite, read_run
 from lipjax.training.html_figures import (
     accuracy_curve,
+    attacked_clean,
     num_certified,
     radius_histogram,
     training_loss,
@@ -34,7 +35,16 @@ from lipjax.training.html_parts import (
     tag,
     up,
 )
-from lipjax.training.report import FLOAT32, NOT_PROVED, float32_line, radius_key, radius_label, summarize
+from lipjax.training.report import (
+    FLOAT32,
+    NOT_ATTACKED,
+    NOT_PROVED,
+    float32_line,
+    part_of,
+    radius_key,
+    radius_label,
+    summarize,
+)
 
 FILE_NAME = "report.html"
 
@@ -82,6 +92,8 @@ def _index_page(runs: list[CertifiedRun], links: list[str]) -> str:
         found = numbers.get(field)
         if found is None:
             return NOT_PROVED
+        if key not in found:
+            return NOT_ATTACKED
         found = found[key]
         mean, spread = (found["mean"], f" ± {100 * found['sd']:.2f}") if isinstance(found, dict) else (found, "")
         return f"{100 * mean:.2f}{spread} %"
@@ -127,15 +139,18 @@ def _described(run: CertifiedRun) -> str:
 
 def _header(run: CertifiedRun) -> Markup:
     total, radius = len(run.labels), run.report["radii"][0]
-    attacked = run.report["attacked_accuracy"][radius_key(radius)]
-    num_attacked = run.report["num_attacked_images"]
-    of = "" if num_attacked == total else f", of the first {num_attacked} images"
-    tiles = (
-        ("clean accuracy", percent(int(np.sum(run.predictions == run.labels)), total), f"of {total} test images"),
+    attacked = run.report["attacked_accuracy"].get(radius_key(radius))
+    num_attacked, every = run.report["num_attacked_images"], run.certificate["data"]["of"]
+    of = "" if num_attacked == total else f", of {part_of(num_attacked, every)} images"
+    clean = percent(int(np.sum(run.predictions == run.labels)), total)
+    tiles = [
+        ("clean accuracy", clean, f"of {part_of(total, every)} test images"),
         ("certified accuracy", percent(num_certified(run, radius), total), f"proved, at radius {radius_label(radius)}"),
         (FLOAT32, _float32_cell(run, radius), f"at radius {radius_label(radius)}"),
-        ("under attack", f"{100 * attacked:.2f} %", f"upper bound, at radius {radius_label(radius)}{of}"),
-    )
+    ]
+    if attacked is not None:
+        words = f"upper bound, at radius {radius_label(radius)}{of}"
+        tiles.append(("under attack", f"{100 * attacked:.2f} %", words))
     cells = (
         tag("li", tag("span", name, class_="muted"), tag("strong", value), tag("span", what, class_="muted"))
         for name, value, what in tiles
@@ -166,8 +181,9 @@ def _float32(found: Any) -> str:
 
 def _claim(run: CertifiedRun) -> Markup:
     data = run.certificate["data"]
+    drawn = ", drawn by hash," if "indices" in data else ""
     points = (
-        f"Proved for {data['num_images']} of the {data['of']} test images of {data['name']}, and for no others. "
+        f"Proved for {data['num_images']} of the {data['of']} test images of {data['name']}{drawn} and for no others. "
         "An image counts as certified at ε if it is classified correctly and its radius is greater than ε.",
         f"Included: {run.certificate['precision']}.",
         _float32(run.report.get("float32")),
@@ -187,17 +203,19 @@ def _accuracies(run: CertifiedRun) -> Markup:
         return join(percent(count, of), " ", tag("small", f"{count} / {of}"))
 
     correct = run.predictions == run.labels
-    of_attacked = cell(int(np.sum(correct[:attacked])), attacked)
-    rows = [["0 (clean)", cell(int(np.sum(correct)), total), _float32_cell(run, None), of_attacked]]
+    clean = cell(round(attacked_clean(run) * attacked), attacked) if attacked else NOT_ATTACKED
+    rows = [["0 (clean)", cell(int(np.sum(correct)), total), _float32_cell(run, None), clean]]
     for radius in run.report["radii"]:
-        survived = round(run.report["attacked_accuracy"][radius_key(radius)] * attacked)
+        left = NOT_ATTACKED
+        if attacked:
+            left = cell(round(run.report["attacked_accuracy"][radius_key(radius)] * attacked), attacked)
         proved = cell(num_certified(run, radius), total)
-        rows.append([radius_label(radius), proved, _float32_cell(run, radius), cell(survived, attacked)])
+        rows.append([radius_label(radius), proved, _float32_cell(run, radius), left])
     names = ("certified (proved)", FLOAT32, "under attack (upper bound)")
     columns = [("l2 radius", ""), *((name, "number") for name in names)]
     caption = "Accuracy on the test set; radii in pixels from 0 to 1."
-    if attacked != total:
-        caption += f" The attack ran on the first {attacked} images."
+    if attacked not in (0, total):
+        caption += f" The attack ran on {part_of(attacked, run.certificate['data']['of'])} test images."
     figures = tag("div", accuracy_curve(run), radius_histogram(run), class_="figures")
     return section("Accuracy", table(caption, columns, rows), figures)
 
@@ -208,7 +226,7 @@ def _examples(run: CertifiedRun) -> Markup:
         text = "No images are stored with this run. This command attacks it and stores some:"
         command = tag("pre", tag("code", "python -m lipjax attack DIR"))
         return section(title, tag("p", text), command)
-    names = ("index", "image", "radius", "point", "distance")
+    names = ("index", "row", "image", "radius", "point", "distance")
     rows = zip(*(run.attack[name] for name in names), strict=True)
     text = (
         "Inside its proved radius no image of another class exists; the nearest one that a search found lies further "
@@ -217,8 +235,8 @@ def _examples(run: CertifiedRun) -> Markup:
     return section(title, tag("p", text), tag("ul", *(_card(run, *row) for row in rows), class_="cards"))
 
 
-def _card(run: CertifiedRun, index, image, radius, point, distance) -> Markup:
-    label, prediction = int(run.labels[index]), int(run.predictions[index])
+def _card(run: CertifiedRun, index, row, image, radius, point, distance) -> Markup:
+    label, prediction = int(run.labels[row]), int(run.predictions[row])
     pictures = [("image", image, f"test image {index}: {run.class_name(label)}")]
     text, bar = f"Proved radius {down(float(radius))}; no image of another class was found.", None
     # What leads away from a wrong class may have the right one.

@@ -14,6 +14,7 @@ from lipjax.training.classes import print_classes
 
 # The column of what is proved of the program that one runs, not of exact arithmetic alone.
 FLOAT32, NOT_PROVED = "proved for the float32 program, too", "not proved"
+NOT_ATTACKED = "not attacked"
 
 
 def radius_key(radius: float) -> str:
@@ -38,25 +39,35 @@ def radius_label(radius: float) -> str:
     return f"{steps}/255" if multiple and len(key) > 4 else key
 
 
-def make_report(certificate, labels, radii, attack, attack_labels) -> dict:
+def part_of(count: int, total: int | None) -> str:
+    """How many images a line is about: "50 of 359", or "all 359"; total None: unknown, as in older files."""
+    if total is None:
+        return f"{count}"
+    return f"all {total}" if count == total else f"{count} of {total}"
+
+
+def make_report(certificate, labels, radii, rows, attack, total: int) -> dict:
     """Accuracies of one run.
 
     Args:
-      certificate: of the test images, whose labels are `labels`. radii: l2, pixel units.
-      attack: AttackResult of the first images, whose labels are `attack_labels`.
-    Returns: clean_accuracy; certified_accuracy and attacked_accuracy by `radius_key`; the numbers of images behind.
+      certificate: of test images, whose labels are `labels`. radii: l2, pixel units. total: of all test images.
+      rows: which of these images were attacked. attack: AttackResult of these, as `Attacked.of_labels`; None: none.
+    Returns: clean_accuracy; certified_accuracy and attacked_accuracy by `radius_key`, of which the latter is empty
+      without an attack; attacked_clean_accuracy, of the attacked images; the numbers of images behind.
     """
     correct = certificate.predictions == labels
-    attacked = {radius_key(r): float(np.mean(attack.distances > r * (1 + 1e-6))) for r in radii}
+    attacked = {} if attack is None else attacked_accuracy(attack.distances, radii)
     proved = certificate.predictions, labels, certificate.radii
     certified = {radius_key(r): certified_accuracy(*proved, r) for r in radii}
     return {
         "clean_accuracy": float(np.mean(correct)),
         "certified_accuracy": certified,
         "attacked_accuracy": attacked,
+        "attacked_clean_accuracy": float(np.mean(correct[rows])) if len(rows) else None,
         "radii": list(radii),
         "num_images": len(labels),
-        "num_attacked_images": len(attack_labels),
+        "of": total,
+        "num_attacked_images": len(rows),
     }
 
 
@@ -75,6 +86,14 @@ def add_float32(report: dict, found: dict) -> dict:
     return {**report, **headline, "float32": found}
 
 
+def attacked_accuracy(distances: np.ndarray, radii) -> dict[str, float]:
+    """Fraction of images of which no point of another class is known within a radius, by `radius_key`.
+
+    Args: distances: (n,), as `Attacked.of_labels`, of points that were found in single precision.
+    """
+    return {radius_key(r): float(np.mean(distances > r * (1 + 1e-6))) for r in radii}
+
+
 def summarize(found: list[dict]) -> dict:
     """The report of several runs: means where one run has numbers, "summary" (mean and sd, ddof 1), and the runs."""
 
@@ -85,11 +104,13 @@ def summarize(found: list[dict]) -> dict:
     if all(r.get("float32_certified_accuracy") for r in found):
         numbers, maps = (*numbers, "float32_clean_accuracy"), (*maps, "float32_certified_accuracy")
     summary: dict[str, Any] = {field: both([r[field] for r in found]) for field in numbers}
-    summary |= {field: {key: both([r[field][key] for r in found]) for key in first[field]} for field in maps}
+    for field in maps:  # under attack only what all runs have
+        keys = [key for key in first[field] if all(key in r[field] for r in found)]
+        summary[field] = {key: both([r[field][key] for r in found]) for key in keys}
     return {
         **{field: summary[field]["mean"] for field in numbers},
         **{field: {key: value["mean"] for key, value in summary[field].items()} for field in maps},
-        **{field: first[field] for field in ("radii", "num_images", "num_attacked_images")},
+        **{field: first[field] for field in ("radii", "num_images", "of", "num_attacked_images") if field in first},
         "summary": summary,
         "seeds": [r["seed"] for r in found],
         "runs": found,
@@ -114,18 +135,26 @@ def print_table(report: dict, console: Console | None = None) -> None:
         return cell(stats["mean"], stats["sd"])
 
     runs = f", mean ± sd of {len(report['seeds'])} runs" if summary else ""
-    table = Table(title=f"Accuracy on {report['num_images']} test images{runs}")
+    total = report.get("of")
+    table = Table(title=f"Accuracy on {part_of(report['num_images'], total)} test images{runs}")
     table.add_column("l2 radius")
     for name in ("certified (proved)", FLOAT32, "under attack (upper bound)"):
         table.add_column(name, justify="right")
-    table.add_row("0 (clean)", *map(entry, ("clean_accuracy", "float32_clean_accuracy", "clean_accuracy")))
+    clean = report.get("attacked_clean_accuracy")
+    if clean is not None:
+        attacked = cell(clean)
+    else:  # an older report, or several runs
+        attacked = entry("clean_accuracy") if report["num_attacked_images"] else NOT_ATTACKED
+    table.add_row("0 (clean)", *map(entry, ("clean_accuracy", "float32_clean_accuracy")), attacked)
     for radius in report["radii"]:
-        key, fields = radius_key(radius), ("certified_accuracy", "float32_certified_accuracy", "attacked_accuracy")
-        table.add_row(radius_label(radius), *(entry(field, key) for field in fields))
+        key = radius_key(radius)
+        proved = (entry(field, key) for field in ("certified_accuracy", "float32_certified_accuracy"))
+        attacked = entry("attacked_accuracy", key) if key in report["attacked_accuracy"] else NOT_ATTACKED
+        table.add_row(radius_label(radius), *proved, attacked)
     console = console or Console()
     console.print(table)
-    if report["num_attacked_images"] != report["num_images"]:
-        console.print(f"The attack ran on the first {report['num_attacked_images']} images.")
+    if report["num_attacked_images"] not in (0, report["num_images"]):
+        console.print(f"The attack ran on {part_of(report['num_attacked_images'], total)} test images, drawn by hash.")
     if "per_class" in report:
         print_classes(report, radius_key(report["radii"][0]), radius_label(report["radii"][0]), console)
     found = report.get("float32")
@@ -143,12 +172,12 @@ def float32_line(found: dict) -> str:
     measured = "logits that are not finite" if gap is None else f"logits {gap:.2g} off at most"
     kept = "" if ball["median_ratio"] is None else f", the median at {100 * ball['median_ratio']:.1f} % of its length"
     return (
-        f"In float32 ({found['num_images']} images): {measured}, {proved}; "
+        f"In float32 ({part_of(found['num_images'], found.get('of'))} images): {measured}, {proved}; "
         f"{ball['float32']} of {ball['certified']} radii are proved for float32, too{kept}."
     )
 
 
-def plot_certified_accuracy(path: pathlib.Path, certificate, labels, attack, radii, num_attacked: int) -> None:
+def plot_certified_accuracy(path: pathlib.Path, certificate, labels, attack, radii, total: int) -> None:
     """Certified accuracy over the radius, the attack's upper bound, and the radii of the table, as a PNG."""
     correct = certificate.predictions == labels
     shown = np.sort(np.where(correct, certificate.radii, 0.0))
@@ -160,12 +189,14 @@ def plot_certified_accuracy(path: pathlib.Path, certificate, labels, attack, rad
     axes = figure.add_subplot()
     axes.plot(grid, 100 * proved, label="certified (proved)")
     marks = np.array([0.0, *sorted(radii)])
-    upper = [100 * np.mean(attack.distances > r * (1 + 1e-6)) for r in marks]
-    of = "" if num_attacked == len(labels) else f", first {num_attacked} images"
-    axes.plot(marks, upper, "v--", label=f"under attack (upper bound{of})")
+    if attack is not None:
+        upper = [100 * np.mean(attack.distances > r * (1 + 1e-6)) for r in marks]
+        attacked = len(attack.distances)
+        of = "" if attacked == len(labels) else f", {part_of(attacked, total)} images"
+        axes.plot(marks, upper, "v--", label=f"under attack (upper bound{of})")
     for r in radii:
         axes.axvline(r, color="0.85", zorder=0)
-    axes.set(xlabel="l2 radius, pixels in [0, 1]", ylabel="accuracy on the test set (%)")
+    axes.set(xlabel="l2 radius, pixels in [0, 1]", ylabel=f"accuracy on {part_of(len(labels), total)} test images (%)")
     axes.set(xlim=(0, limit), ylim=(0, 101))
     axes.legend()
     with replacing(path) as temporary:

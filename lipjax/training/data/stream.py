@@ -140,6 +140,13 @@ class StreamDataset:
         steps = -(-len(records) // batch_size)
         return _batches(images, per_shard, self.workers, fill=(steps, self.image_shape))
 
+    def images(self, split: str, indices: np.ndarray, batch_size: int) -> Batch:
+        """The images of a split at these places, in this order, as `eval_batches` gives them, and their labels."""
+        part = dataclasses.replace(self, splits={**self.splits, split: Subset(self.splits[split], indices)})
+        parts = [(images[labels >= 0], labels[labels >= 0]) for images, labels in part.eval_batches(split, batch_size)]
+        images, labels = (np.concatenate(a) for a in zip(*parts, strict=True))
+        return images, labels
+
     def fingerprint(self, split: str) -> str:
         """SHA-256 (hex) over image size, labels and encoded images of a split, in order. Reads the whole split."""
         check_split(split)

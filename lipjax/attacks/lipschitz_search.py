@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lipjax._input_gradient import of_images
+from lipjax.attacks.input_gradient import of_images
 
 # All pairs of up to ten classes are searched; of more, as many.
 _MAX_PAIRS = 45
