@@ -8,7 +8,7 @@ import sys
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: see lipjax/__init__.py
 
-from lipjax.training.command import main
+from lipjax.command import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], "python train.py"))

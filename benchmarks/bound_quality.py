@@ -26,9 +26,9 @@ from absl import app, flags
 from lanczos import grid_norm, lanczos_norm, local_norm
 
 from lipjax import FrozenNetwork, attacks, bounds, operators
-from lipjax.frozen import float64_on_cpu
+from lipjax.certify.frozen import float64_on_cpu
+from lipjax.evaluation import evaluate, falsify
 from lipjax.operators.grid import Circulants, on_grid
-from lipjax.training import evaluate, falsify
 from lipjax.training.config import load_config
 from lipjax.training.data import load_dataset
 

@@ -24,7 +24,7 @@ from rich.table import Table
 
 import lipjax
 from lipjax import operators
-from lipjax.frozen import float64_on_cpu
+from lipjax.certify.frozen import float64_on_cpu
 from lipjax.models import get_model
 
 FLAGS = flags.FLAGS

@@ -34,9 +34,9 @@ from rich.table import Table
 
 import lipjax
 from lipjax import bounds, checker
-from lipjax.document import write_certificate
+from lipjax.certify.document import write_certificate
+from lipjax.evaluation.evaluate import certify_images
 from lipjax.models import get_model
-from lipjax.training.evaluate import certify_images
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("small", False, "Tiny networks and few images.")

@@ -21,11 +21,11 @@ import optax
 from absl import app, flags
 
 from lipjax import losses
-from lipjax.frozen import FrozenNetwork
+from lipjax.certify import FrozenNetwork
 from lipjax.network import make_network
 from lipjax.operators import Flatten, LinearHead
+from lipjax.run import run
 from lipjax.training.data import load_dataset
-from lipjax.training.run import run
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "Gets a directory per network.", required=True)

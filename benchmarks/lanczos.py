@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.sparse.linalg import LinearOperator, eigsh
 
-from lipjax.frozen import float64_on_cpu
+from lipjax.certify.frozen import float64_on_cpu
 from lipjax.operators.grid import Circulants
 
 

@@ -35,7 +35,7 @@ from sklearn.datasets import load_digits
 
 import lipjax
 from lipjax import bounds, operators
-from lipjax.frozen import float64_on_cpu
+from lipjax.certify.frozen import float64_on_cpu
 from lipjax.models import get_model
 
 FLAGS = flags.FLAGS

@@ -5,11 +5,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from lipjax.plan.plan import planned_dataset
 from lipjax.training import optimizer as optimizers
 from lipjax.training import sharding, step
 from lipjax.training.config import default_config
 from lipjax.training.loop import Run
-from lipjax.training.plan import planned_dataset
 
 
 def sizes(name: str) -> tuple[tuple[int, int, int], int]:

@@ -21,7 +21,7 @@ from rich.table import Table
 
 import lipjax
 from lipjax import bounds, certify, operators
-from lipjax.frozen import float64_on_cpu
+from lipjax.certify.frozen import float64_on_cpu
 from lipjax.network import Network
 
 FLAGS = flags.FLAGS
@@ -49,8 +49,8 @@ def claimed_radii(logits: np.ndarray, lipschitz: np.ndarray) -> np.ndarray:
 
 def compare(workdir: str) -> None:
     """Certified accuracy of a run's test images by estimates and by proof."""
+    from lipjax.evaluation.evaluate import drawn_indices, test_images
     from lipjax.training.config import load_config
-    from lipjax.training.evaluate import drawn_indices, test_images
     from lipjax.training.loop import Run
 
     config, seed = load_config(workdir)

@@ -21,9 +21,9 @@ import jax
 from absl import app, flags
 
 from lipjax.models import get_model
+from lipjax.plan.hlo import Program
 from lipjax.training import optimizer as optimizers
 from lipjax.training import sharding, step
-from lipjax.training._hlo import Program
 from lipjax.training.config import default_config
 
 # By name: (config.model, (h, w, c) of the images, other fields).

@@ -19,7 +19,7 @@ What the compiled step shows (XLA for CPU, float32, JAX 0.10.2; `jit(...).lower(
   - FFTs instead (`jnp.fft.rfft2` with the transposes that it needs) took 3.4 times as long at 32x32x32, batch 64,
     and 1.8 times as long at 16x16x64: forward and backward, the blocks given.
   - no reshape merges the batch with an axis before it; one that does makes a batch spread over devices be gathered
-    (tests/test_dft.py).
+    (tests/theory/test_dft.py).
   - splits rather than slices, whose transposes would be padded sums, are worth 5 to 20 % of the backward pass.
   - `skew_kernel` at 1024 channels takes 50 ms on two cores forward and as long backward: XLA fuses its transpose into
     a loop of strided reads. On a 1x1 map it would also add up the gradients of all terms there; a loop prevents it.
@@ -46,8 +46,8 @@ from absl import app, flags
 from memory import keep_freed_memory
 
 from lipjax import conv
-from lipjax._series import terms_for
 from lipjax.parametrize import soc, soc_forms, soc_frequency
+from lipjax.spectral.series import terms_for
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("part", "all", ["all", "speed", "forms"], "What is measured.")

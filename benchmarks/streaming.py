@@ -21,7 +21,7 @@ from absl import app, flags, logging
 from PIL import Image
 
 from lipjax.training.data import StreamDataset, prepared, stream
-from lipjax.training.prepare import prepare
+from lipjax.training.data.prepare import prepare
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("workers", ["0", "1", "2"], "Numbers of worker processes; 0: threads of this process.")

@@ -5,8 +5,8 @@ Run: python docs/execute.py docs/add_a_layer.md docs/theory.ipynb
 In a Markdown page, blocks of `python` are executed, and lines of `sh` blocks that call `python -m lipjax`. The block
 of `text` that follows is what they print; "..." stands for anything, and `text tolerance=0.05` loosens its numbers,
 which otherwise agree to the last digit printed. In a notebook, the metadata of a cell hold its tolerance, and the value
-of its last expression is shown. Nothing that still agrees is written anew but figures. tests/test_docs.py executes the
-pages and compares.
+of its last expression is shown. Nothing that still agrees is written anew but figures.
+tests/system/test_docs.py executes the pages and compares.
 """
 
 import ast

@@ -20,8 +20,8 @@ from lipjax import (  # noqa: E402
     pooling,
     spectral,
 )
+from lipjax.certify import FrozenNetwork, freeze  # noqa: E402
 from lipjax.errors import NotCertifiable, UserError  # noqa: E402
-from lipjax.frozen import FrozenNetwork, freeze  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -27,10 +27,10 @@ def run_directories(workdir: str) -> list[pathlib.Path]:
 
 def certify(arguments) -> None:
     """Certifies every run in a directory again from its checkpoints."""
-    from lipjax.certify import write_json
+    from lipjax.evaluation.evaluate import certify_run
+    from lipjax.evaluation.table import print_table, summarize
+    from lipjax.files import write_json
     from lipjax.training.config import load_config, validate
-    from lipjax.training.evaluate import certify_run
-    from lipjax.training.report import print_table, summarize
 
     console = Console(soft_wrap=True, highlight=False)
     directories, found = run_directories(arguments.workdir), []
@@ -56,7 +56,7 @@ def certify(arguments) -> None:
 
 def report(arguments) -> None:
     """Writes an HTML page about every certified run in a directory."""
-    from lipjax.training.html_report import write_reports
+    from lipjax.evaluation.html.page import write_reports
 
     console = Console(soft_wrap=True, highlight=False)
     for path in write_reports(run_directories(arguments.workdir)):
@@ -65,8 +65,8 @@ def report(arguments) -> None:
 
 def attack(arguments) -> None:
     """Attacks every certified run in a directory."""
-    from lipjax.training.attack import attack_run
-    from lipjax.training.attack_files import print_findings
+    from lipjax.evaluation.attack_command import attack_run
+    from lipjax.evaluation.attack_files import print_findings
     from lipjax.training.config import load_config, validate
 
     console = Console(soft_wrap=True, highlight=False)
@@ -88,7 +88,7 @@ def attack(arguments) -> None:
 
 def plan(arguments, overrides: list[str]) -> None:
     """Compiles a config's training step for chips that are not here, and prints what it needs of them."""
-    from lipjax.training.plan import read_config, run_plans
+    from lipjax.plan.command import read_config, run_plans
 
     config = read_config(arguments.config, overrides)
     console = Console(soft_wrap=True, highlight=False)
@@ -102,7 +102,7 @@ def check(arguments) -> int:
 
 def predict(arguments) -> None:
     """Classifies image files by a frozen network, and says how far each class is proved."""
-    from lipjax.training.predict import predict_files, print_predictions
+    from lipjax.evaluation.predict import predict_files, print_predictions
 
     directory = pathlib.Path(os.path.expanduser(arguments.workdir))
     if not (directory / "network.json").exists():
@@ -115,7 +115,7 @@ def predict(arguments) -> None:
 
 def compare(arguments) -> None:
     """Prints a table of runs."""
-    from lipjax.training.compare import print_comparison, read_compared
+    from lipjax.evaluation.compare import print_comparison, read_compared
 
     runs = [read_compared(directory) for workdir in arguments.workdirs for directory in run_directories(workdir)]
     print_comparison(runs, Console(highlight=False))
@@ -123,7 +123,7 @@ def compare(arguments) -> None:
 
 def train(arguments: list[str]) -> int:
     """Trains, certifies and reports; has flags of its own."""
-    from lipjax.training.command import main as train_main
+    from lipjax.command import main as train_main
 
     return train_main(arguments)
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from lipjax import _streams
+from lipjax import streams
 
 
 class UserError(ValueError):
@@ -29,7 +29,7 @@ def run_command(command: Callable[[], object], interrupted: str) -> int:
     Returns: the exit code: 0, 1 for a refuted claim, 2 for a user's error or a claim without proof, 130 after Ctrl-C.
       Other errors pass.
     """
-    with _streams.guarded():
+    with streams.guarded():
         try:
             command()
         except Refuted as error:

@@ -17,25 +17,6 @@ install_import_hook("lipjax", "beartype.beartype")
 
 jax.config.update("jax_enable_x64", True)
 
-# Files of tests/ that test pure theory: there two dtypes never meet unless the code says so.
-THEORY_TESTS = (
-    "activations",
-    "bounds",
-    "certify",
-    "conv",
-    "curvature",
-    "dft",
-    "linalg",
-    "losses",
-    "mlp",
-    "network",
-    "operators",
-    "parametrize",
-    "pooling",
-    "spectral",
-)
-
-
 @pytest.fixture
 def key() -> jax.Array:
     """A typed PRNG key."""
@@ -69,6 +50,6 @@ def precision(request, _marked_precision):
 @pytest.fixture(autouse=True)
 def _strict_dtypes(request):
     """An accidental float32 among float64 costs a bound its proof. Ranks may differ: a bias is added to images."""
-    theory = request.path.stem.startswith(tuple(f"test_{name}" for name in THEORY_TESTS))
+    theory = request.path.parent.name == "theory"
     with jax.numpy_dtype_promotion("strict" if theory else "standard"):
         yield

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lipjax import spectral
-from lipjax._arithmetic import check_terms
+from lipjax.spectral.arithmetic import check_terms
 
 # A field that holds an array: a JAX array, a NumPy array once frozen, or what a tree transformation puts in its place.
 Leaf = Any

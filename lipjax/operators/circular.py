@@ -10,8 +10,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from lipjax import _dft, spectral
-from lipjax._arithmetic import check_terms, exact_float64
 from lipjax.operators._base import COMPUTED, Leaf, Linear, gamma, norm_per_image, operator
+from lipjax.spectral.arithmetic import check_terms, exact_float64
 
 
 def _check_blocks(fixed: Any, paired: Any, in_shape: tuple[int, ...]) -> None:

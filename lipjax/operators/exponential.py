@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipjax import _series, _verified, conv, spectral
-from lipjax._arithmetic import check_terms, exact_float64
+from lipjax import conv, spectral
 from lipjax.errors import NotCertifiable
 from lipjax.operators._base import COMPUTED, Leaf, Linear, check_input, gamma, norm_per_image, operator
+from lipjax.spectral import series, verified
+from lipjax.spectral.arithmetic import check_terms, exact_float64
 
 
 @operator("kernel", static=("in_shape", "num_terms", "padding", "nonexpansive", "fast_gradient"))
@@ -79,7 +80,7 @@ class ConvExponential(Linear):
         for norm, method, details in self._skew_norm_bounds(kernel):
             norm = spectral.with_room(norm)
             if norm < best:
-                best, reason, value, found = norm, method, _series.gain_bound(self.num_terms, norm), details
+                best, reason, value, found = norm, method, series.gain_bound(self.num_terms, norm), details
             if value == 1:
                 break
         details = {"num_terms": self.num_terms, "skew_norm": best, "skew_norm_method": reason}
@@ -93,14 +94,14 @@ class ConvExponential(Linear):
         A skew kernel's four reshaped norms are two pairs of equal ones.
         """
         kh, kw, c, _ = kernel.shape
-        root = Fraction(_verified.sqrt_up(Fraction(kh * kw)))
+        root = Fraction(verified.sqrt_up(Fraction(kh * kw)))
         reshapes = {
             "(kh kw i, o)": kernel.reshape(kh * kw * c, c),
             "(kh o, kw i)": kernel.transpose(0, 3, 1, 2).reshape(kh * c, kw * c),
         }
         for name, matrix in reshapes.items():
             norm = Fraction(spectral.matrix_norm_bound(matrix).value)
-            yield _verified.float_up(root * norm), f"sqrt(kh kw) times the norm of the kernel as {name}", {}
+            yield verified.float_up(root * norm), f"sqrt(kh kw) times the norm of the kernel as {name}", {}
         padding = self.padding
         if padding != "CIRCULAR":
             padding = conv.explicit_padding((kh, kw), padding)

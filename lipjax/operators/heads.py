@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lipjax import spectral
-from lipjax._arithmetic import check_rounding, exact_float64
 from lipjax.errors import NotCertifiable
 from lipjax.operators._base import COMPUTED, Leaf, check_input, gamma, operator
 from lipjax.operators.softplus import softplus, softplus_error
+from lipjax.spectral.arithmetic import check_rounding, exact_float64
 
 # The norm of W1 in `MLPHead.pairwise_lipschitz` is estimated by this many steps of power iteration.
 _POWER_STEPS = 8

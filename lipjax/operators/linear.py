@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipjax import conv, spectral
-from lipjax._arithmetic import check_rounding, exact_float64
 from lipjax.errors import NotCertifiable
 from lipjax.operators._base import (
     COMPUTED,
@@ -19,6 +18,7 @@ from lipjax.operators._base import (
     norm_per_image,
     operator,
 )
+from lipjax.spectral.arithmetic import check_rounding, exact_float64
 
 
 @operator("matrix", static=())

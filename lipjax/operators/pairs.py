@@ -12,9 +12,9 @@ import numpy as np
 from jax.core import Tracer
 
 from lipjax import activations, pooling
-from lipjax._arithmetic import exact_float64
 from lipjax.errors import NotCertifiable
 from lipjax.operators._base import COMPUTED, Isometric, Leaf, check_input, gamma, norm_per_image, operator
+from lipjax.spectral.arithmetic import exact_float64
 
 
 class _Pairs(Isometric):

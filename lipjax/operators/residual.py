@@ -4,9 +4,9 @@ import math
 from fractions import Fraction
 
 from lipjax import spectral
-from lipjax._verified import float_up
 from lipjax.errors import NotCertifiable
 from lipjax.operators._base import check_input, operator
+from lipjax.spectral.verified import float_up
 
 
 @operator("ops", static=())

@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lipjax import _series, _spread, linalg, operators
+from lipjax import _spread, linalg, operators
 from lipjax.parametrize import soc_frequency
+from lipjax.spectral import series
 
 FORMS = ("auto", "spatial", "response", "series")
 # A series whose gain stays below this counts as nonexpansive in training estimates (5 terms of norm 3: 1.0047).
@@ -60,7 +61,7 @@ def operators_of(
         )
     terms = num_terms
     if num_terms is None and norm_bound is not None:
-        terms = _series.terms_for(norm_bound, 1e-6)
+        terms = series.terms_for(norm_bound, 1e-6)
     if padding == "ZERO":
         form = "spatial"
     elif form == "auto" and train:
@@ -98,7 +99,7 @@ def operators_of(
 
 def _is_nonexpansive(num_terms: int | None, norm_bound: float | None) -> bool:
     """Whether exp(A), or its series, counts as such in training estimates, if |A| <= norm_bound (None: unknown)."""
-    return num_terms is None or (norm_bound is not None and _series.gain_bound(num_terms, norm_bound) <= _GAIN)
+    return num_terms is None or (norm_bound is not None and series.gain_bound(num_terms, norm_bound) <= _GAIN)
 
 
 def orthonormal_rows(skew: Float[Array, "n n"], num_rows: int, num_terms: int | None) -> Float[Array, "k n"]:

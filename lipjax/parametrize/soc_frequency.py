@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Complex, Float
 
 from lipjax import _dft, _spread, conv, linalg
-from lipjax._series import terms_for
+from lipjax.spectral.series import terms_for
 
 Blocks = tuple[Array, Array]
 

@@ -22,7 +22,7 @@ from jax._src import distributed  # for its client: jax.distributed offers neith
 from jax.experimental import multihost_utils
 
 import lipjax
-from lipjax import _streams
+from lipjax import streams
 from lipjax.errors import UserError, run_command
 from lipjax.training import stopping
 
@@ -84,7 +84,7 @@ def launch(command: Callable[[], object], interrupted: str, flag_values: flags.F
                 raise
             raise UserError(f"process {jax.process_index()} of {jax.process_count()}: {error}") from error
 
-    with _streams.guarded():
+    with streams.guarded():
         try:
             with stopping.outside_training():
                 code = run_command(joined, interrupted)

@@ -10,12 +10,12 @@ import ml_collections
 from ml_collections import config_dict
 
 from lipjax import attacks, network
+from lipjax.certify.radius import radius_key
 from lipjax.errors import UserError
 from lipjax.training import optimizer
 from lipjax.training.accumulate import centering_refused
 from lipjax.training.data import NAMES
 from lipjax.training.randaugment import MAX_MAGNITUDE
-from lipjax.training.report import radius_key
 from lipjax.training.step import CLASS_WEIGHTS, CURVATURE, LIPSCHITZ, LOSSES
 
 PRECISIONS = ("default", "high", "highest")

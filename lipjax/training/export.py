@@ -11,10 +11,10 @@ import pathlib
 import numpy as np
 
 from lipjax.errors import UserError, run_command
+from lipjax.files import save_arrays
 from lipjax.training.config import load_config
 from lipjax.training.data import StreamDataset, load_dataset
 from lipjax.training.data.arrays import SPLITS, Split
-from lipjax.training.falsify import save_arrays
 
 
 def export_split(

@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from lipjax.certify import write_json
 from lipjax.errors import NotCertifiable, UserError
+from lipjax.files import write_json
 from lipjax.models import get_model
 from lipjax.nn import COLLECTION
 from lipjax.training import cluster, sharding, stopping, warm_start

@@ -18,8 +18,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.summary import scalar as scalar_summary
 
-from lipjax.certify import replacing
 from lipjax.errors import UserError
+from lipjax.files import replacing
 from lipjax.training import damage
 
 FILE_NAME = "metrics.jsonl"

@@ -9,8 +9,8 @@ import jax
 from lipjax.errors import UserError
 from lipjax.nn import LipschitzModel
 from lipjax.training import sharding, step
+from lipjax.training.best import restore_best
 from lipjax.training.checkpoint import Checkpointer
-from lipjax.training.trained import restore_best
 
 
 def state_from(

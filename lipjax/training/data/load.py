@@ -93,7 +93,7 @@ def _prepared_dir(config: Any):
     if prepared.find_prepared(config.name, data_dir) is None:
         if not config.download:
             raise prepared.not_prepared(config.name, data_dir)
-        from lipjax.training.prepare import prepare  # here, because reading needs none of it
+        from lipjax.training.data.prepare import prepare  # here, because reading needs none of it
 
         prepare(config.name, data_dir, download=True)
     return data_dir

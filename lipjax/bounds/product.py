@@ -1,0 +1,194 @@
+"""From operators to L, the Lipschitz constants of all logit differences: estimates, and bounds.
+
+By the product of norms (`margin_lipschitz_*`), for any network; by loop transformation (`liplt_*`, `margin_liplt_*`)
+for linear maps with elementwise activations between them.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from lipjax import _spread, spectral
+from lipjax.errors import NotCertifiable
+from lipjax.network import Network
+from lipjax.operators import Residual
+from lipjax.spectral.arithmetic import check_rounding, check_terms
+
+Vectors = dict[str, Float[Array, "..."]]
+
+
+def _needs_estimate(op) -> bool:
+    """Whether training estimates the operator's norm; a parametrisation may promise that it is at most 1."""
+    return hasattr(op, "estimate") and not getattr(op, "nonexpansive", False)
+
+
+def _estimated(name: str, op) -> list[tuple[str, Any]]:
+    """The operators whose norms an operator's estimate is made of, and the names of their vectors."""
+    parts = [(f"{name}/{i}", part) for i, part in enumerate(op.ops)] if isinstance(op, Residual) else [(name, op)]
+    return [(label, part) for label, part in parts if _needs_estimate(part)]
+
+
+def init_vectors(network: Network, key: PRNGKeyArray) -> Vectors:
+    """Random unit start vectors of the power iterations, by operator name, for operators that need an `estimate`.
+
+    Those of the operators of a `Residual` are named after it and their place: "block/0".
+
+    Returns: name -> vector of the operator's in_shape, in the network's dtype; deterministic in the key and the place
+      of the operator.
+    """
+    vectors = {}
+    for i, (name, op) in enumerate(zip(network.names, network.ops, strict=True)):
+        drawn = jax.random.fold_in(key, i)
+        for j, (label, part) in enumerate(_estimated(name, op)):
+            v = jax.random.normal(jax.random.fold_in(drawn, j) if j else drawn, part.in_shape, network.input_std.dtype)
+            vectors[label] = v / jnp.linalg.norm(v)
+    return vectors
+
+
+def norm_estimates(network: Network, vectors: Vectors, num_iters: int) -> tuple[dict[str, Float[Array, ""]], Vectors]:
+    """Differentiable estimates of the operators' norms, by name, and the vectors to start from next time.
+
+    Operators that are made to have a norm of at most 1 are left out. That of a `Residual` is 1 + the product of its
+    operators' norms.
+
+    Args: vectors: of `init_vectors`, or of the last call. num_iters: power iterations of each operator, >= 0.
+    Returns: name -> scalar, not above the norm but for rounding, so that nothing may be certified with it; and the
+      vectors, without gradient.
+    Raises: KeyError if a vector is missing; ValueError if num_iters is negative.
+    Source: Miyato et al. 2018, arXiv:1802.05957, with v detached.
+    """
+    parts = [_estimated(name, op) for name, op in zip(network.names, network.ops, strict=True)]
+    tasks = {label: (part, vectors[label]) for label, part in itertools.chain(*parts)}
+    results = {}
+    for labels in _alike(tasks):
+        of_labels = _spread.each(lambda task: task[0].estimate(task[1], num_iters), [tasks[label] for label in labels])
+        results |= dict(zip(labels, of_labels, strict=True))
+    sigmas = {}
+    for name, op, estimated in zip(network.names, network.ops, parts, strict=True):
+        found = [results[label][0] for label, _ in estimated]
+        if isinstance(op, Residual):
+            sigmas[name] = 1 + math.prod(found) * _slopes(op.ops) * jnp.ones((), network.input_std.dtype)
+        elif found:
+            sigmas[name] = found[0]
+    return sigmas, {label: results[label][1] for label in tasks}
+
+
+def _alike(tasks: dict[str, Any]) -> list[list[str]]:
+    """Names of pytrees, together if they have the same structure (types and metadata), shapes and dtypes."""
+    groups: dict[Any, list[str]] = {}
+    for name, task in tasks.items():
+        leaves, structure = jax.tree.flatten(task)
+        kind = structure, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+        groups.setdefault(kind, []).append(name)
+    return list(groups.values())
+
+
+def _slopes(ops: Sequence) -> float:
+    """The product of the Lipschitz constants of elementwise activations."""
+    return math.prod((max(map(abs, op.slope)) for op in ops if hasattr(op, "slope")), start=1.0)
+
+
+def feature_lipschitz_estimate(network: Network, vectors: Vectors, num_iters: int) -> tuple[Float[Array, ""], Vectors]:
+    """Estimate of the Lipschitz constant of pixels -> features, the head's input: the product of norms / min std.
+
+    Args, returns: as `margin_lipschitz_estimate`, with a scalar.
+    """
+    sigmas, vectors = norm_estimates(network, vectors, num_iters)
+    return math.prod(sigmas.values()) * _slopes(network.ops) / jnp.min(network.input_std), vectors
+
+
+def margin_lipschitz_estimate(
+    network: Network, vectors: Vectors, num_iters: int
+) -> tuple[Float[Array, "k k"], Vectors]:
+    """Estimate of the Lipschitz constant of every logit_i - logit_j: a training quantity, possibly low.
+
+    Args: vectors: as from `init_vectors` or the last call. num_iters: power iterations per operator.
+    Returns: ((k, k) in logits per pixel unit, the advanced vectors, constants under differentiation).
+    Source: Hu et al. 2023, arXiv:2301.12549: the product of norms times |w_i - w_j|.
+    """
+    product, vectors = feature_lipschitz_estimate(network, vectors, num_iters)
+    return product * network.head.pairwise_lipschitz(), vectors
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerBound:
+    """Proved Lipschitz bound of one operator: its name, type, value, the method of proof and the method's details.
+
+    Attributes:
+      bound: what everything is computed from, and `checker` proves again: sigma, with room for that proof's rounding.
+      sigma: what was proved; None if unknown.
+    """
+
+    name: str
+    type: str
+    bound: float
+    method: str
+    details: dict
+    sigma: float | None = None
+
+    @property
+    def parts(self) -> "list[LayerBound]":
+        """Those of a `Residual`'s operators, in order; none for other operators."""
+        return [LayerBound(f"{self.name}/{i}", **part) for i, part in enumerate(self.details.get("parts", ()))]
+
+    @property
+    def norms(self) -> float | tuple[float, ...]:
+        """`bound`; of a `Residual` those of its operators, with which errors pass through them."""
+        return tuple(part.bound for part in self.parts) if "parts" in self.details else self.bound
+
+
+def operator_bounds(network: Network) -> list[LayerBound]:
+    """Proved bounds of all operators, in order; the input normalisation is the first row.
+
+    Raises: NotCertifiable naming the layer whose operator has no bound or whose arrays admit none.
+    """
+    check_rounding()
+    rows = []
+    for name, op in [("input", network.normalize), *zip(network.names, network.ops, strict=True)]:
+        kind = type(op).__name__
+        for shape in (op.in_shape, op.out_shape):
+            check_terms(math.prod(shape), f"{name} ({kind})")
+        if not hasattr(op, "bound"):
+            raise NotCertifiable(f"{name}: no proved Lipschitz bound is known for an operator of type {kind}.")
+        try:
+            found = op.bound()
+            if not isinstance(found, spectral.NormBound) or not np.isfinite(found.value):
+                raise NotCertifiable(f"expected a finite proved bound, got {found!r}.")
+            claim = float(found.claim)
+        except ValueError as error:
+            raise NotCertifiable(f"{name} ({kind}): {error}") from error
+        rows.append(LayerBound(name, kind, claim, found.method, found.details, float(found.value)))
+    return rows
+
+
+def product_bound(rows: list[LayerBound]) -> float:
+    """Upper bound of the product of proved bounds: rounded up at every multiplication that is not by 0 or 1."""
+    factors = [row.bound for row in rows if row.bound != 1.0]
+    if 0.0 in factors:
+        return 0.0
+    total = 1.0
+    for factor in factors:
+        total = factor if total == 1.0 else math.nextafter(total * factor, math.inf)
+    return total
+
+
+def margin_lipschitz_bound(network: Network, rows: list[LayerBound] | None = None) -> np.ndarray:
+    """Proved upper bound of the Lipschitz constant of every logit_i - logit_j: (k, k) float64, logits per pixel unit.
+
+    Args: rows: the result of `operator_bounds`, if it is at hand.
+    Raises: NotCertifiable as `operator_bounds`.
+    """
+    check_rounding()
+    product = product_bound(operator_bounds(network) if rows is None else rows)
+    head = network.head.pairwise_bound()
+    with np.errstate(over="ignore", invalid="ignore"):  # an infinite constant proves radius 0
+        return np.where(head > 0, np.nextafter(product * head, np.inf), 0.0)
+
+

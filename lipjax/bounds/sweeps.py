@@ -1,0 +1,233 @@
+"""LipLT: Lipschitz constants by loop transformation. Norms of chains, and the recursion of constants.
+
+An activation phi of slopes in [alpha, beta] is a t + psi(t) with a = (alpha + beta) / 2 and psi of Lipschitz constant
+b = (beta - alpha) / 2. What the network computes is then a sum of linear *chains*: maps from the input, or from after
+an activation, to before a later one, or to the output (docs/soundness.md, section 12).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from lipjax.bounds.liplt_path import Step, slope_parts
+from lipjax.operators._base import Linear
+
+Vectors = dict[str, Float[Array, "..."]]
+
+
+def _apply(ops: Sequence, x):
+    for op in ops:
+        x = op._map(x, jax.lax.Precision.HIGHEST) if isinstance(op, Linear) else op(x)
+    return x
+
+
+def _through(step: Step, x, image=None):
+    """The linear part of a piece: an operator's map, x itself for a plain activation, H x + a G W x for a block.
+
+    image: W x, where it is known.
+    """
+    if step.block is None:
+        return _apply((step.op,), x)
+    if step.is_plain:
+        return x
+    block = step.block
+    image = _apply(block.inner, x) if image is None else image
+    through = slope_parts(block)[0] * _apply(block.outer, image)
+    return through if block.skip is None else through + _apply(block.skip, x)
+
+
+def _on_batches(function: Callable, groups: dict[int, Array]) -> dict[int, Array]:
+    """Applies a function of a batch to all groups at once."""
+    if not groups:
+        return {}
+    sizes = [x.shape[0] for x in groups.values()]
+    image = function(jnp.concatenate(list(groups.values())))
+    parts = jnp.split(image, [sum(sizes[:i]) for i in range(1, len(sizes))])
+    return dict(zip(groups, parts, strict=True))
+
+
+def _activations(path: Sequence[Step]) -> list[int]:
+    return [i for i, step in enumerate(path) if step.block is not None]
+
+
+def _chain_images(path: Sequence[Step], vectors: list[Array]) -> list[Array]:
+    """The image of every start vector under its chain: one sweep over the path, one batched call per operator.
+
+    vectors: entry s holds, for the chains from the input (s = 0) or from after activation s, a vector (shape where
+    they start) per later activation, the nearest first. Returns: by activation, images in the order of the starts.
+    """
+    groups, images, count = {0: vectors[0]}, [], 0
+    last = len(_activations(path))
+    for step in path:
+        if count == last:
+            break
+        if step.block is None:
+            groups = _on_batches(lambda x, step=step: _through(step, x), groups)
+            continue
+        count += 1
+        inner = step.block.inner
+        arrived = _on_batches(lambda x, inner=inner: _apply(inner, x), groups) if inner else groups
+        images.append(jnp.stack([part[0] for part in arrived.values()]))
+        rest = {s: x[1:] for s, x in groups.items() if x.shape[0] > 1}
+        if not step.is_plain and rest:
+            known = jnp.concatenate([arrived[s][1:] for s in rest])
+            rest = _on_batches(lambda x, step=step, known=known: _through(step, x, known), rest)
+        groups = rest
+        if count < last:
+            groups[count] = _apply(step.block.outer, vectors[count])
+    return images
+
+
+def init_vectors(path: Sequence[Step], key: PRNGKeyArray, dtype) -> Vectors:
+    """Random unit start vectors of all chains that end before an activation.
+
+    Returns: {"s": (number of later activations, *shape)} for the chains from the input (s = 0) and from after
+    activation s; the nearest end first.
+    """
+    acts, vectors = _activations(path), {}
+    for s in range(len(acts)):
+        shape = path[0].shape if s == 0 else path[acts[s - 1]].inner_shape
+        v = jax.random.normal(jax.random.fold_in(key, s), (len(acts) - s, *shape), dtype)
+        vectors[str(s)] = v / jnp.sqrt(jnp.sum(v**2, axis=tuple(range(1, v.ndim)), keepdims=True))
+    return vectors
+
+
+def _lengths(x: Array) -> Array:
+    """Norms of the rows, with gradient 0 at 0, and no overflow."""
+    rows = x.reshape(x.shape[0], -1)
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(rows), axis=1))
+    safe = jnp.where(largest > 0, largest, 1)
+    squares = jnp.sum((rows / safe[:, None]) ** 2, axis=1)
+    return jnp.where(largest > 0, safe * jnp.sqrt(jnp.where(largest > 0, squares, 1)), 0)
+
+
+def _normalised(x: Array, fallback: Array) -> Array:
+    lengths = _lengths(x).reshape(-1, *[1] * (x.ndim - 1))
+    return jnp.where(lengths > 0, x / jnp.where(lengths > 0, lengths, 1), fallback)
+
+
+def chain_norms(path: Sequence[Step], vectors: Vectors, num_iters: int) -> tuple[list[Array], Vectors]:
+    """Estimates, never above the norm before rounding, of all chains that end before an activation.
+
+    Power iteration on all chains at once: per step one sweep and its transpose. The last images are differentiable,
+    with the vectors held constant.
+
+    Returns: (by activation k = 1, 2, ...: (k,) norms of the chains from start 0, ..., k - 1; advanced vectors).
+    """
+    if num_iters < 0:
+        raise ValueError(f"Expected num_iters >= 0, got {num_iters}.")
+    if not vectors:  # no activation
+        return [], {}
+    kept = [jax.lax.stop_gradient(vectors[str(s)]) for s in range(len(vectors))]
+    kept = [_normalised(v, v) for v in kept]
+    fixed = jax.tree.map(lambda a: jax.lax.stop_gradient(a) if isinstance(a, jax.Array) else a, tuple(path))
+
+    def sweep(vs):
+        return _chain_images(fixed, vs)
+
+    def advance(_, vs):
+        images = sweep(vs)
+        (back,) = jax.linear_transpose(sweep, vs)(images)
+        return [_normalised(new, old) for new, old in zip(back, vs, strict=True)]
+
+    if num_iters <= 16:
+        for i in range(num_iters):
+            kept = advance(i, kept)
+    else:
+        kept = jax.lax.fori_loop(0, num_iters, advance, kept)
+    kept = jax.lax.stop_gradient(kept)
+    norms = [_lengths(image) for image in _chain_images(path, kept)]
+    return norms, {str(s): v for s, v in enumerate(kept)}
+
+
+def gains(path: Sequence[Step]) -> list[tuple[Any, Any]]:
+    """For every activation the factors (|a|, b): what a chain through it, and one that starts at it, is multiplied by.
+
+    a of a block is inside of its linear part, so its factor is 1.
+    """
+    found = []
+    for step in path:
+        if step.block is not None:
+            a, b = slope_parts(step.block)
+            found.append((abs(a) if step.is_plain else 1.0, b))
+    return found
+
+
+def recursion(norms: Sequence, factors: Sequence[tuple[Any, Any]]) -> list:
+    """m_k, the Lipschitz constants of what the activations act on, one by one.
+
+    m_k = (prod_{i<k} a_i) norm_{0k} + sum_{j<k} b_j (prod_{j<i<k} a_i) norm_{jk} m_j.
+    """
+    constants: list[Any] = []
+    for row in norms:
+        constants.append(recursion_at_output(row, factors, constants))
+    return constants
+
+
+def recursion_at_output(row: Any, factors: Sequence[tuple[Any, Any]], constants: Sequence):
+    """The same for the next place, whose chains have the norms row[s], from start s = 0, 1, ..., len(constants)."""
+    total, gain = 0.0, 1.0
+    for j in range(len(constants), 0, -1):
+        a, b = factors[j - 1]
+        total = total + b * gain * row[j] * constants[j - 1]
+        gain = gain * a
+    return total + gain * row[0]
+
+
+def reach(path: Sequence[Step], constants: Sequence, dtype):
+    """The Lipschitz constant from the input to after the last activation, by the last layer's own norms."""
+    blocks = [step.block for step in path if step.block is not None]
+    if not blocks:
+        return jnp.ones((), dtype)
+    if path[_activations(path)[-1]].is_plain:
+        return max(map(abs, blocks[-1].slope)) * constants[-1]
+    return jnp.full((), jnp.inf, dtype)  # no norm of a block's own parts is estimated
+
+
+def output_rows(path: Sequence[Step], rows: Array, all_starts: bool) -> list[Array]:
+    """Rows of the output, carried back to every start: entry s is (k, n_s), what the chain from start s does to them.
+
+    Exact but for rounding: no iteration. all_starts: False for the last start alone.
+    """
+    found: list[Array] = []
+    shape, dtype = path[-1].out_shape, rows.dtype
+    x = rows.reshape(rows.shape[0], *shape)
+
+    def transposed(function, in_shape, y):
+        like = jax.ShapeDtypeStruct((y.shape[0], *in_shape), dtype)
+        return jax.linear_transpose(function, like)(y)[0]
+
+    for step in reversed(path):
+        if step.block is not None:
+            outer = step.block.outer
+            back = transposed(lambda v, o=outer: _apply(o, v), step.inner_shape, x) if outer else x
+            found.append(back.reshape(rows.shape[0], -1))
+            if not all_starts:
+                return found
+        if not step.is_plain:
+            x = transposed(lambda v, step=step: _through(step, v), step.shape, x)
+    found.append(x.reshape(rows.shape[0], -1))
+    return found[::-1]
+
+
+def squared_distances(rows: Array) -> Array:
+    """|r_i - r_j|^2 of all pairs of rows (k, n), from the Gram matrix of the centred rows."""
+    centred = rows - jnp.mean(rows, axis=0)
+    gram = jnp.matmul(centred, centred.T, precision=jax.lax.Precision.HIGHEST)
+    lengths = jnp.diagonal(gram)
+    return jnp.maximum(lengths[:, None] + lengths - 2 * gram, 0)
+
+
+def root(squares: Array) -> Array:
+    """Square roots with gradient 0 at 0."""
+    positive = squares > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)
+
+
+def largest_singular_value(rows: Array) -> Array:
+    """Of (k, n) rows with few k, by the eigenvalues of their Gram matrix."""
+    gram = jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST)
+    return root(jnp.maximum(jnp.linalg.eigvalsh(gram)[-1], 0))

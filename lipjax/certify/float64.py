@@ -1,0 +1,132 @@
+"""Double precision on the host: where certificates are computed, and networks with bounds on their rounding errors.
+
+Derivations: docs/soundness.md, sections 0 and 7.
+"""
+
+import contextlib
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from lipjax import operators
+from lipjax.errors import NotCertifiable, UserError
+from lipjax.network import Network
+from lipjax.spectral.arithmetic import check_rounding, operands, rounds_to_nearest
+
+
+def host_device():
+    """JAX's first CPU device. Raises: UserError if JAX_PLATFORMS leaves out the CPU, which certifies."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise UserError(
+            f"Certificates are computed on the CPU, which JAX_PLATFORMS={platforms!r} leaves out: append ',cpu' to it."
+        ) from error
+
+
+@contextlib.contextmanager
+def float64_on_cpu():
+    """JAX in double precision on the host, whatever the process uses elsewhere.
+
+    The precision of products is pinned: some settings of it compute products of float64 arrays in bfloat16.
+    """
+    host = host_device()
+    with contextlib.ExitStack() as stack:
+        for context in (jax.enable_x64(True), jax.default_device(host), jax.default_matmul_precision("highest")):
+            stack.enter_context(context)
+        if not jax.sharding.get_abstract_mesh().empty:  # a mesh of the user's, which goes before the default device
+            mesh = Mesh(np.array([host]), ("host",), axis_types=(AxisType.Auto,))
+            stack.enter_context(jax.set_mesh(mesh))
+        yield
+
+
+# Underflow to zero, which XLA's CPU code does for all subnormal numbers, is covered by this much in every step.
+FLOOR = 2.0**-480
+
+
+# Each operator is compiled on its own. Compiled together, x -> W x + b becomes a sum that starts at b, whose rounding
+# error neither operator's bound covers (docs/soundness.md).
+@jax.jit
+def propagate(op, norm, error, x):
+    """An operator's output at the computed x, and a bound on its distance to the exact output at the exact input.
+
+    norm: proved Lipschitz bound of the operator. error: (b,), bound on the distance of x to the exact input.
+    """
+    local = op.rounding_error(x) + FLOOR * (1 + operators.norm_per_image(x))
+    return op(x), (jnp.maximum(norm, FLOOR) * error + local) * (1 + operators.gamma(8))
+
+
+@jax.jit
+def add(x, error, y, error_of_y):
+    """x + y, and a bound on its distance to the exact sum."""
+    total = x + y
+    size = operators.norm_per_image(total)
+    local = operators.gamma(2) * size + FLOOR * (1 + size)
+    return total, (error + error_of_y + local) * (1 + operators.gamma(8))
+
+
+def advance(op, norms, error, x):
+    """`propagate`, for any operator: those of a `Residual` one after another, each compiled on its own.
+
+    norms: of `LayerBound.norms`.
+    """
+    if not isinstance(op, operators.Residual):
+        return propagate(op, norms, error, x)
+    y, error_of_y = x, error
+    for part, norm in zip(op.ops, norms, strict=True):
+        y, error_of_y = propagate(part, norm, error_of_y, y)
+    return add(x, error, y, error_of_y)
+
+
+@jax.jit
+def finish(head, x):
+    """Logits, and a bound on the head's own error of each."""
+    floor = FLOOR * (1 + operators.norm_per_image(x))
+    return head(x), head.rounding_error(x) + floor[:, None]
+
+
+def evaluate(network: Network, norms: tuple, x):
+    """Logits, features, a bound on the l2 error of the features, and a bound on the head's own error of each logit."""
+    if x.dtype != jnp.float64 or any(a.dtype != jnp.float64 for a in jax.tree.leaves(network)):
+        raise ValueError("Certification runs in float64: an array of another type reached it.")
+    error = jnp.full(x.shape[0], FLOOR)
+    for op, norm in zip((network.normalize, *network.ops), norms, strict=True):
+        x, error = advance(op, norm, error, x)
+    logits, head_error = finish(network.head, x)
+    return logits, x, error, head_error
+
+
+@jax.jit
+def _probe(large, small, nan):
+    return (large + small) - large, nan != nan
+
+
+@jax.jit
+def _sums_and_products(a, b, c, d):
+    return a + b, c * d
+
+
+def check_arithmetic() -> None:
+    """What `check_rounding` tests of NumPy, and the same of XLA; about a millisecond.
+
+    Raises: NotCertifiable if this process does not compute as docs/soundness.md assumes.
+    """
+    check_rounding()
+    flags = os.environ.get("XLA_FLAGS", "")
+    with float64_on_cpu():
+        difference, sees_nan = _probe(*(jnp.asarray(a, jnp.float64) for a in (1e16, 1.0, np.nan)))
+        computed = map(np.asarray, _sums_and_products(*map(jnp.asarray, operands())))
+    devices = difference.devices()
+    if devices != {host_device()}:
+        raise NotCertifiable(f"Certificates are computed on {host_device()}, but JAX computes on {devices} here.")
+    if re.search(r"enable_fast_math(?!=(false|0)\b)", flags) or float(difference) != 0 or not bool(sees_nan):
+        raise NotCertifiable(
+            f"XLA computes with fast math, whose rounding errors nobody bounds: unset it in XLA_FLAGS ({flags!r})."
+        )
+    if not rounds_to_nearest(*computed):
+        raise NotCertifiable("XLA does not round to nearest in this process: start a new one, to prove anything.")

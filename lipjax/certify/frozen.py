@@ -1,0 +1,373 @@
+"""Frozen networks: float64 host arrays that certify, save and load. docs/soundness.md says what is proved."""
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from lipjax import bounds, operators
+from lipjax.certify.certificate import Certificate, certify_margins
+from lipjax.certify.float64 import check_arithmetic, evaluate, float64_on_cpu
+from lipjax.certify.layout import arrays_of, entry_of, rebuild
+from lipjax.certify.mlp import MLPCertifier
+from lipjax.errors import NotCertifiable, UserError
+from lipjax.files import write_arrays, write_json
+from lipjax.network import Network, check_network
+from lipjax.spectral.arithmetic import exact_float64
+
+SCHEMA = 1
+FORMAT = "lipjax-frozen-network"
+
+
+def _read_only(array) -> np.ndarray:
+    copy = np.array(array)
+    copy.setflags(write=False)
+    return copy.view()  # owns nothing, so that it cannot be made writable again
+
+
+def freeze(model, variables=None, class_names: Sequence[str] | None = None) -> "FrozenNetwork":
+    """Builds the model's network in float64 and takes it to the host; or takes a network as it is.
+
+    Args:
+      model: has `apply(variables, method="build")` that returns a Network, such as any model of lipjax.models; or a
+        `Network`, of NumPy or JAX arrays of any type whose numbers float64 holds, whatever jax_enable_x64 says.
+      variables: the model's parameters and state, on any device and in any float type; none beside a network.
+      class_names: as `FrozenNetwork` keeps them.
+    Raises: ValueError if an array of the result is not finite or not float64, or names do not fit the classes;
+      NotCertifiable naming an array of a network that float64 does not hold.
+    Example: freeze(make_network([("dense", Dense(np.eye(2)))], LinearHead(np.eye(2), np.zeros(2)))).
+    """
+    if isinstance(model, Network):
+        if variables is not None:
+            raise ValueError("A network holds its arrays: freeze(network) takes no variables beside it.")
+        return FrozenNetwork(jax.tree_util.tree_map_with_path(_exact_leaf, model), class_names)
+    if variables is None:
+        raise ValueError(
+            f"freeze({type(model).__name__}, variables) takes the model's variables, too: model.init(...), or "
+            "lipjax.training.load_trained(workdir), gives them."
+        )
+    variables = jax.tree.map(lambda a: _host_float64(a), variables)
+    with float64_on_cpu():
+        # In one program: operation by operation a deep network would compile for minutes.
+        network = jax.jit(lambda v: model.apply(v, method="build"))(jax.tree.map(jnp.asarray, variables))
+        return FrozenNetwork(jax.tree.map(np.asarray, network), class_names)
+
+
+def _exact_leaf(path, leaf) -> np.ndarray:
+    return exact_float64(leaf, f"network{jax.tree_util.keystr(path)}")
+
+
+def _host_float64(array):
+    array = np.asarray(jax.device_get(array))
+    return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
+
+class FrozenNetwork:
+    """A network of float64 host arrays, the object that a certificate is about.
+
+    `frozen(x)` gives logits; `certify` proves radii; `save` and `load` keep it as safetensors and JSON.
+    `class_names`: what people call the classes, in their order, or None. No claim is about them: they are saved beside
+    the network, and are no part of its hash.
+    """
+
+    def __init__(self, network: Network, class_names: Sequence[str] | None = None):
+        """Takes copies of the network's arrays, which cannot be written to.
+
+        Raises: ValueError if they are not finite float64, do not fit each other, or class_names are not one text for
+          each class.
+        """
+        bad = [
+            jax.tree_util.keystr(path)
+            for path, a in jax.tree_util.tree_leaves_with_path(network)
+            if np.asarray(a).dtype != np.float64 or not np.isfinite(a).all()
+        ]
+        if bad:
+            raise ValueError(
+                f"A frozen network holds finite float64 arrays; these are not: {', '.join(bad)}. "
+                "(lipjax.freeze(network) makes shorter types longer.)"
+            )
+        check_network(network)
+        self.network = jax.tree.map(_read_only, network)
+        self.class_names = _checked_names(class_names, self.num_classes)
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        return self.network.in_shape
+
+    @property
+    def num_classes(self) -> int:
+        return self.network.num_classes
+
+    @functools.cached_property
+    def _bounds(self) -> list[bounds.LayerBound]:
+        check_arithmetic()
+        return bounds.operator_bounds(self.network)
+
+    @functools.cached_property
+    def _margin_lipschitz(self) -> np.ndarray:
+        product = bounds.margin_lipschitz_bound(self.network, self._bounds)
+        return product if self._liplt is None else np.minimum(product, self._liplt[0])
+
+    @functools.cached_property
+    def _liplt(self) -> tuple[np.ndarray, bounds.LipLTReport] | None:
+        if not bounds.has_liplt(self.network):
+            return None
+        try:
+            return bounds.margin_liplt_bound(self.network)
+        except NotCertifiable:  # numbers beyond float64; layers without a proof are refused by the product
+            return None
+
+    @functools.cached_property
+    def _head_lipschitz(self) -> np.ndarray:
+        return self.network.head.pairwise_bound()
+
+    @functools.cached_property
+    def _mlp(self) -> MLPCertifier:
+        return MLPCertifier(self.network.head)
+
+    def margin_lipschitz(self) -> np.ndarray:
+        """Proved (k, k) float64 bound of the Lipschitz constants of all logit differences, per pixel unit.
+
+        The product of norms; where all activations are elementwise, the least of that and what LipLT proves.
+
+        Raises: NotCertifiable naming the layer that has no proved bound.
+        """
+        return self._margin_lipschitz
+
+    def lipschitz_report(self) -> list[bounds.LayerBound]:
+        """Name, type, proved bound and method of every operator, in order."""
+        return self._bounds
+
+    def liplt_report(self) -> bounds.LipLTReport | None:
+        """How LipLT's constants came about; None for networks that it does not take."""
+        return None if self._liplt is None else self._liplt[1]
+
+    def head_report(self) -> dict | None:
+        """What radii by an MLP head rest on: the bound of |W1| and the curvatures that were needed; None for others."""
+        return self._mlp.document() if isinstance(self.network.head, operators.MLPHead) else None
+
+    def norm_estimates(self, vectors: dict | None = None, num_iters: int = 200) -> dict[str, float]:
+        """Power-iteration estimates of the operators' norms in float64, for judging how tight the bounds are.
+
+        Args: vectors: start vectors by operator name, such as those of training; random ones by default.
+        """
+        with float64_on_cpu():
+            network = jax.tree.map(jnp.asarray, self.network)
+            if vectors is None:
+                vectors = bounds.init_vectors(network, jax.random.key(0))
+            vectors = {name: jnp.asarray(_host_float64(v)) for name, v in vectors.items()}
+            sigmas, _ = jax.jit(bounds.norm_estimates, static_argnums=2)(network, vectors, num_iters)
+            return {name: float(sigma) for name, sigma in sigmas.items()}
+
+    def _check_images(self, images) -> np.ndarray:
+        images = np.asarray(images)
+        shape = ", ".join(map(str, self.in_shape))
+        if images.shape[1:] != self.in_shape:
+            raise UserError(f"Expected images of shape (n, {shape}), got {images.shape}.")
+        if not np.issubdtype(images.dtype, np.floating):
+            raise UserError(
+                f"Expected float32 or float64 images in [0, 1], got {images.dtype}: divide 8-bit ones by 255."
+            )
+        if images.dtype.itemsize > 8:
+            raise UserError(f"Expected float64 images or shorter ones, got {images.dtype}, which would be rounded.")
+        images = images.astype(np.float64)
+        known = images[~np.isnan(images)]
+        if known.size and not (known.min() >= 0 and known.max() <= 1):
+            low, high = known.min(), known.max()
+            raise UserError(f"Expected pixels in [0, 1], got values from {low:g} to {high:g}: rescale the images.")
+        return images
+
+    def _run(self, images, norms: tuple, batch_size: int) -> list[np.ndarray]:
+        """`evaluate` on all images: logits (n, k), features (n, d), feature errors (n,), head errors (n, k).
+
+        A batch that is not full is padded to the next power of two: few images cost little, and few programs are made.
+        """
+        if batch_size < 1:
+            raise ValueError(f"Expected a batch_size of at least 1, got {batch_size}.")
+        none = np.empty((0, self.num_classes))
+        parts = [[none, np.empty((0, *self.network.head.in_shape)), np.empty(0), none]]
+        with float64_on_cpu():
+            network = jax.tree.map(jnp.asarray, self.network)
+            for start in range(0, len(images), batch_size):
+                batch = images[start : start + batch_size]
+                size = min(batch_size, 1 << (len(batch) - 1).bit_length())
+                padding = [(0, size - len(batch))] + [(0, 0)] * (images.ndim - 1)
+                found = evaluate(network, norms, jnp.asarray(np.pad(batch, padding)))
+                parts.append([np.asarray(a)[: len(batch)] for a in found])
+        return [np.concatenate(column) for column in zip(*parts, strict=True)]
+
+    def __call__(self, images, batch_size: int = 256) -> np.ndarray:
+        """Logits (n, k) in float64 for pixels (n, *in_shape) in [0, 1], as `certify` computes them.
+
+        Raises: UserError for other images.
+        """
+        # Norms serve the error bounds only.
+        unasked = [(0.0,) * len(op.ops) if isinstance(op, operators.Residual) else 0.0 for op in self.network.ops]
+        return self._run(self._check_images(images), (0.0, *unasked), batch_size)[0]
+
+    def margins(self, images, batch_size: int = 256) -> tuple[np.ndarray, np.ndarray]:
+        """Predictions (n,) and lower bounds (n, k) of logit[prediction] - logit[i] in exact real arithmetic.
+
+        The rounding error of the float64 evaluation is bounded for each image and subtracted.
+        """
+        logits, _, error, head_error = self._run_with_errors(images, batch_size)
+        predicted = np.argmax(logits, axis=1)
+        return predicted, self._lower_margins(predicted, logits, error, head_error)
+
+    def _run_with_errors(self, images, batch_size: int) -> list[np.ndarray]:
+        check_arithmetic()
+        return self._run(self._check_images(images), tuple(row.norms for row in self._bounds), batch_size)
+
+    def _lower_margins(self, predicted, logits, error, head_error) -> np.ndarray:
+        """Lower bounds (n, k) of the margins, for features that are off by at most error (n,).
+
+        Twice the error is subtracted, so that another evaluation, off by as much, proves the result as well.
+        """
+        rows = np.arange(len(logits))
+        with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaN end as radius 0
+            gaps = logits[rows, predicted][:, None] - logits
+            slack = self._head_lipschitz[predicted] * error[:, None]
+            slack = slack + head_error + head_error[rows, predicted][:, None]
+            slack = slack * (1 + operators.gamma(8)) + operators.gamma(2) * np.abs(gaps)
+            return np.nextafter(gaps - 2 * slack, -np.inf)
+
+    def certify(self, images, batch_size: int = 256) -> Certificate:
+        """Proves, for each image, a radius inside which the class computed in exact arithmetic cannot change.
+
+        Args: images: (n, *in_shape), floats in [0, 1]. NaN pixels give radius 0.
+        Returns: Certificate; all rivals are checked; ties and what is not finite give radius 0.
+        Raises: UserError for images of another shape, type or range; NotCertifiable if a layer has no proved bound.
+        """
+        logits, features, error, head_error = self._run_with_errors(images, batch_size)
+        predicted = np.argmax(logits, axis=1)
+        margins = self._lower_margins(predicted, logits, error, head_error)
+        if not isinstance(self.network.head, operators.MLPHead):
+            return certify_margins(predicted, margins, self.margin_lipschitz())
+        # Its logit differences vary less near the features than their global constants say.
+        head_margins = self._lower_margins(predicted, logits, np.zeros_like(error), head_error)
+        lipschitz = bounds.product_bound(self._bounds)
+        return self._mlp.certify(predicted, margins, features, error, head_margins, lipschitz)
+
+    def predict(self, images, batch_size: int = 256) -> tuple[np.ndarray, np.ndarray]:
+        """Classes (n,), from 0, and proved l2 radii (n,) inside which they cannot change: `certify` for services.
+
+        Pixels outside [0, 1] are refused as everywhere in this class, though the proof would hold: mostly nobody has
+        divided them by 255. NaN pixels, to which `certify` gives radius 0, are refused, too.
+
+        Args: images: (n, *in_shape), float32 or float64 in [0, 1]; of one image, image[None].
+        Raises: UserError (a ValueError) for other images; NotCertifiable if a layer has no proved bound.
+        Example: classes, radii = FrozenNetwork.load("runs/x/frozen").predict(image[None])
+        """
+        pixels = self._check_images(images)
+        wrong = np.flatnonzero(np.isnan(pixels).any(axis=tuple(range(1, pixels.ndim))))
+        if len(wrong):
+            what = f"but {len(wrong)} of {len(pixels)} images hold NaN, the first of them image {wrong[0]}"
+            raise UserError(f"Expected pixels in [0, 1], {what}: mend these images or leave them out.")
+        certificate = self.certify(pixels, batch_size)
+        return certificate.predictions, certificate.radii
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All arrays by name: ops/<name>/<field>, head/<field>, input_mean, input_std.
+
+        Those of a `Residual`'s operators: ops/<name>/<place>/<field>.
+        """
+        parts = [(f"ops/{name}", op) for name, op in zip(self.network.names, self.network.ops, strict=True)]
+        found = {}
+        for prefix, op in [*parts, ("head", self.network.head)]:
+            found |= arrays_of(prefix, op)
+        return {**found, "input_mean": self.network.input_mean, "input_std": self.network.input_std}
+
+    def _layout(self) -> dict:
+        ops = [{"name": n, **entry_of(op)} for n, op in zip(self.network.names, self.network.ops, strict=True)]
+        return {"ops": ops, "head": type(self.network.head).__name__}
+
+    def sha256(self) -> str:
+        """Hash of the network: its layout and the bytes of its arrays, as 64 hexadecimal digits."""
+        digest = hashlib.sha256(json.dumps(self._layout(), sort_keys=True).encode())
+        for name, array in sorted(self.arrays().items()):
+            little = array.astype("<f8")
+            digest.update(f"\n{name} {list(array.shape)}\n".encode() + little.tobytes())
+        return digest.hexdigest()
+
+    def array_hashes(self) -> dict[str, str]:
+        """SHA-256 of the bytes of every array, by name."""
+        found = sorted(self.arrays().items())
+        return {name: hashlib.sha256(array.astype("<f8").tobytes()).hexdigest() for name, array in found}
+
+    def export(self, dtype: str = "float32", platforms: tuple[str, ...] = ("cpu", "cuda", "tpu")) -> bytes:
+        """Pixels (b, *in_shape) -> logits (b, k) as a StableHLO program with all weights, for any batch size b.
+
+        `jax.export.deserialize(program).call(pixels)` runs it where JAX is and lipjax is not. Products are asked for at
+        the highest precision of the platform. A certificate speaks of exact arithmetic on the float64 arrays, which a
+        float32 program rounds.
+
+        Args: dtype: "float32" or "float64", of pixels, weights and logits; to call a float64 program takes
+          jax_enable_x64. platforms: what it is compiled for later.
+        Raises: ValueError for another dtype or an unknown platform.
+        """
+        if dtype not in ("float32", "float64"):
+            raise ValueError(f"Expected dtype 'float32' or 'float64', got {dtype!r}.")
+        with float64_on_cpu():
+            network = jax.tree.map(lambda a: jnp.asarray(a, dtype), self.network)
+            (batch,) = jax.export.symbolic_shape("b")
+            pixels = jax.ShapeDtypeStruct((batch, *self.in_shape), dtype)
+            program = jax.export.export(jax.jit(network.__call__), platforms=platforms)(pixels)
+        return bytes(program.serialize())
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes network.safetensors, then network.json with the hash of both; each appears whole or not at all."""
+        directory = pathlib.Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_arrays(directory / "network.safetensors", self.arrays())
+        document = {"format": FORMAT, "schema": SCHEMA, "sha256": self.sha256(), **self._layout()}
+        document["class_names"] = None if self.class_names is None else list(self.class_names)
+        write_json(directory / "network.json", document)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike) -> "FrozenNetwork":
+        """Reads what `save` wrote.
+
+        Raises: UserError if a file is missing, damaged, of another format or schema, or the hash does not fit.
+        """
+        directory = pathlib.Path(directory)
+        try:
+            document = json.loads((directory / "network.json").read_text())
+            arrays = safetensors.numpy.load_file(directory / "network.safetensors")
+        except FileNotFoundError as error:
+            raise UserError(f"{directory} holds no frozen network: {error.filename} is missing.") from error
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise UserError(f"{directory}: the frozen network is damaged ({error}). Freeze it again.") from error
+        if not isinstance(document, dict) or document.get("format") != FORMAT or document.get("schema") != SCHEMA:
+            raise UserError(
+                f"{directory}/network.json is not of format {FORMAT!r}, schema {SCHEMA}: made by another version?"
+            )
+        try:
+            frozen = cls(rebuild(document, arrays))
+            frozen.class_names = _checked_names(document.get("class_names"), frozen.num_classes)
+            digest = frozen.sha256()
+        except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+            raise UserError(f"{directory}: layout and arrays do not fit each other ({error}).") from error
+        if digest != document.get("sha256"):
+            raise UserError(f"{directory}: the arrays do not have the recorded hash; a file was changed or damaged.")
+        return frozen
+
+
+def _checked_names(names: Any, num_classes: int) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    texts = isinstance(names, list | tuple) and all(isinstance(name, str) and name for name in names)
+    if not texts or len(names) != num_classes:
+        raise ValueError(f"Expected class_names as {num_classes} texts, one for each class, got {names!r:.200}.")
+    return tuple(map(str, names))
+
+

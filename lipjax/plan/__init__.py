@@ -1,0 +1,1 @@
+"""What a training step needs of chips that are not here: memory, operations, traffic and time."""

@@ -1,0 +1,300 @@
+"""python -m lipjax plan: memory, operations, traffic and time of a config's training step on chips that are not here.
+
+The step that training would run is compiled ahead of time: by libtpu for a TPU topology, else for as many devices of
+this machine's processor, whose collectives and operations stand in for those of the chips.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import math
+import re
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from lipjax.errors import UserError
+from lipjax.plan import flops as flop_counts
+from lipjax.plan import hlo
+from lipjax.plan.chips import Topology
+from lipjax.training import optimizer as optimizers
+from lipjax.training import sharding
+from lipjax.training import step as steps
+from lipjax.training.config import validate
+from lipjax.training.data import ArrayDataset, StreamDataset, load_dataset
+from lipjax.training.data.arrays import Split
+from lipjax.training.data.load import IMAGENET_SIZE
+from lipjax.training.data.prepared import PREPARED
+from lipjax.training.loop import Run
+
+# libtpu asks the network what TPU it runs on unless it is told.
+_NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no hardware is used: several plans may be made at a time
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one chip. aliased: of the outputs, what takes the place of arguments; code: of the program."""
+
+    arguments: int
+    outputs: int
+    temporaries: int
+    aliased: int
+    code: int
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a config's training step needs on a topology.
+
+    Attributes:
+      hosts: that feed it with images. compiler: what compiled the step. stand_in: whether for other devices than the
+        topology's.
+      batch: images of a step, on all chips. parameters: numbers that are trained. num_steps: of the whole run.
+      compile_seconds: on this machine.
+      memory: None where the step does not fit; overflow: then what the compiler says.
+      traced: floating-point operations of a step on all chips together, as JAX traced it, by `_flops.KINDS`; uncounted:
+        what is missing there.
+      flops: the same of one chip, as compiled. xla_flops, xla_bytes: of one chip by XLA's own count, of operations
+        (elementwise ones too, loops once) and of bytes read and written (on-chip memory too).
+      collectives: of one chip. unknown_loops: in the compiled program, counted once.
+    """
+
+    topology: Topology
+    hosts: int
+    compiler: str
+    stand_in: bool
+    batch: int
+    parameters: int
+    num_steps: int
+    compile_seconds: float
+    memory: Memory | None
+    overflow: str
+    traced: dict[str, float]
+    uncounted: list[str]
+    flops: dict[str, float]
+    xla_flops: float
+    xla_bytes: float
+    collectives: list[hlo.Collective]
+    unknown_loops: int
+
+    @property
+    def fits(self) -> bool:
+        chip = self.topology.chip
+        return self.memory is not None and (chip is None or self.memory.total <= chip.memory)
+
+    @functools.cached_property
+    def work(self) -> dict[str, float]:
+        """Operations of one chip by kind: as compiled, or its share of what was traced where some are out of sight.
+
+        XLA leaves out what nobody uses, which is little; an operation of a library is out of sight. A stand-in widens
+        bfloat16 numbers, so that there the kinds are those that were traced.
+        """
+        share = {kind: operations / self.topology.count for kind, operations in self.traced.items()}
+        total, compiled = sum(share.values()), sum(self.flops.values())
+        if compiled < 0.9 * total:
+            return share
+        if not self.stand_in:
+            return self.flops
+        return {kind: operations / total * compiled for kind, operations in share.items()} if total else self.flops
+
+    @property
+    def link_bytes(self) -> float:
+        """Bytes that a chip sends or receives in a step, at least."""
+        in_network = self.topology.chip is not None and self.topology.chip.reduces_in_network
+        return sum((c.link_bytes(in_network) for c in self.collectives), 0.0)
+
+    @functools.cached_property
+    def seconds(self) -> dict[str, float]:
+        """Lower bounds of a step's time at the chip's peak figures: {} for devices without any.
+
+        "compute": products and convolutions alone. "memory": every argument is read, every output written, and each
+        byte of temporaries written and read (those of a stand-in are not counted). "links": `link_bytes`.
+        """
+        chip = self.topology.chip
+        if chip is None:
+            return {}
+        bounds = {"compute": sum((operations / chip.flops[kind] for kind, operations in self.work.items()), 0.0)}
+        if self.memory is not None:
+            moved = self.memory.arguments + self.memory.outputs
+            moved += 0 if self.stand_in else 2 * self.memory.temporaries
+            bounds |= {"memory": moved / chip.bandwidth, "links": self.link_bytes / chip.links}
+        return bounds
+
+    @property
+    def bound(self) -> float:
+        """Seconds that a step takes at least: the largest of the bounds, as if all three overlapped perfectly."""
+        return max(self.seconds.values())
+
+    @property
+    def chip_hours(self) -> float:
+        """Of all training steps of one seed at that bound, without validation and certification."""
+        return self.num_steps * self.bound * self.topology.count / 3600
+
+    @property
+    def images_per_host(self) -> float:
+        """Images per second that each host has to deliver for steps of that bound."""
+        return self.batch / self.bound / self.hosts
+
+
+def planned_dataset(config: Any, seed: int) -> ArrayDataset | StreamDataset:
+    """A data set with the shapes, sizes and classes that the config group `data` describes, and images of zeros.
+
+    Only the user's own data and what comes with lipjax is read. A validation split may be larger or smaller than the
+    real one by the rounding in each class.
+    """
+    if config.name not in PREPARED:
+        return load_dataset(config, seed)
+    prepared = PREPARED[config.name]
+    validation = int(config.validation_fraction * prepared.train + 0.5)
+    sizes = {"train": prepared.train - validation, "validation": validation, "test": prepared.test}
+    if prepared.image_shape is None:
+        splits = {split: _NoRecords(size) for split, size in sizes.items()}
+        return StreamDataset(config.name, splits, prepared.num_classes, config.image_size or IMAGENET_SIZE)
+    height, width, channels = prepared.image_shape
+    shape = config.image_size or height, config.image_size or width, channels
+    images = {
+        split: Split(np.broadcast_to(np.uint8(0), (size, *shape)), np.broadcast_to(np.int32(0), (size,)))
+        for split, size in sizes.items()
+    }
+    return ArrayDataset(config.name, images["train"], images["validation"], images["test"], prepared.num_classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _NoRecords:
+    """Records of which only the number is known."""
+
+    count: int
+
+    @property
+    def where(self) -> str:
+        return "a plan"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        raise ValueError("A plan has no images.")
+
+
+def traced_step(run: Run) -> Any:
+    """The step that a run would jit, traced (`jax.stages.Traced`) for arrays that need not exist."""
+    config, mesh = run.config, run.mesh
+    train_step = steps.make_train_step(run.model, run.optimizer, config, mesh, run.pixel_max, run.class_weights)
+    schedule = optimizers.loss_schedule(config.loss, 0, config.num_epochs)
+    split, everywhere = sharding.batch_sharded(mesh), sharding.replicated(mesh)
+
+    def arrays(count, where):
+        images = jax.ShapeDtypeStruct((count, *run.dataset.image_shape), np.uint8, sharding=where)
+        return images, jax.ShapeDtypeStruct((count,), np.int32, sharding=where)
+
+    generated = arrays(run.num_generated, split) if run.num_generated else None
+    with jax.default_matmul_precision(config.matmul_precision):
+        if isinstance(run.dataset, StreamDataset):
+            jitted = steps.jit_stream_step(train_step, mesh, run.shardings)
+            return jitted.trace(run.abstract_state, *arrays(run.num_real, split), schedule, generated)
+        jitted = steps.jit_array_step(train_step, mesh, run.num_real, run.shardings)
+        order = jax.ShapeDtypeStruct((run.num_images,), np.int32, sharding=everywhere)
+        return jitted.trace(run.abstract_state, *arrays(run.num_images, everywhere), order, 0, schedule, generated)
+
+
+def make_plan(config: Any, topology: Topology, devices: list | None = None) -> Plan:
+    """Compiles a config's training step for a topology. devices: what to compile for; None: the topology's own, if
+    libtpu is here, else those of the host.
+
+    Raises: UserError if the config does not suit the topology (a batch that does not divide, ...) or itself.
+    """
+    validate(config)
+    if devices is None:
+        devices = topology_devices(topology)
+    stand_in = devices[0].platform != "tpu" and topology.chip is not None
+    mesh = sharding.make_mesh(**config.mesh, batch_size=config.batch_size, devices=devices)
+    run = Run(config, config.seeds[0], mesh, planned_dataset(config.data, config.seeds[0]))
+    traced = traced_step(run)
+    operations, uncounted = flop_counts.count(traced.jaxpr)
+    start, overflow, memory, program, costs = time.perf_counter(), "", None, hlo.Program(""), {}
+    try:
+        with jax.default_matmul_precision(config.matmul_precision):
+            compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        overflow = _overflow(str(error))
+        if not overflow:
+            raise
+    else:
+        stats = compiled.memory_analysis()
+        names = ("argument", "output", "temp", "alias", "generated_code")
+        memory = Memory(*(getattr(stats, f"{name}_size_in_bytes") for name in names))
+        costs, program = compiled.cost_analysis(), hlo.Program(compiled.as_text())
+    per_host = topology.chip.chips_per_host if topology.chip else topology.count
+    processes = len({device.process_index for device in devices})
+    return Plan(
+        topology=dataclasses.replace(topology, count=mesh.devices.size),
+        hosts=math.ceil(mesh.devices.size / per_host) if devices[0].platform != "tpu" else processes,
+        compiler=_compiler(devices),
+        stand_in=stand_in,
+        batch=config.batch_size,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(run.abstract_state.params)),
+        num_steps=run.total_steps,
+        compile_seconds=time.perf_counter() - start,
+        memory=memory,
+        overflow=overflow,
+        traced=operations,
+        uncounted=uncounted,
+        flops=program.flops(),
+        xla_flops=costs.get("flops", 0.0),
+        xla_bytes=costs.get("bytes accessed", 0.0),
+        collectives=program.collectives(),
+        unknown_loops=program.unknown_loops,
+    )
+
+
+def _overflow(message: str) -> str:
+    """What a compiler says about memory that does not suffice; "" if its error is another one."""
+    if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
+        return ""
+    found = re.search(r"Used [\d.]+[KMGT]? of [\d.]+[KMGT]? \w+", message)
+    return found[0] if found else message.splitlines()[0][:200]
+
+
+def _compiler(devices: list) -> str:
+    if devices[0].platform != "tpu":
+        return "XLA for the CPU"
+    from importlib.metadata import version
+
+    return f"libtpu {version('libtpu')}"
+
+
+def topology_devices(topology: Topology) -> list:
+    """Devices to compile for: of the TPU topology itself if libtpu is installed, else as many of the host's."""
+    if topology.is_tpu and importlib.util.find_spec("libtpu") is not None:
+        from jax.experimental import topologies
+
+        # The two cores of these chips are one device, as JAX has them by default.
+        options = {"chip_config_name": "megacore"} if topology.name.startswith(("v4", "v5p")) else {}
+        try:
+            found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
+            return list(found.devices)
+        except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+            raise UserError(
+                f"--topology={topology.name}: libtpu cannot make this slice ({str(error).splitlines()[0][:200]})."
+            ) from error
+    devices = jax.devices("cpu")
+    if len(devices) < topology.count:
+        raise UserError(
+            f"--topology={topology.name} needs {topology.count} devices of the host to compile for, and JAX made "
+            f"{len(devices)} before it was asked: start with XLA_FLAGS="
+            f"--xla_force_host_platform_device_count={topology.count}."
+        )
+    return devices[: topology.count]
+
+

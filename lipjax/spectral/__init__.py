@@ -1,0 +1,37 @@
+"""Norms of linear maps given by arrays: estimates (power iteration, in JAX) and proved upper bounds (NumPy, float64).
+
+An estimate may be low and is for training; only a bound reaches a certificate. The proofs are in docs/soundness.md.
+"""
+
+from lipjax.spectral.estimates import norm_estimate, power_iteration
+from lipjax.spectral.norms import (
+    ROOM,
+    SUPREMUM,
+    NormBound,
+    blocks_norm_bound,
+    conv_norm_bound,
+    embeddings,
+    matrix_norm_bound,
+    norm_bound,
+    response_norm_bound,
+    with_room,
+)
+
+__all__ = [
+    "ROOM",
+    "SUPREMUM",
+    "NormBound",
+    "blocks_norm_bound",
+    "conv_norm_bound",
+    "embeddings",
+    "matrix_norm_bound",
+    "norm_bound",
+    "norm_estimate",
+    "power_iteration",
+    "response_norm_bound",
+    "with_room",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

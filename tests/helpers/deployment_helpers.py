@@ -1,0 +1,323 @@
+"""Networks of all operators, and their function for arrays of Decimal (an oracle) or of float32, sums from the end."""
+
+import contextlib
+import contextvars
+import functools
+from decimal import Decimal
+
+import jax
+import mpmath
+import numpy as np
+
+from lipjax import _dft, conv, operators
+from lipjax.certify import FrozenNetwork
+from lipjax.network import make_network
+
+U = 2.0**-24
+
+
+def numbers(array, dtype):
+    array = np.asarray(array)
+    return array.astype(np.float32) if dtype == np.float32 else np.vectorize(Decimal, otypes=[object])(array)
+
+
+_ORDER = contextvars.ContextVar("order of summation", default=lambda n: np.arange(n)[::-1])
+
+
+@contextlib.contextmanager
+def in_order(order):
+    """Sums of n terms in the order(n) of its indices, or halves by halves where that is None."""
+    token = _ORDER.set(order)
+    try:
+        yield
+    finally:
+        _ORDER.reset(token)
+
+
+def _by_halves(terms):
+    while len(terms) > 1:
+        pairs = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)]
+        terms = pairs + terms[len(pairs) * 2 :]
+    return terms[0]
+
+
+def product(x, w):
+    """(..., n) times (n, m), the last term first or as `in_order` says."""
+    order = _ORDER.get()(len(w))
+    if order is None:
+        return _by_halves([x[..., k, None] * w[k] for k in range(len(w))])
+    total = 0 * x[..., :1]
+    for k in order:
+        total = total + x[..., k, None] * w[k]
+    return total
+
+
+def float32_class(frozen, images, order):
+    """Classes by float32 arithmetic with sums in an order: a context manager of `in_order`."""
+    with order:
+        return evaluate(frozen.network, images, np.float32).argmax(axis=1)
+
+
+def convolve(x, kernel, strides=1, padding="ZERO"):
+    (kh, kw, _, o), pads = kernel.shape, conv.explicit_padding(kernel.shape[:2], padding)
+    (sh, sw), mode = conv.stride_pair(strides), "wrap" if padding == "CIRCULAR" else "constant"
+    rows, columns = conv.output_size(x.shape[1:3], (kh, kw), strides, padding)
+    x = np.pad(x, ((0, 0), *pads, (0, 0)), mode)
+    patches = [x[:, sh * i : sh * i + kh, sw * j : sw * j + kw] for i in range(rows) for j in range(columns)]
+    patches = np.stack([p.reshape(len(x), -1) for p in patches], 1)
+    return product(patches, kernel.reshape(-1, o)).reshape(len(x), rows, columns, o)
+
+
+def transform_matrix(size, dtype):
+    """Rows: fixed frequencies, then real and imaginary part of the paired ones."""
+    (h, w), grid, rows = size, _dft.grid(size), []
+    with mpmath.workdps(50):
+        for frequencies, is_paired in ((grid.fixed, False), (grid.paired, True)):
+            for f1, f2 in frequencies.tolist():
+                turns = [(f1 * p * w + f2 * q * h) % (h * w) for p, q in np.ndindex(h, w)]
+                scale = mpmath.sqrt(mpmath.mpf(1 + is_paired) / (h * w))
+                for function in (mpmath.cos, lambda a: -mpmath.sin(a))[: 1 + is_paired]:
+                    circle = [scale * function(2 * mpmath.pi * a / (h * w)) for a in range(h * w)]
+                    circle = [Decimal(mpmath.nstr(value, 45)) for value in circle]
+                    rows.append([circle[a] for a in turns])
+    return np.array(rows).astype(dtype)
+
+
+def circular(op, x, dtype):
+    fixed, paired = (numbers(a, dtype) for a in (op.fixed, op.paired))
+    b, h, w, c = x.shape
+    matrix = transform_matrix((h, w), dtype)
+    z = product(x.reshape(b, h * w, c).swapaxes(1, 2), matrix.T)  # (b, c, frequencies)
+    out = [product(z[..., i], block.T) for i, block in enumerate(fixed)]
+    for i, (real, imaginary) in enumerate(paired):
+        re, im = z[..., len(fixed) + 2 * i], z[..., len(fixed) + 2 * i + 1]
+        out.append(product(re, real.T) - product(im, imaginary.T))
+        out.append(product(re, imaginary.T) + product(im, real.T))
+    return product(np.stack(out, -1), matrix).swapaxes(1, 2).reshape(b, h, w, -1)
+
+
+def square(d):
+    size = d[0] * d[0] + d[1] * d[1]
+    return (d[0] * d[0] - d[1] * d[1]) / size, 2 * d[0] * d[1] / size
+
+
+def times(k, z):
+    return k[0] * z[0] - k[1] * z[1], k[0] * z[1] + k[1] * z[0]
+
+
+def fold(d, z):
+    left = d[0] * z[1] - d[1] * z[0] >= 0
+    folded = times(square(d), (z[0], -z[1]))
+    return [np.where(left, a, b) for a, b in zip(z, folded, strict=True)]
+
+
+def fold_sectors(directions, z):
+    """By the sectors of docs/soundness.md, section 10, in the frame of the first ray."""
+    p, q, r = directions
+    x, y = times((p[0], -p[1]), z)
+    edge = np.where(y >= 0, q[0], -r[0]), np.where(y >= 0, q[1], r[1])
+    turn = edge[0] * abs(y) - edge[1] * x
+    cone = (turn < 0) | ((turn == 0) & (x > 0))
+    beyond = times(q, r)[0] * y - times(q, r)[1] * x > 0
+    mirrored = z[0], -z[1]
+    inside = [np.where(y >= 0, a, b) for a, b in zip(z, times(square(p), mirrored), strict=True)]
+    turned = square(r)[0], -square(r)[1]
+    outside = zip(times(turned, z), times(times(square(p), square(q)), mirrored), strict=True)
+    return [np.where(cone, a, np.where(beyond, b, c)) for a, (b, c) in zip(inside, outside, strict=True)]
+
+
+def wedge_distance(d, z, root):
+    length = root(d[0] * d[0] + d[1] * d[1])
+    cos, sin = d[0] / length, d[1] / length
+    a, b = z[0], abs(z[1])
+    return np.where(cos * a + sin * b < 0, root(a * a + b * b), cos * b - sin * a)
+
+
+def softplus_of(x, dtype):
+    if dtype == np.float32:
+        return np.maximum(x, 0) + np.log1p(np.exp(-abs(x)))
+    return np.vectorize(lambda v: max(v, Decimal(0)) + (1 + (-abs(v)).exp()).ln(), otypes=[object])(x)
+
+
+def apply(op, x, dtype):
+    of = lambda a: numbers(a, dtype)  # noqa: E731
+    exact = dtype is object
+    halves = np.split(x, 2, axis=-1) if x.shape[-1] % 2 == 0 else None
+    match op:
+        case operators.Bias():
+            return x + of(op.bias)
+        case operators.Dense():
+            return product(x, of(op.matrix).T)
+        case operators.Conv():
+            return convolve(x, of(op.kernel), op.strides, op.padding)
+        case operators.ConvExponential():
+            y = x
+            for k in range(op.num_terms, 0, -1):
+                y = x + convolve(y, of(op.kernel), 1, op.padding) / of(float(k))
+            return y
+        case operators.CircularConv():
+            return circular(op, x, dtype)
+        case operators.ReLU():
+            return np.maximum(x, 0 * x)
+        case operators.LeakyReLU():
+            return np.where(x > 0, x, of(op.negative_slope) * x)
+        case operators.Tanh():
+            tanh = np.vectorize(lambda v: 1 - 2 / (1 + (2 * v).exp()), otypes=[object])
+            return tanh(x) if exact else np.tanh(x)
+        case operators.Sigmoid():
+            sigmoid = np.vectorize(lambda v: 1 / (1 + (-v).exp()), otypes=[object])
+            return sigmoid(x) if exact else 1 / (1 + np.exp(-x))
+        case operators.Softplus():
+            return softplus_of(x, dtype)
+        case operators.MaxMin():
+            return np.concatenate([np.maximum(*halves), np.minimum(*halves)], -1)
+        case operators.MaxPoolPairs():
+            return np.maximum(*halves)
+        case operators.Householder():
+            return np.concatenate(fold(of(op.direction), halves), -1)
+        case operators.Householder2():
+            return np.concatenate(fold_sectors(of(op.directions), halves), -1)
+        case operators.ProjectionPool():
+            root = np.vectorize(Decimal.sqrt, otypes=[object]) if exact else np.sqrt
+            return wedge_distance(of(op.direction), halves, root)
+        case operators.Flatten():
+            return x.reshape(len(x), -1)
+        case operators.SpaceToDepth():
+            (h, w, c), s = op.in_shape, op.block
+            x = x.reshape(-1, h // s, s, w // s, s, c).transpose(0, 1, 3, 5, 2, 4)
+            return x.reshape(-1, h // s, w // s, c * s * s)
+        case operators.PadChannels():
+            zeros = 0 * np.repeat(x[..., :1], op.channels - x.shape[-1], -1)
+            return np.concatenate([x, zeros], -1)
+        case operators.CropChannels():
+            return x[..., : op.channels]
+        case operators.Residual():
+            y = x
+            for part in op.ops:
+                y = apply(part, y, dtype)
+            return x + y
+        case operators.LinearHead():
+            return product(x, of(op.matrix).T) + of(op.bias)
+        case operators.MLPHead():
+            hidden = softplus_of(product(x, of(op.w1).T) + of(op.b1), dtype)
+            return product(hidden, of(op.w2).T) + of(op.b2)
+    raise AssertionError(op)
+
+
+def evaluate(network, images, dtype):
+    x = (numbers(images, dtype) - numbers(network.input_mean, dtype)) / numbers(network.input_std, dtype)
+    for op in (*network.ops, network.head):
+        x = apply(op, x, dtype)
+    return x
+
+
+def draw(rng, *shape, scale=1.0):
+    return rng.normal(size=shape) * scale
+
+
+def direction(rng, n, highest=np.pi):
+    angles = rng.uniform(0, highest, n)
+    return np.stack([np.cos(angles), np.sin(angles)])
+
+
+def convolutional(rng, scale):
+    kernel = draw(rng, 3, 3, 4, 4, scale=0.2)
+    skew = (kernel - np.flip(kernel, (0, 1)).swapaxes(2, 3)) / 2
+    directions = np.stack([direction(rng, 3) for _ in range(3)])
+    return (4, 4, 2), [
+        operators.Conv(draw(rng, 3, 3, 2, 4, scale=scale / 4), (4, 4, 2)),
+        operators.Bias(draw(rng, 4, scale=scale), (4, 4, 4)),
+        operators.MaxMin((4, 4, 4)),
+        operators.ConvExponential(skew, (4, 4, 4), 6),
+        operators.Householder(direction(rng, 2), (4, 4, 4)),
+        operators.Conv(draw(rng, 2, 3, 4, 6, scale=scale / 5), (4, 4, 4), (2, 1), "CIRCULAR"),
+        operators.Bias(draw(rng, 6, scale=scale), (2, 4, 6)),
+        operators.Householder2(directions, (2, 4, 6)),
+        operators.MaxPoolPairs((2, 4, 6)),
+        operators.Flatten((2, 4, 3)),
+        operators.Dense(draw(rng, 6, 24, scale=scale / 5)),
+    ]
+
+
+def circulant(rng, scale):
+    blocks = draw(rng, 4, 8, 10, scale=scale / 4), np.zeros((0, 2, 8, 10))
+    return (4, 4, 2), [
+        operators.SpaceToDepth((4, 4, 2), 2),
+        operators.PadChannels((2, 2, 8), 10),
+        operators.CircularConv.from_blocks(*blocks, (2, 2, 10)),
+        operators.Bias(draw(rng, 8, scale=scale), (2, 2, 8)),
+        operators.ProjectionPool(direction(rng, 4, np.pi / 2), (2, 2, 8)),
+        operators.CropChannels((2, 2, 4), 3),
+        operators.Flatten((2, 2, 3)),
+        operators.Dense(draw(rng, 6, 12, scale=scale / 3)),
+        operators.LeakyReLU((6,), 0.3),
+    ]
+
+
+def factored(rng, scale):
+    """More pixels than one matrix of the transform takes."""
+    blocks = draw(rng, 2, 3, 1, scale=scale), draw(rng, 35, 2, 3, 1, scale=scale)
+    return (9, 8, 1), [
+        operators.CircularConv.from_blocks(*blocks, (9, 8, 1)),
+        operators.Flatten((9, 8, 3)),
+        operators.Dense(draw(rng, 6, 216, scale=scale / 15)),
+        operators.MaxMin((6,)),
+    ]
+
+
+def elementwise(rng, scale):
+    kinds = (operators.ReLU, operators.Tanh, operators.Sigmoid, operators.Softplus)
+    ops = [operators.Flatten((4, 4, 2)), operators.Dense(draw(rng, 6, 32, scale=scale / 6))]
+    for kind in kinds:
+        ops += [operators.Bias(draw(rng, 6, scale=scale), (6,)), kind((6,))]
+        ops.append(operators.Dense(draw(rng, 6, 6, scale=scale / 2)))
+    return (4, 4, 2), ops
+
+
+def residual(rng, scale):
+    """Blocks that follow each other, that end in a sum, begin with a fold, and have a value at 0."""
+    shape, vectors = (4, 4, 4), (6,)
+    return (4, 4, 2), [
+        operators.Conv(draw(rng, 3, 3, 2, 4, scale=scale / 4), (4, 4, 2)),
+        operators.Residual(
+            (
+                operators.Conv(draw(rng, 3, 3, 4, 4, scale=scale / 6), shape),
+                operators.Bias(draw(rng, 4, scale=scale), shape),
+                operators.MaxMin(shape),
+            )
+        ),
+        operators.Residual((operators.MaxMin(shape), operators.Conv(draw(rng, 3, 3, 4, 4, scale=scale / 6), shape))),
+        operators.Bias(draw(rng, 4, scale=scale), shape),
+        operators.MaxMin(shape),
+        operators.Flatten(shape),
+        operators.Dense(draw(rng, 6, 64, scale=scale / 8)),
+        operators.Residual(
+            (
+                operators.Dense(draw(rng, 5, 6, scale=scale / 3)),
+                operators.Bias(draw(rng, 5, scale=scale), (5,)),
+                operators.Sigmoid((5,)),
+                operators.Dense(draw(rng, 6, 5, scale=scale / 3)),
+            )
+        ),
+        operators.MaxMin(vectors),
+    ]
+
+
+NETWORKS = {f.__name__: f for f in (convolutional, circulant, factored, elementwise, residual)}
+
+
+@functools.cache
+def frozen_network(name, scale=1.0):
+    rng = np.random.default_rng(0)
+    _, ops = NETWORKS[name](rng, scale)
+    head = operators.LinearHead(draw(rng, 3, 6, scale=scale), draw(rng, 3, scale=scale))
+    if name == "circulant":
+        head = operators.MLPHead(draw(rng, 5, 6), draw(rng, 5), draw(rng, 3, 5), draw(rng, 3))
+    network = make_network([(f"op{i}", op) for i, op in enumerate(ops)], head, 0.3, 0.7)
+    return FrozenNetwork(jax.tree.map(np.asarray, network))
+
+
+def pixels(frozen, count, seed=1):
+    images = np.random.default_rng(seed).uniform(0, 1, (count, *frozen.in_shape))
+    images[0] = np.round(images[0] * 255) / 255
+    return images

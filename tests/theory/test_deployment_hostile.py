@@ -1,0 +1,145 @@
+"""Networks made to mislead: classes that float32 gets wrong inside exact radii, and never inside float32 radii."""
+
+import jax
+import numpy as np
+import pytest
+from deployment_helpers import draw, float32_class, in_order
+
+from lipjax import operators
+from lipjax.certify import FrozenNetwork, deployment
+from lipjax.network import make_network
+
+# Orders of 0 ... n - 1, or None for halves of halves.
+ORDERS = {
+    "forwards": lambda n: np.arange(n),
+    "backwards": lambda n: np.arange(n)[::-1],
+    "inwards": lambda n: np.argsort(np.minimum(np.arange(n), np.arange(n)[::-1]), kind="stable"),
+    "outwards": lambda n: np.argsort(-np.minimum(np.arange(n), np.arange(n)[::-1]), kind="stable"),
+    "odd ones first": lambda n: np.argsort(np.arange(n) % 2 == 0, kind="stable"),
+    "by halves": lambda n: None,
+}
+
+
+def orthogonal(rng, n):
+    return np.linalg.qr(draw(rng, n, n))[0]
+
+
+def layers(rng, kind):
+    """Two orthogonal layers with their biases, and a head that makes radii exact wherever no fold is crossed."""
+    if kind == "dense":
+        first, second = (operators.Dense(orthogonal(rng, 16)) for _ in range(2))
+    else:
+        first = operators.Conv(orthogonal(rng, 4).reshape(2, 2, 1, 4), (4, 4, 1), 2, "VALID")
+        second = operators.Conv(orthogonal(rng, 4).reshape(1, 1, 4, 4), (2, 2, 4))
+    biases = [np.zeros(layer.out_shape[-1]) for layer in (first, second)]
+    row = draw(rng, 16) / 4
+    return (first, second), biases, operators.LinearHead(np.stack([row, -row]), np.zeros(2))
+
+
+def assemble(linear, biases, head):
+    first, second = linear
+    ops = [operators.Flatten((4, 4, 1))] if isinstance(first, operators.Dense) else []
+    for layer, bias in zip(linear, biases, strict=True):
+        ops += [layer, operators.Bias(bias, layer.out_shape), operators.MaxMin(layer.out_shape)]
+    ops += [] if isinstance(first, operators.Dense) else [operators.Flatten(second.out_shape)]
+    network = make_network([(f"op{i}", op) for i, op in enumerate(ops)], head, 0.5)
+    return FrozenNetwork(jax.tree.map(np.asarray, network))
+
+
+def compensated(place, size, linear, biases, head):
+    """The same function but for the last digits of float64: a bias that the next layer takes away again."""
+    biases, sizes = [np.array(b) for b in biases], np.full(16, size)
+    if place == "last layer":
+        biases[1] += size
+        # MaxMin commutes with the addition of one number.
+        return assemble(linear, biases, operators.LinearHead(head.matrix, head.bias - head.matrix @ sizes))
+    biases[0] += size
+    second = linear[1]
+    weights = second.matrix.T if isinstance(second, operators.Dense) else second.kernel[0, 0]
+    biases[1] -= size * weights.sum(axis=0)
+    return assemble(linear, biases, head)
+
+
+def gradients(frozen, images, predictions):
+    """Of the margins of two classes, unit length."""
+    steps = 1e-5 * np.eye(16).reshape(16, *frozen.in_shape)
+    found = []
+    for image, p in zip(images, predictions, strict=True):
+        logits = frozen(np.concatenate([image + steps, image - steps]))
+        margins = logits[:, p] - logits[:, 1 - p]
+        found.append((margins[:16] - margins[16:]).reshape(image.shape))
+    found = np.stack(found)
+    return found / np.linalg.norm(found.reshape(len(found), -1), axis=1)[:, None, None, None]
+
+
+def float32_radii(frozen, images, certificate):
+    analysis = deployment._Analysis(frozen)
+    radii = analysis.radii(analysis.evaluate(images, 64), certificate.predictions)
+    return np.minimum(radii, certificate.radii)
+
+
+def wrong(frozen, points, predictions):
+    """Which float32 classes of points are not these, by every order of summation and by XLA: (orders + 1, n)."""
+    found = [float32_class(frozen, points, in_order(order)) for order in ORDERS.values()]
+    found.append(deployment._float32_logits(frozen, points, len(points)).argmax(axis=1))
+    return np.stack(found) != predictions
+
+
+@pytest.mark.parametrize("kind", ["dense", "conv"])
+@pytest.mark.parametrize("place", ["first layer", "last layer"])
+def test_biases_that_compensate_each_other(kind, place):
+    parts = layers(np.random.default_rng(5), kind)
+    images = np.random.default_rng(6).uniform(0.4, 0.6, (48, 4, 4, 1))
+    plain = assemble(*parts)
+    certificate = plain.certify(images)
+    kept = certificate.radii > 1e-3  # away from ties, where no radius says anything
+    images, exact = images[kept], certificate.radii[kept]
+    ratios, flips = [], []
+    for size in (0.0, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8):
+        frozen = compensated(place, size, *parts)
+        certificate = frozen.certify(images)
+        # The same function, with the same radii up to rounding in float64.
+        np.testing.assert_allclose(certificate.radii, exact, rtol=0, atol=1e-5)
+        p = certificate.predictions
+        away = -gradients(plain, images, p)
+        radii = float32_radii(frozen, images, certificate)
+        for share in (1 - 1e-9, 0.5):
+            inside = images + away * (radii * share)[:, None, None, None]
+            safe = radii > 0
+            assert not wrong(frozen, inside, p)[:, safe].any(), size
+        # Just inside of the exact radius, where float64 still has the class that is proved.
+        near = images + away * (certificate.radii * (1 - 1e-5) - 1e-7)[:, None, None, None]
+        assert (frozen(near).argmax(axis=1) == p).all()
+        flips.append(int(wrong(frozen, near, p).any(axis=0).sum()))
+        ratios.append(float(np.median(radii / certificate.radii)))
+    # Control: float32 does get classes wrong inside exact radii, and the larger the biases, the less is claimed for it.
+    assert flips[0] == 0 and min(flips[1:]) >= 5, flips
+    assert ratios[0] > 0.999 and 1 - 1e-3 > ratios[1] > ratios[2] > 0.3 and ratios[3:] == [0.0] * 5, ratios
+
+
+def detector(size):
+    """Class 0 for sums of 14 pixels in the exact sense; between two large numbers most orders lose them."""
+    weights = np.concatenate([[size], np.ones(14), [-size]])
+    linear = operators.Dense(np.stack([weights, np.zeros(16)]))
+    head = operators.LinearHead(np.array([[1.0, 0.0], [-1.0, 0.0]]), np.array([-3.0, 3.0]))
+    network = make_network([("flatten", operators.Flatten((4, 4, 1))), ("sum", linear)], head)
+    return FrozenNetwork(jax.tree.map(np.asarray, network))
+
+
+def test_networks_that_detect_the_order_of_summation():
+    image = np.full((1, 4, 4, 1), 0.5)
+    image[0, 0, 0, 0] = image[0, 3, 3, 0] = 0.75
+    for size, told_apart in ((2.0**26, True), (2.0**30, True), (2.0**7, False)):
+        frozen = detector(size)
+        certificate = frozen.certify(image)
+        assert certificate.predictions[0] == 0 and certificate.radii[0] > 0  # 7 - 3 in exact arithmetic
+        radius = float32_radii(frozen, image, certificate)
+        found = wrong(frozen, image, certificate.predictions)
+        # Control: some orders see the pixels and others do not.
+        assert found.any() == told_apart and not found.all()
+        assert (radius[0] == 0) == told_apart
+        if not told_apart:
+            weights = frozen.network.ops[1].matrix[0].reshape(4, 4, 1)
+            assert radius[0] > 0.9 * certificate.radii[0]
+            points = image - weights / np.linalg.norm(weights) * radius[0] * (1 - 1e-9)
+            assert not wrong(frozen, points, certificate.predictions).any()

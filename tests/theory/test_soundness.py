@@ -1,0 +1,395 @@
+"""Attempts to break bounds: random hostile operators against lower bounds of their norms in exact rational arithmetic.
+
+A quotient |A v| / |v| of rationals is computed without any rounding, so that a bound below one is a false proof and
+never a false alarm. `pytest -m nightly tests/theory/test_soundness.py` tries more than 10,000 operators; with
+--junitxml=FILE it records how far bounds are above the quotients.
+"""
+
+import functools
+import math
+from fractions import Fraction
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from soundness_helpers import (
+    EXAMPLES,
+    PATTERNS,
+    array_of,
+    arrays,
+    floats,
+    integers,
+    looseness,
+    power,
+    scaled,
+    search,
+    squared_gain,
+)
+
+from benchmarks import power_iteration
+from lipjax import FrozenNetwork, NotCertifiable, bounds, conv, operators
+from lipjax.network import make_network
+
+
+@pytest.fixture(params=[pytest.param("normal"), pytest.param("nightly", marks=pytest.mark.nightly)])
+def examples(request):
+    return EXAMPLES[request.param]
+
+
+@st.composite
+def dense_operators(draw):
+    side = st.one_of(st.integers(1, 9), st.integers(10, 24))
+    return functools.partial(operators.Dense, draw(arrays(draw(side), draw(side))))
+
+
+@st.composite
+def convolutions(draw):
+    """Zero-padded, unpadded and circular ones; kernels of any side, also larger than the map; strides."""
+    h, w, c, o = (draw(st.integers(1, n)) for n in (9, 9, 3, 3))
+    kernel_size = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    strides = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    kind = draw(st.sampled_from(["CIRCULAR", "ZERO", "explicit"]))
+    if kind == "CIRCULAR":
+        h, w = (max(s, n // s * s) for n, s in zip((h, w), strides, strict=True))
+        padding = kind
+    else:
+        low = st.integers(0, 3)
+        padding = ((draw(low), draw(low)), (draw(low), draw(low))) if kind == "explicit" else "ZERO"
+        pads = [(2 * ((k - 1) // 2), 0) for k in kernel_size] if padding == "ZERO" else padding
+        # An output needs a padded map that is no smaller than the kernel.
+        h, w = (max(n, k - sum(p)) for n, k, p in zip((h, w), kernel_size, pads, strict=True))
+    return functools.partial(operators.Conv, draw(arrays(*kernel_size, c, o)), (h, w, c), strides, padding)
+
+
+def conv_matrix(op) -> tuple[np.ndarray, int]:
+    """The matrix of y[p] = sum_t K[t] x[s p + t - lo], tap by tap, exactly."""
+    (h, w, c), (out_h, out_w, o) = op.in_shape, op.out_shape
+    kernel, exponent = integers(op.kernel)
+    k1, k2 = kernel.shape[:2]
+    s1, s2 = (op.strides, op.strides) if isinstance(op.strides, int) else op.strides
+    circular = op.padding == "CIRCULAR"
+    low = ((k1 - 1) // 2, (k2 - 1) // 2)
+    if not circular:
+        low = tuple(pad[0] for pad in conv.explicit_padding((k1, k2), op.padding))
+    matrix = np.zeros((out_h, out_w, o, h, w, c), dtype=object)
+    for p1, p2, t1, t2 in np.ndindex(out_h, out_w, k1, k2):
+        x1, x2 = s1 * p1 + t1 - low[0], s2 * p2 + t2 - low[1]
+        if circular:
+            x1, x2 = x1 % h, x2 % w
+        if 0 <= x1 < h and 0 <= x2 < w:
+            matrix[p1, p2, :, x1, x2, :] += kernel[t1, t2].T
+    return matrix.reshape(out_h * out_w * o, h * w * c), exponent
+
+
+def test_dense_bounds_are_never_below(examples, record_testsuite_property):
+    found = []
+
+    def check(op):
+        matrix, exponent = integers(op.matrix)
+        found.append(looseness(op.bound().value, squared_gain(matrix), power(exponent)))
+
+    search(check, dense_operators(), examples)
+    record_testsuite_property("looseness, dense", max(found))
+    assert max(found) < 1e-11
+
+
+def test_convolution_bounds_are_never_below(examples, record_testsuite_property):
+    found = []
+
+    def check(op):
+        matrix, exponent = conv_matrix(op)
+        found.append(looseness(op.bound().value, squared_gain(matrix), power(exponent)))
+
+    search(check, convolutions(), examples)
+    record_testsuite_property("looseness, convolution", max(found))
+    assert max(found) < 1e-6  # maps this small are bounded as dense matrices or exactly by frequency
+
+
+@st.composite
+def frequency_operators(draw):
+    h, w, i, o = (draw(st.integers(1, n)) for n in (7, 7, 3, 3))
+    fixed = (2 - h % 2) * (2 - w % 2)
+    paired = draw(arrays((h * w - fixed) // 2, 2, o, i)) if h * w > fixed else np.zeros((0, 2, o, i))
+    return functools.partial(operators.CircularConv.from_blocks, draw(arrays(fixed, o, i)), paired, (h, w, i))
+
+
+def test_frequency_bounds_are_never_below(examples, record_testsuite_property):
+    """The map is block diagonal in an orthonormal basis (test_dft.py): its norm is that of the largest block."""
+    found = []
+
+    def check(op):
+        bound = op.bound().value
+        blocks = [(block, np.zeros_like(block)) for block in op.fixed] + [tuple(pair) for pair in op.paired]
+        slack = []
+        for real, imaginary in blocks:
+            matrix, exponent = integers(np.block([[real, -imaginary], [imaginary, real]]))
+            slack.append(looseness(bound, squared_gain(matrix), power(exponent)))
+        found.append(min(slack))
+
+    search(check, frequency_operators(), examples)
+    record_testsuite_property("looseness, frequency", max(found))
+    assert max(found) < 1e-11
+
+
+@st.composite
+def exponentials(draw):
+    h, w, c = (draw(st.integers(1, n)) for n in (5, 5, 3))
+    side = st.sampled_from([1, 3, 5])
+    shape = draw(side), draw(side), c, c
+    kernel = array_of(draw(st.sampled_from(PATTERNS)), shape, draw(st.integers(0, 2**32)))
+    kernel = scaled(kernel, draw(st.integers(-12, 3)))
+    kernel = (kernel - np.flip(kernel, (0, 1)).swapaxes(2, 3)) / 2
+    padding = draw(st.sampled_from(["ZERO", "CIRCULAR"]))
+    return functools.partial(operators.ConvExponential, kernel, (h, w, c), draw(st.integers(1, 7)), padding)
+
+
+def test_truncated_exponentials_are_never_below(examples, record_testsuite_property):
+    found = []
+
+    def check(op):
+        skew, exponent = conv_matrix(operators.Conv(op.kernel, op.in_shape, 1, op.padding))
+        rough = floats(skew)
+        matrix = np.ldexp(rough[0], min(rough[1] + exponent, 900))
+        term = total = np.eye(len(matrix))
+        for j in range(1, op.num_terms + 1):
+            term = matrix @ term / j
+            total = total + term
+        if not np.isfinite(total).all():
+            return
+        v, _ = integers(np.linalg.svd(total)[2][0])
+        # sum_j A^j v / j!, times p! 2^(-p e): integers, e < 0.
+        assert exponent < 0
+        p = op.num_terms
+        images = [v]
+        for _ in range(p):
+            images.append(skew @ images[-1])
+        image = sum(images[j] * (math.factorial(p) // math.factorial(j) << (j - p) * exponent) for j in range(p + 1))
+        gain = Fraction(int(sum(image * image)), int(sum(v * v)))
+        found.append(looseness(op.bound().value, gain, power(p * exponent) / math.factorial(p)))
+
+    search(check, exponentials(), examples)
+    record_testsuite_property("looseness, exponential", max(found))
+    assert min(found) < 1e-6  # where the series does not amplify the bound is 1; elsewhere it is that of |J|
+
+
+@st.composite
+def residuals(draw):
+    """x + B D A x: D, of diagonal entries k/4 from 0 to 1, is an activation that the bound of ReLU speaks of."""
+    outer, inner = draw(st.integers(1, 9)), draw(st.integers(1, 6))
+    first, second = (
+        scaled(array_of(draw(st.sampled_from(PATTERNS)), shape, draw(st.integers(0, 2**32))), draw(st.integers(-9, 9)))
+        for shape in ((inner, outer), (outer, inner))
+    )
+    slopes = np.array(draw(st.lists(st.integers(0, 4), min_size=inner, max_size=inner)), dtype=object)
+
+    def make():
+        parts = operators.Dense(first), operators.ReLU((inner,)), operators.Dense(second)
+        return operators.Residual(parts), first, second, slopes
+
+    return make
+
+
+def test_residual_bounds_are_never_below(examples, record_testsuite_property):
+    found = []
+
+    def check(example):
+        op, first, second, slopes = example
+        (a, e1), (b, e2) = integers(first), integers(second)
+        exponent = e1 + e2 - 2
+        branch = (b * slopes) @ a
+        least = min(exponent, 0)
+        matrix = branch * 2 ** (exponent - least) + np.eye(len(branch), dtype=int).astype(object) * 2**-least
+        found.append(looseness(op.bound().value, squared_gain(matrix), power(least)))
+
+    search(check, residuals(), examples)
+    record_testsuite_property("looseness, residual, median", float(np.median(found)))
+    assert min(found) < 1e-6  # a branch that is small, or points the same way
+
+
+@st.composite
+def linear_heads(draw):
+    classes, features = draw(st.integers(1, 6)), draw(st.integers(1, 9))
+    matrix = draw(arrays(classes, features))
+    if draw(st.booleans()):
+        matrix[-1] = matrix[0]
+    return functools.partial(operators.LinearHead, matrix, np.zeros(classes))
+
+
+def test_pairwise_bounds_of_heads_are_never_below(examples):
+    def check(head):
+        matrix, exponent = integers(head.matrix)
+        table = head.pairwise_bound()
+        for i, j in np.ndindex(table.shape):
+            row = matrix[i] - matrix[j]
+            looseness(table[i, j], Fraction(int(sum(row * row))), power(exponent))
+            assert (table[i, j] == 0) == (not row.any())
+
+    search(check, linear_heads(), examples)
+
+
+@st.composite
+def mlp_heads(draw):
+    classes, hidden, features = (draw(st.integers(1, n)) for n in (4, 6, 6))
+    w1, w2 = (
+        scaled(
+            array_of(draw(st.sampled_from(PATTERNS)), shape, draw(st.integers(0, 2**32))), draw(st.integers(-30, 20))
+        )
+        for shape in ((hidden, features), (classes, hidden))
+    )
+    slopes = np.array(draw(st.lists(st.integers(0, 8), min_size=hidden, max_size=hidden)), dtype=object)
+    return lambda: (operators.MLPHead(w1, np.zeros(hidden), w2, np.zeros(classes)), slopes)
+
+
+def test_pairwise_bounds_of_mlp_heads_are_never_below(examples):
+    """Whatever the slopes of the hidden units in [0, 1], here multiples of 1/8."""
+
+    def check(example):
+        head, slopes = example
+        (w1, e1), (w2, e2) = integers(head.w1), integers(head.w2)
+        table = head.pairwise_bound()
+        for i, j in np.ndindex(table.shape):
+            row = ((w2[i] - w2[j]) * slopes) @ w1
+            looseness(table[i, j], Fraction(int(sum(row * row))), power(e1 + e2 - 3))
+
+    search(check, mlp_heads(), examples)
+
+
+@st.composite
+def chains(draw):
+    widths = draw(st.lists(st.integers(1, 6), min_size=3, max_size=5))
+    slope = draw(st.sampled_from([(0.0, 1.0), (0.25, 1.0), (-0.5, 1.5), (-1.0, 1.0), (-1.0, 0.5), (0.0, 0.25)]))
+    exponents = [draw(st.integers(-40, 40)) for _ in widths[1:]]
+    weights = [
+        np.ldexp(array_of(draw(st.sampled_from(PATTERNS)), (n, m), draw(st.integers(0, 2**32))), exponent)
+        for m, n, exponent in zip(widths[:-1], widths[1:], exponents, strict=True)
+    ]
+    factors = [[draw(st.integers(0, 4)) for _ in range(n)] for n in widths[1:-1]]
+    return lambda: ([operators.Dense(w) for w in weights], slope, factors)
+
+
+def test_liplt_is_never_below_a_choice_of_slopes(examples, record_testsuite_property):
+    """x -> D x is an activation that the bound speaks of, for every diagonal D with entries in [alpha, beta]."""
+    found = []
+
+    def check(example):
+        layers, slope, factors = example
+        pairwise, report = bounds.liplt_bound(layers, slope)
+        matrix, exponent = integers(layers[0].matrix)
+        low, high = (int(8 * s) for s in slope)
+        for layer, steps in zip(layers[1:], factors, strict=True):
+            # alpha + k (beta - alpha) / 4 in units of 1/32
+            diagonal = np.array([4 * low + k * (high - low) for k in steps], dtype=object)
+            weights, e = integers(layer.matrix)
+            matrix, exponent = weights @ (diagonal[:, None] * matrix), exponent + e - 5
+        gain = squared_gain(matrix)
+        found.append(looseness(report.total, gain, power(exponent)) if gain else 0.0)
+        for i, j in np.ndindex(pairwise.shape):
+            row = matrix[i] - matrix[j]
+            looseness(pairwise[i, j], Fraction(int(sum(row * row))), power(exponent))
+
+    search(check, chains(), examples)
+    record_testsuite_property("looseness, LipLT, median", float(np.median(found)))
+    assert min(found) < 1e-6  # some choices are the worst case
+
+
+SHAPE, HIDDEN, CLASSES = (2, 2, 2), 5, 3
+
+
+@st.composite
+def affine_networks(draw):
+    """Normalisation, flattening, a dense layer, a bias and a head of fixed shapes; an image; perhaps equal rows."""
+    pattern, seed = st.sampled_from(PATTERNS), st.integers(0, 2**32)
+    matrix = scaled(array_of(draw(pattern), (HIDDEN, math.prod(SHAPE)), draw(seed)), draw(st.integers(-100, 100)))
+    rng = np.random.default_rng(draw(seed))
+    head = scaled(array_of(draw(pattern), (CLASSES, HIDDEN), draw(seed)), draw(st.integers(-20, 20)))
+    bias = rng.normal(size=CLASSES) * draw(st.sampled_from([0.0, 1e-12, 1.0]))
+    if draw(st.booleans()):
+        head[2], bias[2] = head[0], bias[0]
+    mean = rng.random(SHAPE[-1]) * draw(st.sampled_from([0.0, 1.0]))
+    std = draw(st.sampled_from([0.25, 1.0, 0.3, 7.0])) * np.ones(1)
+    shift = rng.normal(size=HIDDEN) * float(np.abs(matrix).max()) * draw(st.sampled_from([0.0, 1e-9, 1.0]))
+    images = rng.random((2, *SHAPE))
+
+    def make():
+        layers = [
+            ("flatten", operators.Flatten(SHAPE)),
+            ("linear", operators.Dense(matrix)),
+            ("bias", operators.Bias(shift, (HIDDEN,))),
+        ]
+        network = make_network(layers, operators.LinearHead(head, bias), mean, std)
+        return FrozenNetwork(jax.tree.map(np.asarray, network)), images
+
+    return make
+
+
+def rational(array) -> np.ndarray:
+    return np.array([Fraction(float(v)) for v in np.asarray(array).ravel()], dtype=object).reshape(np.shape(array))
+
+
+def test_certified_radii_are_never_above_the_distance_to_the_boundary(examples):
+    certified = []
+
+    def check(example):
+        frozen, images = example
+        network = frozen.network
+        certificate = frozen.certify(images)
+        _, dense, bias = network.ops
+        matrix, weights = rational(dense.matrix), rational(network.head.matrix)
+        std = Fraction(float(network.input_std[0]))
+        mean = rational(np.broadcast_to(network.input_mean, SHAPE)).ravel()
+        jacobian = weights @ matrix / std
+        for image, prediction, radius in zip(images, certificate.predictions, certificate.radii, strict=True):
+            features = matrix @ ((rational(image).ravel() - mean) / std) + rational(bias.bias)
+            logits = weights @ features + rational(network.head.bias)
+            for rival in range(CLASSES):
+                if rival == prediction or radius == 0:
+                    continue
+                margin, row = logits[prediction] - logits[rival], jacobian[prediction] - jacobian[rival]
+                assert margin > 0
+                assert Fraction(float(radius)) ** 2 * sum(row * row) <= margin**2
+            certified.append(radius > 0)
+
+    search(check, affine_networks(), examples)
+    assert 0.1 < np.mean(certified) < 1  # control: neither vacuous nor blind to ties
+
+
+def test_a_certificate_by_power_iteration_is_broken_where_the_proof_holds():
+    found = power_iteration.break_one(10)
+    assert found["exact"] and found["estimate"] < found["proved"]
+    assert found["certified"] < found["distance"] < found["claimed"]
+    assert found["certified"] > 0.29
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_parameters_that_are_no_numbers_are_never_bounded(bad):
+    kernel = np.zeros((3, 3, 2, 2))
+    fixed, paired = np.ones((4, 2, 2)), np.ones((6, 2, 2, 2))
+    cases = [
+        (operators.Dense(np.ones((2, 3))), "matrix"),
+        (operators.Conv(np.ones((3, 3, 2, 2)), (4, 4, 2)), "kernel"),
+        (operators.Conv(np.ones((3, 3, 2, 2)), (4, 4, 2), 1, "CIRCULAR"), "kernel"),
+        (operators.ConvExponential(kernel, (4, 4, 2), 3), "kernel"),
+        (operators.CircularConv.from_blocks(fixed, paired, (4, 4, 2)), "fixed"),
+        (operators.CircularConv.from_blocks(fixed, paired, (4, 4, 2)), "paired"),
+        (operators.Householder(np.ones((2, 1)), (2,)), "direction"),
+        (operators.Householder2(np.ones((3, 2, 1)), (2,)), "directions"),
+        (operators.ProjectionPool(np.ones((2, 1)), (2,)), "direction"),
+    ]
+    for op, field in cases:
+        assert math.isfinite(op.bound().value)
+        broken = np.array(getattr(op, field))
+        broken.flat[0] = bad
+        object.__setattr__(op, field, broken)
+        with pytest.raises(NotCertifiable):
+            op.bound()
+    for head, field in (
+        (operators.LinearHead(np.ones((2, 3)), np.ones(2)), "matrix"),
+        (operators.MLPHead(np.ones((2, 3)), np.ones(2), np.ones((2, 2)), np.ones(2)), "w1"),
+        (operators.MLPHead(np.ones((2, 3)), np.ones(2), np.ones((2, 2)), np.ones(2)), "w2"),
+    ):
+        broken = np.array(getattr(head, field))
+        broken.flat[0] = bad
+        object.__setattr__(head, field, broken)
+        with pytest.raises(NotCertifiable):
+            head.pairwise_bound()

@@ -1,0 +1,220 @@
+"""Configs by name and by flags: what is found, in which order, and what a mistake is told."""
+
+import pathlib
+import shutil
+
+import ml_collections
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+
+import lipjax
+from lipjax import command
+from lipjax.errors import UserError
+from lipjax.models import get_model
+from lipjax.training import config_file, config_reference
+from lipjax.training.config import default_config, validate
+from lipjax.training.config_file import find, read_config, split_arguments
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def parse(*arguments):
+    return command.parse(list(arguments), flags.FlagValues())
+
+
+def refused(*arguments):
+    with pytest.raises(UserError) as caught:
+        parse(*arguments)
+    return str(caught.value)
+
+
+def test_a_config_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch):
+    assert config_file.shipped() == ROOT / "configs"
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "digits.py", "configs/digits.py", str(ROOT / "configs" / "digits.py")):
+        config, workdir = parse(f"--config={name}")
+        assert config.data.name == "digits" and config.model.depth == 2 and config.is_locked
+        assert workdir == "runs/digits"
+    assert parse()[1] == "runs/digits"  # the default
+    assert parse("--config", "digits_lipconvnet")[0].model.name == "lipconvnet"
+
+    (tmp_path / "configs").mkdir()
+    text = (ROOT / "configs" / "digits.py").read_text().replace("num_epochs = 300", "num_epochs = 7")
+    for place in (tmp_path / "configs" / "digits.py", tmp_path / "mine.py"):
+        place.write_text(text)
+        assert parse(f"--config={place.name}")[0].num_epochs == 7  # one's own goes before a shipped one
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(UserError, match="no such file"):
+        find("elsewhere/digits.py")
+
+
+def test_a_wheel_has_the_configs_inside_the_package(tmp_path, monkeypatch):
+    package = tmp_path / "site-packages" / "lipjax"
+    shutil.copytree(ROOT / "configs", package / "_configs")
+    monkeypatch.setattr(lipjax, "__file__", str(package / "__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    assert find("digits") == package / "_configs" / "digits.py"
+    shutil.rmtree(package)  # control
+    with pytest.raises(UserError, match="--config=digits: there is no such file"):
+        find("digits")
+
+
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [
+        ("digit", "did you mean digits"),
+        ("configs/digtis.py", "did you mean digits"),
+        ("cifar10_liresnet_smal", "did you mean cifar10_liresnet_small or "),
+        ("zzz", "the names are cifar100_lipconvnet, "),
+    ],
+)
+def test_a_config_that_is_not_there_is_answered_with_close_names(name, close):
+    message = refused(f"--config={name}")
+    assert (
+        message.startswith(f"--config={name}: there is no such file, and no config of that name; ") and close in message
+    )
+
+
+def test_a_mistyped_flag_is_answered_with_the_right_one():
+    assert "Did you mean: workdir" in refused("--wrkdir=x")
+    assert "Did you mean: config ?" in refused("--confg=digits")
+    assert "--config needs the name" in refused("--config")
+    assert "--config needs the name" in refused("--config", "--workdir=x")
+    assert "fields are set as --config.field=value" in refused("batch_size=3")
+
+
+def test_the_order_of_flags_does_not_matter():
+    first = parse("--config.batch_size=64", "--workdir=w", "--config=digits_lipconvnet", "--config.model.depth=12")
+    last = parse("--config=digits_lipconvnet", "--config.model.depth", "12", "--config.batch_size=64", "--workdir", "w")
+    assert first[0] == last[0] and first[0].batch_size == 64 and first[0].model.depth == 12 and first[1] == "w"
+    assert parse("--config=digits", "--config=digits_lipconvnet")[0].model.name == "lipconvnet"  # the last one counts
+    assert parse("--config.batch_size=1", "--config.batch_size=2")[0].batch_size == 2
+    assert parse("--noconfig.data.flip")[0].data.flip is False and parse("--config.data.flip")[0].data.flip is True
+    assert split_arguments(["--config=a", "--", "--config=b"]) == ("a", ["--", "--config=b"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.lr=0.1", "config.lr. Did you mean config.optimizer.learning_rate or "),
+        ("--config.learning_rate=0.1", "config.learning_rate. Did you mean config.optimizer.learning_rate?"),
+        ("--config.optimiser.learning_rate=0.1", "Did you mean config.optimizer.learning_rate?"),
+        ("--config.optimizer.learning_rat=0.1", "Did you mean config.optimizer.learning_rate?"),
+        ("--config.epochs=3", "Did you mean config.num_epochs"),
+        ("--config.image_size=3", "Did you mean config.data.image_size?"),
+        ("--config.model.layer=soc", "The model lipconvnet has it, and this config's is liresnet"),
+        ("--config.certify.radii[0]=1", "Did you mean config.certify.radii?"),
+        ("--config.los.epsilon=1", "Did you mean config.loss.epsilon?"),
+        ("--config.zzz=1", "no such config field: config.zzz. `lipjax train --help`"),
+    ],
+)
+def test_an_unknown_field_is_answered_with_the_one_that_is_meant(argument, message):
+    found = refused(argument)
+    assert found.startswith("no such config field: ") and message in found
+
+
+def test_another_model_starts_from_its_own_defaults():
+    config, _ = parse("--config=cifar10_liresnet_small", "--config.model.name=lipconvnet")
+    validate(config)
+    model = get_model(config.model, input_shape=(32, 32, 3), num_classes=10)
+    assert (model.depth, model.layer, model.train_terms) == (5, "soc", 5)
+    assert config.model.input_mean == (0.5,) and "stem_kernel" not in config.model
+    config, _ = parse("--config.model.layer=cayley", "--config.model.name", "lipconvnet", "--config.model.depth=10")
+    assert (config.model.layer, config.model.depth) == ("cayley", 10)
+    config, _ = parse("--config=digits_lipconvnet", "--config.model.name=liresnet", "--config.model.neck_features=8")
+    assert config.model.neck_features == 8 and config.model.width == 512 and config.model.input_std == (0.1,)
+    get_model(config.model, input_shape=(32, 32, 3), num_classes=10)
+    # The model that the config has keeps what the config says about it.
+    assert parse("--config=digits", "--config.model.name=liresnet")[0].model.depth == 2
+    for name in config_file.MODELS:
+        validate(parse(f"--config.model.name={name}")[0])
+
+
+def folder(root, size, per_class=3):
+    for name in ("cat", "dog"):
+        (root / name).mkdir(parents=True)
+        for i in range(per_class):
+            Image.fromarray(np.full((*size, 3), 9 * i, np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize("size", [(8, 8), (20, 31), (32, 32), (48, 48), (64, 80), (100, 100), (224, 224)])
+def test_own_images_size_the_network(tmp_path, size):
+    path = folder(tmp_path / "photos", size)
+    config, _ = parse("--config=own_images", f"--config.data.path={path}")
+    validate(config)
+    model = get_model(config.model, input_shape=(*size, 3), num_classes=2)
+    stem = [(n + 2 * model.stem_padding - model.stem_kernel) // model.stem_strides + 1 for n in size]
+    assert 4 <= min(stem) <= 24 and config.data.name == "folder"
+    config, _ = parse("--config=own_images", f"--config.data.path={path}", "--config.data.image_size=16")
+    assert config.model.stem_strides == 1
+    config, _ = parse("--config.model.stem_strides=3", "--config=own_images", f"--config.data.path={path}")
+    assert config.model.stem_strides == 3  # what a flag sets stays
+
+
+def test_own_images_count(tmp_path):
+    def sized(count):
+        file = tmp_path / "own.npz"
+        np.savez(file, images=np.zeros((count, 8, 8), np.uint8), labels=np.arange(count) % 2)
+        return parse("--config=own_images", f"--config.data.path={file}")[0]
+
+    few, some = sized(40), sized(6000)
+    assert few.data.name == some.data.name == "npz"
+    assert few.batch_size < some.batch_size == 128 and few.num_epochs == 300 > some.num_epochs
+    assert few.batch_size <= 0.7 * 40 and few.model.depth < some.model.depth
+    assert parse("--config=own_images")[0].data.path == ""  # for --help; training then asks for the path
+    assert "there is no folder and no .npz file" in refused(
+        "--config=own_images", f"--config.data.path={tmp_path / 'x'}"
+    )
+    (tmp_path / "bad.npz").write_bytes(b"PK")
+    assert "is not an npz file with" in refused("--config=own_images", f"--config.data.path={tmp_path / 'bad.npz'}")
+
+
+def test_help_shows_every_field_with_its_comment_and_default(capsys):
+    assert command.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    for field in config_reference.fields():
+        if field.default:
+            place = lines.index(f"  --config.{field.name}={field.default}")
+            assert lines[place + 1].strip() and " ".join(field.comment.split()[:5]) in lines[place + 1]
+    for flag in ("--workdir", "--config:", "--coordinator", "digits_lipconvnet", "num_blocks=5"):
+        assert flag in out
+    assert command.main(["--config=digits_lipconvnet", "-h"]) == 0
+    out = capsys.readouterr().out
+    assert "--config.num_epochs=40" in out and "--config.model.layer='soc'" in out and "stem_kernel=5" in out
+    assert "--config.model.stem_kernel" not in out
+
+
+def test_every_field_has_a_comment():
+    def flat(config, prefix=""):
+        for name, value in config.items():
+            yield prefix + name
+            if isinstance(value, ml_collections.ConfigDict):
+                yield from flat(value, f"{prefix}{name}.")
+
+    found = {field.name: field for field in config_reference.fields()}
+    assert set(found) == set(flat(default_config()))
+    assert [field.name for field in found.values() if field.default and not field.comment] == []
+    assert found["certify.radii"].default == "(36 / 255, 72 / 255, 108 / 255)"
+    assert found["loss.temperature"].note == 'Read by the losses "crm" and "crm_max".'
+
+
+def test_the_config_reference_is_up_to_date():
+    page = (ROOT / "docs" / "config.md").read_text()
+    assert page == config_reference.as_markdown(), "run: python -m lipjax.training.config_reference > docs/config.md"
+
+
+def test_a_config_file_that_is_no_config_is_refused(tmp_path):
+    for text, message in (
+        ("", "must define get_config()"),
+        ("def get_config():\n  return {'a': 1}", "must define get_config()"),
+        ("def get_config():\n  raise RuntimeError('no luck')", "RuntimeError: no luck"),
+        ("def get_config(", "SyntaxError"),
+    ):
+        (tmp_path / "bad.py").write_text(text)
+        with pytest.raises(UserError, match=".*bad.py: .*") as caught:
+            read_config(str(tmp_path / "bad.py"), [])
+        assert message in str(caught.value)

@@ -1,0 +1,364 @@
+"""Meshes: what is stored where, one loss curve on all of them, and what a device computes and sends."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+from training_helpers import differing, quick_compiles, tiny_config  # noqa: F401  quick_compiles is a fixture
+
+import lipjax
+from benchmarks.sharding import compiled_build, describe
+from lipjax import _spread, linalg
+from lipjax.errors import UserError
+from lipjax.parametrize import soc_frequency
+from lipjax.plan.hlo import Program
+from lipjax.training import loop, optimizer, sharding
+from lipjax.training import step as steps
+from lipjax.training.loop import Run
+
+EPS32 = 2.0**-23
+SCHEDULE = optimizer.LossSchedule(epsilon=0.1, weight=1.0, radius=2.0)
+LIPCONVNET = {"name": "lipconvnet", "depth": 2, "num_blocks": 2, "width": 4, "input_std": (0.1,)}
+NETS = {
+    "liresnet": {},
+    "soc": LIPCONVNET | {"padding": "CIRCULAR", "train_terms": None, "eval_terms": None, "form": "response"},
+    "cayley": LIPCONVNET | {"layer": "cayley", "head": "orthonormal"},
+}
+
+
+def eight(data=8, model=1):
+    return sharding.make_mesh(data, data * model, model)
+
+
+def config_of(net="liresnet", data=1, model=1, **changes):
+    config = tiny_config(**{"model.depth": 3, "mesh.data": data, "mesh.model": model, **changes})
+    if NETS[net]:
+        with config.unlocked():
+            config.model = ml_collections.ConfigDict(NETS[net])
+    return config
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """The arrays of the tiny networks are large enough to be stored in parts."""
+    monkeypatch.setattr(sharding, "MIN_SIZE", 8)
+
+
+# ---- the mesh and what is stored where -----------------------------------------------------------------------------
+
+
+def test_the_mesh_of_a_config():
+    assert dict(sharding.make_mesh(-1, 16).shape) == {"data": 8, "model": 1}
+    assert dict(sharding.make_mesh(-1, 16, 4).shape) == {"data": 2, "model": 4}
+    assert dict(sharding.make_mesh(2, 16, 2).shape) == {"data": 2, "model": 2}
+    one = sharding.make_mesh(1, 5)
+    assert one.size == 1 and one.devices.flat[0] == jax.devices()[0]
+    for arguments, message in (
+        ((-1, 16, 3), "config.mesh.model = 3 does not divide the 8 devices"),
+        ((4, 16, 4), "4 x 4 = 16 devices, but JAX sees 8"),
+        ((2, 18, 2), "batch_size = 18 does not divide over 4 devices"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sharding.make_mesh(*arguments)
+
+
+def test_several_processes_leave_no_device_out(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="4 x 1 = 4 devices, but the 2 processes have 8"):
+        sharding.make_mesh(4, 16)
+    assert sharding.make_mesh(4, 16, 2).size == 8  # control
+
+
+def test_large_arrays_are_stored_by_their_largest_axis_that_divides():
+    mesh = eight(2, 4)
+    for shape, expected in (
+        ((3, 3, 64, 128), (None, None, None, "model")),
+        ((5, 5, 3, 512), (None, None, None, "model")),
+        ((2048, 512), ("model", None)),
+        ((10, 8192), (None, "model")),
+        ((514, 512), (None, "model")),  # the larger one does not divide
+        ((129, 131), ()),
+        ((2**14 - 4,), ()),  # too small
+        ((2**14,), ("model",)),
+        ((), ()),
+    ):
+        assert sharding.spec_of(shape, mesh) == PartitionSpec(*expected), shape
+        assert sharding.spec_of(shape, eight(8, 1)) == PartitionSpec()
+
+
+@pytest.mark.x64_off
+@pytest.mark.usefixtures("small_parts")
+def test_a_state_lies_as_described_before_and_after_a_step():
+    run = Run(config_of(data=4, model=2, **{"optimizer.name": "nadam"}), 0)
+    state, described = run.fresh_state(), sharding.describe(run.abstract_state, run.mesh)
+    assert described[".params['block_01']['weight']"] == PartitionSpec(None, None, "model", None)
+    assert described[".params['neck_dense']['matrix']"] == PartitionSpec("model", None)
+    assert described[".params['stem']['bias']"] == described[".step"] == described[".key"] == PartitionSpec()
+    parts = {path: spec for path, spec in described.items() if spec != PartitionSpec()}
+    weights = [path for path in parts if path.endswith("['weight']") and path.startswith(".params")]
+    assert all(sum(path.endswith(w.removeprefix(".params")) for path in parts) == 3 for w in weights)  # and two moments
+    train_batch = run.batch_runner(0)
+    for _ in range(2):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+            spec = described[jax.tree_util.keystr(path)]
+            assert leaf.sharding.is_equivalent_to(jax.sharding.NamedSharding(run.mesh, spec), leaf.ndim), path
+            assert leaf.addressable_shards[0].data.size == leaf.size // (2 if spec else 1)
+        state, metrics = train_batch(state, 0, SCHEDULE)
+        assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(metrics))
+
+
+# ---- one training on all meshes ------------------------------------------------------------------------------------
+
+
+def curve(run, num_steps, change=lambda params: params):
+    state, train_batch, found = run.fresh_state(), run.batch_runner(0), []
+    state = dataclasses.replace(state, params=change(state.params))
+    for step in range(num_steps):
+        state, metrics = train_batch(state, step, SCHEDULE)
+        found.append(float(metrics["loss"]))
+    return np.array(found)
+
+
+def moved(params, relative):
+    """Every parameter moved by +-relative of itself."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda p: p * (1 + relative * rng.choice(np.float32([-1, 1]), p.shape)), params)
+
+
+@pytest.mark.x64_off
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize(
+    ("net", "num_steps", "meshes"),
+    [
+        ("liresnet", 20, [(2, 4)]),
+        pytest.param("cayley", 4, [(8, 1)], marks=pytest.mark.nightly),
+        pytest.param(
+            "liresnet", 20, [(2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (4, 2), (1, 8)], marks=pytest.mark.nightly
+        ),
+        pytest.param("soc", 20, [(2, 1), (8, 1), (1, 2), (2, 2), (4, 2)], marks=pytest.mark.nightly),
+        pytest.param("cayley", 20, [(2, 1), (4, 1), (1, 2), (2, 2), (4, 2)], marks=pytest.mark.nightly),
+    ],
+)
+def test_the_loss_curve_is_the_same_on_all_meshes(net, num_steps, meshes):
+    one = Run(config_of(net), 0)
+    expected = curve(one, num_steps)
+    # What a mesh changes is in which order numbers are summed. A sum of n numbers has a relative error of about
+    # sqrt(n) units; the longest, of the weight gradients, has as many as pixels in a batch, 16 x 8 x 8. Every step
+    # makes such errors anew. How far the curve goes with an error of one unit at the start, in all parameters, is
+    # measured.
+    amplified = np.abs(curve(one, num_steps, lambda p: moved(p, EPS32)) - expected)
+    allowed = np.sqrt(16 * 8 * 8) * np.arange(1, num_steps + 1) * np.maximum.accumulate(amplified + EPS32 * expected[0])
+    for data, model in meshes:
+        found = curve(Run(config_of(net, data, model), 0), num_steps)
+        assert (np.abs(found - expected) <= allowed).all(), (data, model, found - expected, allowed)
+    off = curve(one, num_steps, lambda p: moved(p, 1e-3))
+    assert (np.abs(off - expected) > allowed).any()  # control
+
+
+@pytest.mark.x64_off
+@pytest.mark.usefixtures("small_parts")
+def test_start_batches_and_order_do_not_depend_on_the_mesh():
+    def look(state, images, labels, schedule):
+        return state, (images, labels, steps.preprocess(state.key, images, config.data, 255))
+
+    seen = []
+    for data, model in ((1, 1), (8, 1), (2, 4)):
+        config = config_of(data=data, model=model)
+        run = Run(config, 0)
+        part, state = run.dataset.split("train"), run.fresh_state()
+        order = steps.epoch_order(state.key, 1, run.num_images)
+        args = jax.device_put((part.images, part.labels, order), sharding.replicated(run.mesh))
+        jitted = steps.jit_array_step(look, run.mesh, 16, run.shardings)
+        copy = jax.tree.map(jnp.copy, state)
+        seen.append((jax.device_get(jitted(copy, *args, 16, SCHEDULE)[1]), np.asarray(order), state))
+    for found, order, state in seen[1:]:
+        assert all(map(np.array_equal, found, seen[0][0])) and np.array_equal(order, seen[0][1])
+        assert differing(state, seen[0][2]) == []
+    assert differing(Run(config_of(), 1).fresh_state(), seen[0][2])  # control
+
+
+@pytest.mark.x64_off
+@pytest.mark.usefixtures("small_parts")
+def test_a_run_in_parts_is_saved_resumed_elsewhere_chosen_from_and_frozen(tmp_path):
+    run = loop.train(config_of(data=4, model=2, num_epochs=1), tmp_path, 0)
+    variables, state, step = loop.load_best(tmp_path, run)
+    assert step == 3 and all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state.params))
+    elsewhere = Run(config_of(data=1, num_epochs=1), 0)
+    assert differing(loop.load_best(tmp_path, elsewhere)[1], state) == []
+    with loop.Checkpointer(tmp_path / "checkpoints", read_only=True) as checkpointer:
+        parts = checkpointer.restore(run.abstract_state)[0]
+        others = checkpointer.restore(Run(config_of(data=2, model=4), 0).abstract_state)[0]
+    assert differing(parts, state) == differing(others, state) == []
+    assert not parts.params["neck_dense"]["matrix"].is_fully_replicated
+    logits = [
+        lipjax.freeze(run.model, v)(np.zeros((2, 8, 8, 1)))
+        for v in (variables, {"params": parts.params, **lip_of(parts)})
+    ]
+    assert np.array_equal(*logits)
+    found = run.validator()(parts)
+    single = elsewhere.validator()(loop.load_best(tmp_path, elsewhere)[1])
+    for name, value in found.items():
+        assert value == pytest.approx(single[name], rel=1e-4), name
+
+
+def lip_of(state):
+    return {"lip": state.lip}
+
+
+# ---- work without images, divided ----------------------------------------------------------------------------------
+
+
+def draw(*shape):
+    return jnp.asarray(np.random.default_rng(len(shape)).normal(size=shape) / np.sqrt(shape[-1]))
+
+
+def both_ways(function, mesh):
+    """Jitted on the mesh: arrays -> (values, gradient for some cotangent)."""
+
+    @jax.jit
+    @sharding.spread_over(mesh)
+    def value_and_gradient(*arrays):
+        found, pull_back = jax.vjp(function, *arrays)
+        waves = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), found)
+        return found, pull_back(waves)
+
+    return lambda *arrays: value_and_gradient(*jax.device_put(arrays, sharding.replicated(mesh)))
+
+
+def skew(a):
+    return a - jnp.swapaxes(a, -1, -2)
+
+
+MATRIX_FUNCTIONS = {
+    "cayley": lambda w: linalg.cayley(w),
+    "complex cayley": lambda w: linalg.cayley_split(w, 0.3 * w**2),
+    "expm": lambda w: linalg.expm_skew_split(skew(w), w + jnp.swapaxes(w, -1, -2)),
+    "cholesky": lambda w: linalg.cholesky_orthogonalize(w),
+    "series": lambda w: soc_frequency._series((skew(w), jnp.stack([skew(w)] * 2, 1)), 5, w.shape[-1]),
+}
+
+
+COLUMNS = (1, 256, 256)
+
+
+# 11 matrices are divided by matrices, not evenly, and a single large one by columns.
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        *[(name, (11, 20, 20)) for name in MATRIX_FUNCTIONS],
+        *[("cayley", (11, 45, 20)), ("cayley", COLUMNS), ("cholesky", COLUMNS)],
+        *[pytest.param(name, COLUMNS, marks=pytest.mark.nightly) for name in ("complex cayley", "expm", "series")],
+    ],
+)
+def test_matrix_functions_are_the_same_on_a_mesh(name, shape):
+    w = draw(*shape)
+    on_one, on_eight = (both_ways(MATRIX_FUNCTIONS[name], mesh) for mesh in (eight(1), eight(4, 2)))
+    one, many, other = (jax.tree.leaves(found) for found in (on_one(w), on_eight(w), on_one((1 + 1e-6) * w)))
+    # Numbers of size 1 from sums of n terms; condition numbers below 1000 (Cholesky with ridge 1e-3).
+    allowed = [1e3 * shape[-1] * 2.0**-52 * np.abs(a).max() for a in one]
+    for a, b, limit in zip(one, many, allowed, strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=limit)
+    assert any(np.abs(a - c).max() > limit for a, c, limit in zip(one, other, allowed, strict=True))  # control
+
+
+def test_explicit_meshes_and_shard_map_are_left_alone():
+    with jax.set_mesh(jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))):
+        assert _spread.num_devices() == 1
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        assert _spread.num_devices() == 8  # control: what is not ours is taken, too
+        # Maps of 1 x 1 have no pairs of frequencies; 7 of 8 devices have work; 9 matrices make two for one device.
+        shapes = (
+            (0, 2, 256, 256),
+            (1, 256, 256),
+            (7, 256, 256),
+            (9, 256, 256),
+            (9, 256, 250),
+            (512, 512),
+            (64, 512, 512),
+        )
+        assert [_spread.by_columns(shape) for shape in shapes] == [False, True, False, True, False, True, False]
+        inside = []
+        jax.shard_map(
+            lambda x: inside.append(_spread.num_devices()) or x,
+            in_specs=PartitionSpec("x"),
+            out_specs=PartitionSpec("x"),
+        )(jnp.zeros(8))
+        assert inside == [1]
+    assert _spread.num_devices() == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 11])
+def test_equal_tasks_are_divided(count):
+    items = [{"a": draw(4, 4) * (i + 1), "b": draw(3) + i} for i in range(count)]
+    task = lambda item: (item["a"] @ item["a"], jnp.sum(item["b"] ** 2) * item["a"][0])  # noqa: E731
+    one, many = (both_ways(lambda *items: _spread.each(task, items), mesh)(*items) for mesh in (eight(1), eight(2, 4)))
+    assert jax.tree.structure(one) == jax.tree.structure(many)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-12), one, many)
+
+
+# ---- what the compiled programs say --------------------------------------------------------------------------------
+
+TINY = {"name": "lipconvnet", "depth": 2, "num_blocks": 1, "width": 16}
+BUILDS = {
+    "cayley": (TINY | {"layer": "cayley"}, {}),
+    "soc": (TINY | {"padding": "CIRCULAR", "form": "response", "train_terms": None}, {}),
+    "cholesky": (
+        {
+            **{"name": "liresnet", "depth": 1, "width": 4, "neck": "cholesky", "neck_features": 64},
+            **{"dense_depth": 16},
+        },
+        {},
+    ),
+    "estimates": (
+        {"name": "liresnet", "depth": 16, "width": 16, "stem_kernel": 3, "stem_padding": 1},
+        {"power_iterations": 2},
+    ),
+}
+
+
+def build_on(name, mesh):
+    model, fields = BUILDS[name]
+    config = tiny_config(**fields)
+    with config.unlocked():
+        config.model = ml_collections.ConfigDict(model)
+    return describe(compiled_build(config, (16, 16, 3), mesh))
+
+
+@pytest.mark.x64_off
+@pytest.mark.parametrize("name", BUILDS)
+def test_a_device_of_eight_does_at_most_a_sixth_of_what_does_not_depend_on_images(name, monkeypatch):
+    one, many = build_on(name, eight(1)), build_on(name, eight(8))
+    # XLA's count of all operations, the body of a loop once; and products and convolutions, loops by their length.
+    assert many["flops"] <= one["flops"] / 6
+    assert 0 < many["products"] <= one["products"] / 6
+    # Results are gathered, sums over the devices' shares (gradients of kernels, norms) are added up, and that is all.
+    assert set(many["collectives"]) <= {"all-gather", "all-reduce"} and "all-gather" in many["collectives"]
+    assert not one["collectives"] and not one["calls"] and not many["calls"]
+    if name == "cholesky":
+        monkeypatch.setattr(sharding, "spread_over", lambda mesh: lambda function: function)
+        assert build_on(name, eight(8))["flops"] > 0.9 * one["flops"]  # control: every device does everything
+
+
+@pytest.mark.x64_off
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize(("data", "model"), [(8, 1), (2, 4)])
+def test_what_travels_in_a_training_step(data, model):
+    run = Run(config_of("liresnet", data, model), 0)
+    train_step = steps.make_train_step(run.model, run.optimizer, run.config, run.mesh, run.pixel_max)
+    part, everywhere = run.dataset.split("train"), sharding.replicated(run.mesh)
+    arrays = jax.device_put((part.images, part.labels, jnp.arange(run.num_images)), everywhere)
+    jitted = steps.jit_array_step(train_step, run.mesh, 16, run.shardings)
+    collectives = Program(jitted.lower(run.fresh_state(), *arrays, 0, SCHEDULE).compile().as_text()).collectives()
+    kinds = {found.kind for found in collectives}
+    assert kinds <= {"all-gather", "all-reduce", "reduce-scatter"} and "all-reduce" in kinds
+    size = {kind: sum(found.bytes for found in collectives if found.kind == kind) for kind in kinds}
+    params = sum(leaf.nbytes for leaf in jax.tree.leaves(run.fresh_state().params))
+    blocks = 3 * (3 * 3 * 4 * 4 + 8 * 8 * 4 + 1) * 4  # gradients of the blocks' norms, or vectors; and norms
+    # Gradients are added up once. What is gathered: parameters from their parts, and results of norm estimates.
+    assert params <= size["all-reduce"] + size.get("reduce-scatter", 0) <= 2 * params
+    assert size.get("all-gather", 0) <= (model > 1) * params + 8 * blocks
