@@ -18,7 +18,7 @@ from cluster_helpers import CONFIG, ROOT
 from rich.console import Console
 from training_helpers import quick_compiles, tiny_config, trained  # noqa: F401  quick_compiles is a fixture
 
-from lipjax import certify, run
+from lipjax import files, run
 from lipjax.errors import UserError, run_command
 from lipjax.training import cluster, lock
 from lipjax.training.checkpoint import Checkpointer
@@ -156,7 +156,7 @@ def test_no_space_for_a_file_names_its_path(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    assert run_command(lambda: certify.write_json(tmp_path / "report.json", {}), "") == 2
+    assert run_command(lambda: files.write_json(tmp_path / "report.json", {}), "") == 2
     err = capsys.readouterr().err
     assert "No space left on device" in err and str(tmp_path / "report.json") in err and err.count("\n") == 1
 

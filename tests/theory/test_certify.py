@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lipjax import certify
+from lipjax import certify, files
+from lipjax.certify import certificate as certificates
 
 
 def radius_by_definition(logits, lipschitz):
@@ -53,7 +54,7 @@ def test_rivals_that_cannot_be_reached():
 def test_radius_of_is_below_the_exact_quotient():
     rng = np.random.default_rng(1)
     margins, lipschitz = rng.uniform(1e-9, 1, 2000), rng.uniform(0.1, 100, 2000)
-    radii = certify.radius_of(margins, lipschitz)
+    radii = certificates.radius_of(margins, lipschitz)
     exact = [Fraction(float(m)) / Fraction(float(c)) for m, c in zip(margins, lipschitz, strict=True)]
     assert all(Fraction(float(r)) < e for r, e in zip(radii, exact, strict=True))
     assert all(e - Fraction(float(r)) <= e * Fraction(2**-51) for r, e in zip(radii, exact, strict=True))
@@ -63,7 +64,7 @@ def test_radius_of_is_below_the_exact_quotient():
 def test_radius_of_at_the_edges():
     margins = np.array([0.0, -1.0, -np.inf, 1.0, 1e-320, 1.0, 1.0])
     lipschitz = np.array([1.0, 1.0, 1.0, 0.0, 1.0, np.inf, np.nan])
-    got = certify.radius_of(margins, lipschitz)
+    got = certificates.radius_of(margins, lipschitz)
     assert got[:3].tolist() == [0, 0, 0] and got[3] == sys.float_info.max
     assert 0 <= got[4] < 1e-320 and got[5] == 0 and got[6] == 0
 
@@ -71,11 +72,11 @@ def test_radius_of_at_the_edges():
 def test_certify_margins_takes_every_rival_and_never_the_prediction():
     lipschitz = np.full((3, 3), 2.0)
     margins = np.array([[0.0, 1.0, 4.0], [-1.0, 0.0, 2.0], [0.0, np.nan, 1.0], [0.0, 1.0, -np.inf]])
-    found = certify.certify_margins(np.array([0, 1, 0, 0]), margins, lipschitz)
+    found = certificates.certify_margins(np.array([0, 1, 0, 0]), margins, lipschitz)
     assert found.rivals.tolist() == [1, 0, 1, 2]
     np.testing.assert_allclose(found.radii, [0.5, 0, 0, 0], rtol=1e-15)
     assert found.margins.tolist() == [1.0, -1.0, -np.inf, -np.inf]
-    rows = certify.image_rows(found, np.array([0, 1, 2, 0]))
+    rows = certificates.image_rows(found, np.array([0, 1, 2, 0]))
     assert rows[0] == {"label": 0, "prediction": 0, "rival": 1, "margin": 1.0, "radius": found.radii[0]}
     assert rows[2]["margin"] is None
     json.dumps(rows, allow_nan=False)
@@ -92,8 +93,8 @@ def test_certified_accuracy_is_strict_and_needs_the_right_class():
 
 def test_write_json_leaves_the_old_file_when_it_fails(tmp_path):
     path = tmp_path / "a.json"
-    certify.write_json(path, {"x": 0.1})
+    files.write_json(path, {"x": 0.1})
     with pytest.raises(ValueError):
-        certify.write_json(path, {"x": math.nan})
+        files.write_json(path, {"x": math.nan})
     assert json.loads(path.read_text()) == {"x": 0.1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

@@ -10,6 +10,7 @@ import pytest
 import scipy.linalg
 
 from lipjax import linalg
+from lipjax.linalg import functions
 
 UNIT = {"float32": 2.0**-24, "float64": 2.0**-53, "complex64": 2.0**-24, "complex128": 2.0**-53}
 DTYPES = tuple(UNIT)
@@ -100,14 +101,14 @@ def test_too_few_squarings_or_no_polish_are_noticed(dtype, monkeypatch):
     """Control of the two bounds above: each fails without the step that it rests on."""
     a = draw_skew((8, 8), dtype, 50.0)
     # Compiled anew at every call.
-    exponential = lambda: jax.jit(lambda a: linalg._exponential_forward((a, None))[0][0])(jnp.asarray(a))  # noqa: E731
+    exponential = lambda: jax.jit(lambda a: functions._exponential_forward((a, None))[0][0])(jnp.asarray(a))  # noqa: E731
     bound = (8 + 4 * 8**0.5) * UNIT[dtype]
     assert departure(exponential()) <= bound
     with monkeypatch.context() as patch:
-        patch.setattr(linalg, "_newton_schulz", lambda v: v)
+        patch.setattr(functions, "_newton_schulz", lambda v: v)
         assert departure(exponential()) > bound
-    squarings = linalg._squarings
-    monkeypatch.setattr(linalg, "_squarings", lambda a2: squarings(a2) - 2)
+    squarings = functions._squarings
+    monkeypatch.setattr(functions, "_squarings", lambda a2: squarings(a2) - 2)
     assert norm(np.asarray(exponential()) - exact_exponential(a)) > 2 * GROWTH[dtype] * 51 * UNIT[dtype]
 
 
@@ -127,13 +128,13 @@ def test_the_polynomial_is_as_close_as_stated(dtype, value, slope):
             rise = max(abs(mpmath.diff(p, z) - mpmath.exp(z)) for z in points)
             return float(max(abs(p(z) - mpmath.exp(z)) for z in points)), float(rise)
 
-    theta, coefficients = linalg._THETA[dtype], linalg._COEFFICIENTS[dtype]
+    theta, coefficients = functions._THETA[dtype], functions._COEFFICIENTS[dtype]
     found = errors(coefficients, theta)
     assert found[0] <= value
     assert found[1] <= slope
     assert errors(coefficients, 1.2 * theta)[0] > 2 * value
     if dtype == "float32":  # those of float64 are nearly Taylor's
-        assert errors(linalg._COEFFICIENTS["float64"], theta)[0] > 3 * value
+        assert errors(functions._COEFFICIENTS["float64"], theta)[0] > 3 * value
 
 
 def exact_gradient(a, g):
@@ -224,7 +225,7 @@ def test_what_is_not_skew_is_refused_where_numbers_are_known(dtype, monkeypatch)
         with pytest.raises(ValueError, match="skew-Hermitian matrices, a = -a.H, got others"):
             linalg.expm_skew(jnp.asarray(x))
     # Where JAX traces nothing is looked at, and nothing added to the program.
-    monkeypatch.setattr(linalg, "_is_skew", None)
+    monkeypatch.setattr(functions, "_is_skew", None)
     assert jax.jit(lambda x: linalg.expm_skew(x))(wrong).shape == wrong.shape
     assert jax.eval_shape(linalg.expm_skew, wrong).shape == wrong.shape
 

@@ -11,8 +11,9 @@ import pytest
 import threadpoolctl
 from liplt_helpers import CHAINS, dense, estimate, norm, off_diagonal, on_host, randomised
 
-from lipjax import FrozenNetwork, bounds, certify, network
+from lipjax import FrozenNetwork, bounds, network
 from lipjax.bounds import ResidualBlock, chains, liplt_path, sweeps
+from lipjax.certify import certificate
 from lipjax.errors import NotCertifiable
 from lipjax.operators import (
     Bias,
@@ -324,13 +325,13 @@ def test_frozen_networks_certify_by_the_least_of_both():
     assert (off_diagonal(frozen.margin_lipschitz()) < 0.9 * off_diagonal(product)).all()
     images = np.random.default_rng(0).uniform(size=(20, 6))
     found = frozen.certify(images)
-    by_product = certify.radius_of(found.margins, product[found.predictions, found.rivals])
+    by_product = certificate.radius_of(found.margins, product[found.predictions, found.rivals])
     assert (found.radii > 1.1 * by_product).all()
-    document = json.loads(json.dumps(certify.liplt_rows(frozen.liplt_report())))
+    document = json.loads(json.dumps(certificate.liplt_rows(frozen.liplt_report())))
     assert [row["name"] for row in document["layers"]] == ["one/relu", "two/relu"]
     assert len(document["chains"]) == 3 and len(document["per_class"]) == 4
     pairs = network.make_network([("maxmin", MaxMin((6,)))], LinearHead(jnp.ones((2, 6)), jnp.zeros(2)))
-    assert FrozenNetwork(on_host(pairs)).liplt_report() is None and certify.liplt_rows(None) is None
+    assert FrozenNetwork(on_host(pairs)).liplt_report() is None and certificate.liplt_rows(None) is None
 
 
 @pytest.mark.parametrize("max_rows", [100, 0])

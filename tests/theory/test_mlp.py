@@ -8,14 +8,15 @@ import pytest
 from mlp_helpers import golden, head_attack, random_arrays, random_head
 
 from lipjax import attacks, certify, curvature, network, operators
-from lipjax.certify import FrozenNetwork
+from lipjax.certify import FrozenNetwork, radius
+from lipjax.certify.certificate import certify_margins
 from lipjax.certify.mlp import MLPCertifier
 
 mpmath.mp.dps = 50
 
 
 def exact_minorant_radius(weights, a, point, p, i, m):
-    """`certify.minorant_radius` in 50 digits, from the definitions."""
+    """`radius.minorant_radius` in 50 digits, from the definitions."""
     w1, b1, w2, b2 = (mpmath.matrix(np.asarray(w).tolist()) for w in weights)
     a, point = (mpmath.matrix(np.asarray(v).tolist()) for v in (a, point))
     sums = w1 * point + b1
@@ -54,7 +55,7 @@ def test_proved_radii_lie_below_the_exact_ones(scale, moved):
         ) @ weights[0]
 
     value, gradient = map(np.asarray, jax.vmap(evaluate)(points, np.array(p), np.array(i)))
-    plain = certify.minorant_radius(value, gradient, points - features, m, np)
+    plain = radius.minorant_radius(value, gradient, points - features, m, np)
     assert any(mpmath.mpf(float(r)) > e > 0 for r, e in zip(plain, exact, strict=True))
 
 
@@ -121,7 +122,7 @@ def test_frozen_certificates_hold_against_attack_and_are_larger_than_global_ones
     np.testing.assert_array_equal(found.predictions, predictions)
     rows = np.arange(60)
     np.testing.assert_array_equal(found.margins, margins[rows, found.rivals])
-    plain = certify.certify_margins(predictions, margins, frozen.margin_lipschitz())
+    plain = certify_margins(predictions, margins, frozen.margin_lipschitz())
     assert (found.radii >= plain.radii).all() and np.median(found.radii / plain.radii) > 1.2
     grid = np.quantile(found.radii, [0.1, 0.3, 0.5, 0.7, 0.9]).tolist() + [0.5, 1.0, 2.0]
     distances = nearest_attack(frozen, images, predictions, grid)

@@ -10,6 +10,7 @@ import pytest
 from mlp_helpers import GOLDEN, golden, head_attack, random_head
 
 from lipjax import certify, curvature, operators
+from lipjax.certify.radius import minorant_radius
 from lipjax.parametrize import lln
 
 PARITY = 1e-9
@@ -31,7 +32,7 @@ def pair_radii(features, weights, labels, rivals, curvatures, method):
 
 def test_minorant_radius_does_not_cancel():
     one = jnp.ones(1)
-    got = certify.minorant_radius(one / 2, one[None], jnp.zeros((1, 1)), 1e-12 * one, jnp)
+    got = minorant_radius(one / 2, one[None], jnp.zeros((1, 1)), 1e-12 * one, jnp)
     exact = 2 * mpmath.mpf(0.5) / (1 + mpmath.sqrt(1 + 2 * mpmath.mpf(1e-12) * mpmath.mpf(0.5)))
     assert abs(float(got[0]) / float(exact) - 1) <= 4 * 2**-53 and float(got[0]) <= 0.5
     assert (np.sqrt(1 + 2e-12 * 0.5) - 1) / 1e-12 > 0.5  # control: the textbook form
@@ -41,7 +42,7 @@ def test_minorant_radius_is_the_best_multiplier_of_the_dual_problem():
     rng = np.random.default_rng(0)
     gradient, step = rng.normal(size=(2, 400, 3)) * [[[1.0]], [[0.3]]]
     m, value = rng.uniform(0.1, 3, 400), rng.normal(size=400)
-    got = certify.minorant_radius(value, gradient, step, m, np)
+    got = minorant_radius(value, gradient, step, m, np)
     eta = np.linspace(0, 1, 20001)[:-1, None] / m
     residual = sum((step[:, i] + eta * gradient[:, i]) ** 2 for i in range(3))
     dual = np.max(np.sum(step**2, axis=1) + 2 * eta * value - residual / (1 - eta * m), axis=0)

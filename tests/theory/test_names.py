@@ -45,7 +45,6 @@ def test_completion_shows_public_names_alone(name):
 # Functions without an underscore that other modules of lipjax share and users do not need.
 HELPERS = {
     "lipjax.activations": {"check_directions"},
-    "lipjax.certify": {"image_rows", "layer_rows", "liplt_rows", "replacing", "write_json"},
 }
 
 

@@ -10,12 +10,13 @@ import pytest
 from lipjax import bounds, conv, operators, spectral
 from lipjax.network import make_network
 from lipjax.operators.grid import Circulants, on_grid
+from lipjax.spectral import norms
 
 
 @pytest.fixture(autouse=True)
 def no_dense_proofs(monkeypatch):
     """Small maps are then bounded as large ones are."""
-    monkeypatch.setattr(spectral, "_DENSE_SIDE", 0)
+    monkeypatch.setattr(norms, "_DENSE_SIDE", 0)
 
 
 CASES = {
@@ -113,14 +114,14 @@ def test_what_is_proved_as_it_is_stays_as_it_is(monkeypatch):
     assert all(on_grid(op) is op for op in (circular, patches, dense))
     op = make("3x3")
     assert on_grid(op) is not op
-    monkeypatch.setattr(spectral, "_DENSE_SIDE", 4096)
+    monkeypatch.setattr(norms, "_DENSE_SIDE", 4096)
     assert on_grid(op) is op
 
 
 @pytest.mark.parametrize(("cheap", "dear", "count"), [(2e9, 2e11, 8), (0, 2e11, 4), (0, 0, 1)])
 def test_as_many_circulants_as_the_proof_tries(monkeypatch, cheap, dear, count):
-    monkeypatch.setattr(spectral, "_CHEAP", cheap)
-    monkeypatch.setattr(spectral, "_DEAR", dear)
+    monkeypatch.setattr(norms, "_CHEAP", cheap)
+    monkeypatch.setattr(norms, "_DEAR", dear)
     op = make("3x3")
     assert len(on_grid(op).variants) == count
     assert tuple(op.bound().details["grid"]) in {grid for grid, _ in on_grid(op).variants}

@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from lipjax import spectral
 from lipjax.errors import NotCertifiable
-from lipjax.spectral import symbol, verified
+from lipjax.spectral import norms, symbol, verified
 
 EPS = 2.0**-52
 
@@ -265,7 +265,7 @@ def test_conv_bound_against_dense_svd(geometry, kind, monkeypatch):
     # Wrapped taps may cancel: rounding is relative to the sum of the taps' norms, not to the norm of their sum.
     total = np.linalg.norm(kernel, axis=(2, 3)).sum()
     assert norm - error <= tight <= math.sqrt(norm**2 * (1 + 1e-11) + 1e-13 * total**2)
-    monkeypatch.setattr(spectral, "_DENSE_SIDE", 0)
+    monkeypatch.setattr(norms, "_DENSE_SIDE", 0)
     embedded = spectral.conv_norm_bound(*arguments)
     assert norm - error <= embedded.value
     # No embedding exceeds the triangle inequality over taps; circulants are exact.
@@ -280,7 +280,7 @@ def test_conv_bound_scales(scale, padding, monkeypatch):
     kernel = np.random.default_rng(12).normal(size=(3, 3, 2, 2))
     norm, error = svd_norm(dense_matrix(kernel, (5, 5), (1, 1), padding))
     for side in (4096, 0):
-        monkeypatch.setattr(spectral, "_DENSE_SIDE", side)
+        monkeypatch.setattr(norms, "_DENSE_SIDE", side)
         value, plain = (spectral.conv_norm_bound(kernel * s, (5, 5, 2), 1, padding).value for s in (scale, 1.0))
         assert norm * (1 - 1e-15) - error <= value / scale
         assert value / scale == pytest.approx(plain, rel=1e-11)
@@ -297,7 +297,7 @@ def test_idle_taps_do_not_hide_the_others():
 def test_every_grid_and_twist_holds_and_grids_below_the_least_do_not():
     # [1, 0, -1] on two pixels swaps them up to a sign: norm 1. On the unpadded grid n = 2 its symbol vanishes.
     kernel = np.array([1.0, 0.0, -1.0]).reshape(1, 3, 1, 1)
-    axes = spectral._axes(kernel, (1, 2, 1), 1, ((0, 0), (1, 1)))
+    axes = norms._axes(kernel, (1, 2, 1), 1, ((0, 0), (1, 1)))
     polynomial = symbol.GramPolynomial(symbol.polyphase(kernel, axes))
     assert (axes[0].least_grid(), axes[1].least_grid()) == (1, 3)
 
@@ -326,7 +326,7 @@ def test_twist_makes_a_smoothing_kernel_tight():
 def test_dense_gram_error_covers_the_exact_matrix():
     kernel, _ = verified.scale_to_unit(np.random.default_rng(14).normal(size=(3, 3, 2, 3)))
     padding = ((1, 1), (0, 2))
-    gram, error = symbol.dense_gram(kernel, spectral._axes(kernel, (4, 5, 2), (2, 1), padding))
+    gram, error = symbol.dense_gram(kernel, norms._axes(kernel, (4, 5, 2), (2, 1), padding))
     matrix = dense_matrix(kernel, (4, 5), (2, 1), padding)
     exact = [[sum(Fraction(x) * Fraction(y) for x, y in zip(a, b, strict=True)) for b in matrix.T] for a in matrix.T]
     differences = [Fraction(x) - y for a, b in zip(gram, exact, strict=True) for x, y in zip(a, b, strict=True)]

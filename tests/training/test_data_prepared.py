@@ -34,6 +34,7 @@ from tensorflow_datasets.image_classification import cifar, mnist
 
 from lipjax.errors import UserError
 from lipjax.training.data import prepare, prepared, tiny_imagenet
+from lipjax.training.prepare import main as prepare_main
 
 BUILDERS = {"cifar10": cifar.Cifar10, "mnist": mnist.MNIST, "tiny_imagenet": tiny_imagenet.TinyImagenet}
 ANIMALS = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -125,12 +126,12 @@ def test_the_stand_ins_for_tensorflow_are_taken_back():
 
 def test_the_command_prepares_once_and_then_says_where(cifar_archive, cifar_dir, capsys):
     command = ["cifar10", "--data_dir", str(cifar_archive[0])]
-    assert prepare.main(command) == 0
+    assert prepare_main(command) == 0
     assert f"cifar10 is ready under {cifar_archive[0]}/cifar10/3.0.2" in capsys.readouterr().out
-    assert prepare.main(["cifar10", "--data_dir", str(cifar_dir / "nowhere")]) == 2
+    assert prepare_main(["cifar10", "--data_dir", str(cifar_dir / "nowhere")]) == 2
     message = capsys.readouterr().err
     assert "nothing is fetched unless you ask" in message and "cifar-10-binary.tar.gz from https://" in message
-    assert prepare.main(["imagenet", "--data_dir", str(cifar_dir)]) == 2
+    assert prepare_main(["imagenet", "--data_dir", str(cifar_dir)]) == 2
     assert "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar" in capsys.readouterr().err
 
 

@@ -12,8 +12,9 @@ from training_helpers import made_up_images, quick_compiles, tiny_config  # noqa
 from lipjax import FrozenNetwork, checker
 from lipjax.errors import UserError
 from lipjax.run import run
-from lipjax.training.data import load_dataset, prepare
+from lipjax.training.data import load_dataset
 from lipjax.training.export import export_split
+from lipjax.training.prepare import main as prepare_main
 
 pytestmark = pytest.mark.x64_off
 
@@ -47,7 +48,7 @@ def workdir(finished, tmp_path):
 
 def test_a_folder_is_trained_certified_exported_and_checked(folder, workdir, tmp_path, capsys):
     output = tmp_path / "new" / "test.npz"
-    assert prepare.main(["export", f"--workdir={workdir}", "--split=test", f"--output={output}"]) == 0
+    assert prepare_main(["export", f"--workdir={workdir}", "--split=test", f"--output={output}"]) == 0
     said = capsys.readouterr().out
     assert "15 test images" in said and f"python -m lipjax check {workdir} --data {output}" in said
     with np.load(output) as file:
@@ -95,7 +96,7 @@ def test_other_splits_are_exported_under_their_names(folder, workdir, tmp_path):
 
 def test_what_cannot_be_exported_ends_with_one_message(folder, workdir, tmp_path, capsys):
     def refused(*arguments):
-        assert prepare.main(["export", *arguments]) == 2
+        assert prepare_main(["export", *arguments]) == 2
         error = capsys.readouterr().err
         assert error.startswith("Error: ") and not (tmp_path / "out.npz").exists()
         return error
@@ -118,4 +119,4 @@ def test_what_cannot_be_exported_ends_with_one_message(folder, workdir, tmp_path
     document["config"]["data"]["validation_fraction"] = 0.0
     (workdir / "config.json").write_text(json.dumps(document))
     assert "The validation split of" in refused(where, output, "--split=validation")
-    assert prepare.main(["export", where, output]) == 0  # control
+    assert prepare_main(["export", where, output]) == 0  # control

@@ -8,7 +8,7 @@ import pytest
 from checker_helpers import NETWORKS, write_run
 from training_helpers import quick_compiles, tiny_config  # noqa: F401
 
-from lipjax import certify
+from lipjax import files
 from lipjax.evaluation import falsify
 from lipjax.evaluation.html.page import write_reports
 from lipjax.run import run
@@ -47,7 +47,7 @@ def test_a_certificate_and_its_network_respect_the_umask(umask, tmp_path):
 
 
 def test_a_private_file_in_the_place_of_the_temporary_one_becomes_as_the_umask_says(umask, tmp_path):
-    with certify.replacing(tmp_path / "a") as temporary:
+    with files.replacing(tmp_path / "a") as temporary:
         temporary.unlink()
         os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o666 & ~umask

@@ -18,6 +18,7 @@ from training_helpers import tiny_config
 from lipjax import __main__ as program
 from lipjax.errors import UserError
 from lipjax.plan import chips, flops, hlo, plan, table
+from lipjax.plan.command import read_config
 from lipjax.training import sharding
 from lipjax.training import step as steps
 from lipjax.training.data import StreamDataset
@@ -272,7 +273,7 @@ def test_advice_names_the_settings_that_help_first():
 
 
 def load(name, *overrides):
-    return plan.read_config(str(ROOT / "configs" / name), list(overrides))
+    return read_config(str(ROOT / "configs" / name), list(overrides))
 
 
 def planned_run(config, count=8):
