@@ -86,23 +86,32 @@ def _locals(ops: Sequence, rows: list[LayerBound], terms: int = 0) -> tuple[list
 
     terms: of the sum that a bias before them may join.
     """
-    found, before = [], None
-    for row, op in zip(rows, ops, strict=True):
+    found = []
+    for i, (row, op) in enumerate(zip(rows, ops, strict=True)):
         if type(op) not in _local.registry:  # a subclass may compute something else
             raise NotCertifiable(
                 f"{row.name}: no bound of the float32 error is known for an operator of type {type(op).__name__}."
             )
         fits = _fits(op) or isinstance(op, operators.Residual)  # of which each part is asked
         local = _local(op, row, terms) if fits else Local(absolute=math.inf)
-        if fits and isinstance(op, operators.Bias) and isinstance(before, SUMS):
-            # Directly behind a sum, which counts it as one more product.
-            # (8 roundings are what `_local` takes for it otherwise.)
-            found[-1], local = dataclasses.replace(found[-1], bias=np.asarray(op.bias)), _local(op, row, -8)
+        place = _sum_before(ops, i)
+        if fits and isinstance(op, operators.Bias) and place is not None:
+            # The sum counts it as one more product. (8 roundings are what `_local` takes for it otherwise.)
+            bias = np.pad(np.asarray(op.bias), (0, ops[place].out_shape[-1] - len(op.bias)))
+            found[place], local = dataclasses.replace(found[place], bias=bias), _local(op, row, -8)
         if isinstance(op, SUMS) and not terms:
             local = dataclasses.replace(local, leaves=LEAVES + MOVED)  # that of the normalisation
-        before, terms = op, terms if local.terms is None else local.terms
+        terms = terms if local.terms is None else local.terms
         found.append(local)
     return found, terms
+
+
+def _sum_before(ops: Sequence, i: int) -> int | None:
+    """The place of the sum whose values operator i gets, or the first channels of; None if it gets others."""
+    i -= 1
+    while i >= 0 and isinstance(ops[i], operators.CropChannels):
+        i -= 1
+    return i if i >= 0 and isinstance(ops[i], SUMS) else None
 
 
 def _merged(
@@ -122,7 +131,7 @@ def _merged(
         if isinstance(op, operators.Residual):
             parts, inner, joining = _merged(op.ops, local.parts, copies, joining=True)
         elif isinstance(op, operators.Bias):
-            joining |= not (i and isinstance(ops[i - 1], SUMS))  # which has counted it
+            joining |= _sum_before(ops, i) is None  # else that has counted it
         elif local.terms is not None:
             joining = False
         enlarged.append(dataclasses.replace(local, absolute=absolute, relative=relative, parts=tuple(parts)))

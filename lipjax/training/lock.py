@@ -28,8 +28,17 @@ def exclusive(workdir: pathlib.Path) -> Iterator[bool]:
     """Keeps other runs out of a directory (process 0 holds the lock), which is made if it does not exist.
 
     Gives whether it can be written; one that cannot is not locked, since no run changes it.
-    Raises: UserError if another process holds it, if it is no directory, or if not all processes see the same one.
+    Raises: UserError if another process holds it, if it is no directory or its name cannot be written, or if not all
+      processes see the same one.
     """
+    try:
+        str(workdir).encode()
+    except UnicodeEncodeError as error:  # letters that Python could not read from the command line
+        shown = str(workdir).encode("ascii", "replace").decode()
+        raise UserError(
+            f"--workdir: {shown} has letters that this locale has no code for, and could not be written: set "
+            "PYTHONUTF8=1 or another locale, or choose a directory of ASCII letters."
+        ) from error
     token = np.frombuffer(uuid.uuid4().bytes, np.uint8)
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0 and not stack.enter_context(_locked(workdir / LOCK, token.tobytes().hex())):

@@ -51,7 +51,7 @@ class Processes:
         """
         path = workdir.with_suffix(".py")
         where = workdir.with_suffix(".config")
-        where.mkdir()
+        where.mkdir(exist_ok=True)
         (where / "config.json").write_text(json.dumps({"config": plain(config), "seed": 0}))
         path.write_text(preamble + CONFIG.format(directory=str(where)))
         environment = {

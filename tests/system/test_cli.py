@@ -208,7 +208,7 @@ def test_a_full_disk_ends_with_one_message(train, workdir, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     before = sorted(p for p in workdir.rglob("*") if p.is_file())
-    monkeypatch.setattr(certify, "write_json", full)
+    monkeypatch.setattr(evaluate, "write_json", full)
     code, _, err = train(f"--config={config_file()}", f"--workdir={workdir}")
     assert code == 2 and "No space left on device" in err and "Traceback" not in err
     assert set(before) <= {p for p in workdir.rglob("*") if p.is_file()}

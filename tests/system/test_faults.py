@@ -227,18 +227,25 @@ def test_a_read_only_run_says_what_it_is(tmp_path, monkeypatch, read_only, capsy
     assert {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))} == before
 
 
+def test_a_directory_that_the_locale_cannot_name(tmp_path, capsys):
+    name = os.fsencode("läufe").decode("ascii", "surrogateescape")  # as Python reads it in a locale of ASCII
+    assert launch(tiny_config(), tmp_path / name) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"Error: --workdir: {tmp_path / 'l??ufe'} has letters") and err.count("\n") == 1
+    assert "PYTHONUTF8=1" in err and list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.nightly  # compiles in a process of its own
 def test_a_locale_of_ascii_changes_nothing(tmp_path):
     (tmp_path / "config").mkdir()
-    (tmp_path / "config" / "config.json").write_text(
-        json.dumps({"config": plain(tiny_config(seeds=(0, 1))), "seed": 0})
-    )
-    (tmp_path / "läufe.py").write_text("# ±\n" + CONFIG.format(directory=str(tmp_path / "config")), encoding="utf-8")
-    command = [sys.executable, "train.py", f"--config={tmp_path / 'läufe.py'}", f"--workdir={tmp_path / 'läufe'}"]
+    saved = json.dumps({"config": plain(tiny_config(seeds=(0, 1))), "seed": 0})
+    (tmp_path / "config" / "config.json").write_text(saved)
+    (tmp_path / "run.py").write_text("# ±\n" + CONFIG.format(directory=str(tmp_path / "config")), encoding="utf-8")
+    command = [sys.executable, "train.py", f"--config={tmp_path / 'run.py'}", f"--workdir={tmp_path / 'run'}"]
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=1200)
-    assert (found.returncode, found.stderr) == (0, b"") and b"2 runs" in found.stdout
-    assert (tmp_path / "läufe" / "report.json").exists()
+    assert (found.returncode, found.stderr) == (0, b"") and b"2 runs" in found.stdout and b" ? " in found.stdout
+    assert (tmp_path / "run" / "report.json").exists()
 
 
 @pytest.mark.x64_off

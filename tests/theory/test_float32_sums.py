@@ -163,6 +163,9 @@ def test_sums_that_something_may_join_take_no_powers_of_two():
     shape = (2, 2, 1)
     conv = operators.Conv(np.ones((1, 1, 1, 1)), shape)
     assert whole_sums([conv, operators.Flatten(shape), bias], 4) == [False]
+    wide = operators.Conv(np.ones((1, 1, 1, 3)), shape)
+    cropped = [wide, operators.CropChannels((2, 2, 3), 1), operators.Bias(np.ones(1), shape), operators.Flatten(shape)]
+    assert whole_sums(cropped, 4) == [True]
 
 
 def global_constant(op, length):

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import multiprocessing
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -142,6 +144,21 @@ def test_worker_processes_change_no_batch_and_end_with_the_iterator(imagenet, im
     batches = dataclasses.replace(imagenet, workers=2).train_batches(40, 3, 2, 1, 2)
     assert same(take(batches, 4), threads)  # 80 images, in three chunks of two processes
     assert len(set(multiprocessing.active_children()) - before) == 2
+    batches.close()
+    assert set(multiprocessing.active_children()) == before
+
+
+def test_worker_processes_leave_signals_to_the_run(imagenet):
+    """A scheduler or Ctrl-C signals all processes of a run, which must read on until it has saved."""
+    before = set(multiprocessing.active_children())
+    threads = take(imagenet.train_batches(40, 3), 4)
+    batches = dataclasses.replace(imagenet, workers=2).train_batches(40, 3)
+    first = take(batches, 1)
+    readers = set(multiprocessing.active_children()) - before
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        for reader in readers:
+            os.kill(reader.pid, number)
+    assert same(first + take(batches, 3), threads) and all(reader.is_alive() for reader in readers)
     batches.close()
     assert set(multiprocessing.active_children()) == before
 

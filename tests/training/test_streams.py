@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from training_helpers import quick_compiles, tiny_config  # noqa: F401  quick_compiles is a fixture
 
+from lipjax import __main__ as program
 from lipjax import run, streams
 from lipjax.errors import UserError, run_command
 from lipjax.training.loop import load_best
@@ -112,6 +113,14 @@ def test_guards_are_put_up_once_and_taken_away():
             assert sys.stdout is outer is not before
         assert sys.stdout is outer
     assert sys.stdout is before
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_check_that_nobody_reads_says_what_it_found(monkeypatch, capsys, code):
+    monkeypatch.setattr(program.checker, "run", lambda *_: (print("x", flush=True), code)[1])
+    with output("no reader"):
+        assert program.main(["check", "somewhere"]) == code
+    assert capsys.readouterr().err == SAID.format("Broken pipe")
 
 
 @pytest.mark.x64_off
