@@ -9,7 +9,7 @@ from collections.abc import Callable
 from rich.console import Console
 
 import lipjax
-from lipjax import _streams, checker
+from lipjax import checker, streams
 from lipjax.attacks import METHODS, OBJECTIVES
 from lipjax.errors import UserError, run_command
 
@@ -97,7 +97,7 @@ def plan(arguments, overrides: list[str]) -> None:
 
 def check(arguments) -> int:
     """Proves the certificates of a directory again, by NumPy alone."""
-    with _streams.guarded():  # a reader that is gone must not turn "proved" into exit code 1
+    with streams.guarded():  # a reader that is gone must not turn "proved" into exit code 1
         return checker.run(arguments.workdir, arguments.images, arguments.data, arguments.budget)
 
 
