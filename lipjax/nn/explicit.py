@@ -202,6 +202,10 @@ class OrthoLinear(nn.Module):
 
     @nn.compact
     def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
+        if len(in_shape) != 1:
+            raise ValueError(
+                f"OrthoLinear takes vectors: expected an input shape (n,), got {tuple(in_shape)}. Put `flatten` first."
+            )
         raw = self.param("matrix", nn.initializers.orthogonal(), (self.features, in_shape[-1]))
         scaled = {"matrix": raw} if bjorck.needs_vectors(self.method) else {}
         vectors = _vectors(self, scaled, bjorck.ORTHOGONIUM, self.power_iters, train).get("matrix", {})

@@ -142,8 +142,13 @@ def matrices(name: str, raw: Float[Array, "..."]) -> Float[Array, "*batch m n"]:
 
 
 def needs_vectors(name: str, shape: tuple[int, ...], method: str) -> bool:
-    """Whether an array is scaled by an estimate of its norm; single columns are divided by their length."""
-    return bjorck.needs_vectors(method) and not (name == "columns" and shape[-1] == 1)
+    """Whether an array is scaled by an estimate of its norm."""
+    return bjorck.needs_vectors(method) and not (name == "columns" and _is_single(shape))
+
+
+def _is_single(shape: tuple[int, ...]) -> bool:
+    """Whether columns (n, c, r) are divided by their length + 1e-8 instead, as the original does where c // 2 is 1."""
+    return shape[-1] == 1 and shape[-2] < 4
 
 
 def advance(raw: Raw, vectors: Vectors, num_iters: int) -> Vectors:
@@ -163,7 +168,7 @@ def orthonormal(
         if name == "patch":
             options = {"strides": array.shape[0], "method": method, "num_iters": num_iters}
             return bjorck.rko(array, vectors.get(name, {}), **options)
-        if name == "columns" and array.shape[-1] == 1:
+        if name == "columns" and _is_single(array.shape):
             return bjorck.normalised(array[..., 0], bjorck.ORTHOGONIUM.floor)[..., None]
         return bjorck.orthogonalize(array, vectors.get(name, {}), method, num_iters)
 

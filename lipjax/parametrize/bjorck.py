@@ -160,11 +160,13 @@ def iterate(matrix: Float[Array, "*batch m n"], num_iters: int = NUM_ITERS) -> F
     if num_iters < 1:
         raise ValueError(f"Björck's iteration: expected num_iters >= 1, got {num_iters}.")
     wide = matrix.shape[-2] < matrix.shape[-1]
-    for _ in range(num_iters):
+
+    def step(_, matrix: Array) -> Array:
         turned = jnp.swapaxes(matrix, -1, -2)
         cubic = product(product(matrix, turned), matrix) if wide else product(matrix, product(turned, matrix))
-        matrix = 1.5 * matrix - 0.5 * cubic
-    return matrix
+        return 1.5 * matrix - 0.5 * cubic
+
+    return lax.fori_loop(0, num_iters, step, matrix)  # as a loop it compiles several times faster
 
 
 def needs_vectors(method: str) -> bool:
