@@ -1,6 +1,7 @@
 """Flax Linen modules that own parameters and build operators; no maths of their own."""
 
 from lipjax.nn.cholesky import CholeskyConv, CholeskyDense, CholeskyStack
+from lipjax.nn.explicit import AOC, BCOP, RKO, OrthoLinear
 from lipjax.nn.layers import (
     COLLECTION,
     ELEMENTWISE,
@@ -31,9 +32,12 @@ from lipjax.nn.orthogonal import (
 
 __all__ = [
     "ACTIVATIONS",
+    "AOC",
+    "BCOP",
     "COLLECTION",
     "ELEMENTWISE",
     "POOLINGS",
+    "RKO",
     "SOC",
     "Cayley",
     "CayleyHead",
@@ -49,6 +53,7 @@ __all__ = [
     "LinearResidual",
     "LipschitzModel",
     "MLPHead",
+    "OrthoLinear",
     "ProjectionPool",
     "SOCHead",
     "advance_means",

@@ -1,0 +1,214 @@
+"""Orthogonal layers with an explicit kernel: ordinary convolutions and dense maps, whose norms are proved as such.
+
+A training step counts their norms as 1, which they do not exceed (but for rounding), converged or not; evaluation
+estimates them and certification proves them as those of any `operators.Conv` or `Dense`. The vectors of norm estimates
+that scale raw arrays are state: they advance where a training step builds, and only there.
+"""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lipjax import conv, operators
+from lipjax.nn.layers import COLLECTION, NamedOperators, symmetric_uniform, torch_bias, with_bias
+from lipjax.parametrize import aoc, bcop, bjorck
+
+# Steps of power iteration before the first step of training; vectors are random until then.
+_START_ITERS = 50
+
+
+def gaussian_direction(key, shape, dtype=float):
+    """A random array of norm 1: the start of AOC's projectors in its code."""
+    array = jax.random.normal(key, shape, dtype)
+    return array / jnp.linalg.norm(array)
+
+
+def _batched(start: Callable) -> Callable:
+    """An initialiser of matrices, for each matrix of an array (n, m, m)."""
+
+    def init(key, shape, dtype=float):
+        return jnp.stack([start(k, shape[1:], dtype) for k in jax.random.split(key, shape[0])])
+
+    return init
+
+
+def _vectors(module: nn.Module, matrices: dict[str, jax.Array], scaling: bjorck.Scaling, iters: int, train: bool):
+    """The vectors for matrices by name, from the state; advanced by `iters` steps where a training step builds."""
+    if not matrices:
+        return {}
+
+    def advanced(vectors, num_iters):
+        return {name: bjorck.advance(matrix, vectors[name], num_iters, scaling) for name, matrix in matrices.items()}
+
+    def start():
+        key = module.make_rng("params")
+        drawn = {
+            name: bjorck.init_vectors(matrix.shape, jax.random.fold_in(key, i))
+            for i, (name, matrix) in enumerate(matrices.items())
+        }
+        like = next(iter(matrices.values())).dtype
+        return advanced(jax.tree.map(lambda v: v.astype(like), drawn), _START_ITERS)
+
+    kept = module.variable(COLLECTION, "vectors", start)
+    vectors = advanced(kept.value, iters if train else 0)
+    if train and not module.is_initializing() and module.is_mutable_collection(COLLECTION):
+        kept.value = vectors
+    return vectors
+
+
+def _contraction(op, train: bool):
+    return operators.Contraction(op) if train else op
+
+
+class AOC(nn.Module):
+    """Adaptive orthogonal convolution, bias and activation: strides without a reordering of the map, any kernel size.
+
+    Routed by sizes as orthogonium 0.0.4 (`aoc.raw_shapes`); kernel_size >= strides. kernel_size = strides: patches that
+    do not overlap, without padding ("CIRCULAR" wraps instead). rank: of the projectors, None for half of the channels
+    that they act on. order: "aoc", or "scfac" for SC-Fac's factors, which needs strides that divide kernel_size.
+    method: of `bjorck.orthogonalize`, num_iters the steps of "bjorck". power_iters: of the norm estimates, each step.
+
+    Source: Boissin et al. 2025, arXiv:2501.07930; Su, Byeon & Huang 2022, arXiv:2106.09121 (SC-Fac; here the matrices
+    are orthogonalised by `method` and start at random).
+    """
+
+    features: int
+    kernel_size: int = 3
+    strides: int = 1
+    padding: conv.Padding = "CIRCULAR"
+    rank: int | None = None
+    order: str = "aoc"
+    method: str = "bjorck"
+    num_iters: int = bjorck.NUM_ITERS
+    power_iters: int = 3
+    use_bias: bool = True
+    activation: Callable | None = operators.MaxMin
+
+    @nn.compact
+    def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
+        k, channels = self.kernel_size, in_shape[-1]
+        sizes = channels, self.features, k, self.strides
+        shapes = aoc.raw_shapes(*sizes, rank=self.rank, order=self.order)
+        starts = {
+            "columns": gaussian_direction,
+            "patch": nn.initializers.normal(1.0),
+            "squares": _batched(nn.initializers.orthogonal()),
+        }
+        raw = {name: self.param(name, starts[name], shape) for name, shape in shapes.items()}
+        scaled = {
+            name: aoc.matrices(name, a) for name, a in raw.items() if aoc.needs_vectors(name, a.shape, self.method)
+        }
+        vectors = _vectors(self, scaled, bjorck.ORTHOGONIUM, self.power_iters, train)
+        options = {"order": self.order, "method": self.method, "num_iters": self.num_iters}
+        kernel = aoc.kernel(raw, vectors, *sizes, **options)
+        padding = "VALID" if k == self.strides and self.padding != "CIRCULAR" else self.padding
+        op = operators.Conv(kernel, tuple(in_shape), self.strides, padding)
+        bias = torch_bias(k**2 * channels)
+        return with_bias(self, [_contraction(op, train)], self.use_bias, self.activation, bias)
+
+
+class BCOP(nn.Module):
+    """Block convolution orthogonal parametrisation, bias and activation.
+
+    strides by space-to-depth, then a kernel of kernel_size / strides taps a side, as in the original. padding:
+    "CIRCULAR" as published, or "ZERO". rank, num_iters: as of `bcop.kernel`. power_iters: steps of the norm estimates
+    where a training step builds; the original makes 10 from random vectors every time.
+
+    Source: Li et al. 2019, arXiv:1911.00937.
+    """
+
+    features: int
+    kernel_size: int = 3
+    strides: int = 1
+    padding: conv.Padding = "CIRCULAR"
+    rank: int | None = None
+    num_iters: int = bcop.NUM_ITERS
+    power_iters: int = 3
+    use_bias: bool = True
+    activation: Callable | None = operators.MaxMin
+
+    @nn.compact
+    def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
+        k, s = self.kernel_size, self.strides
+        if s < 1 or k < s or k % s:
+            raise ValueError(
+                f"BCOP reorders strides x strides pixels and takes kernel_size / strides taps of them: expected a "
+                f"kernel_size that strides divide, got kernel_size {k} and strides {s}. For k taps of reordered pixels "
+                f"take kernel_size = k * strides; AOC takes any kernel_size >= strides."
+            )
+        ops: list = []
+        shape = tuple(in_shape)
+        if s > 1:
+            ops.append(operators.SpaceToDepth(shape, s))
+            shape = ops[0].out_shape
+        size = bcop.raw_shape(shape[-1], self.features, k // s)
+        start = nn.initializers.orthogonal(size[-1] ** -0.5)
+        raw = self.param("matrices", _batched(start), size)
+        vectors = _vectors(self, {"matrices": raw}, bjorck.LCONVNET, self.power_iters, train)["matrices"]
+        options = {"rank": self.rank, "num_iters": self.num_iters}
+        kernel = bcop.kernel(raw, vectors, shape[-1], self.features, **options)
+        ops.append(_contraction(operators.Conv(kernel, shape, 1, self.padding), train))
+        return with_bias(self, ops, self.use_bias, self.activation, symmetric_uniform(self.features**-0.5))
+
+
+class RKO(nn.Module):
+    """Reshaped kernel orthogonalisation, bias and activation: norm at most 1, orthogonal where kernel_size = strides.
+
+    padding: "ZERO", "CIRCULAR", or as `operators.Conv`; none where kernel_size = strides, unless circular. method,
+    num_iters, power_iters: as of `AOC`.
+
+    Source: Li et al. 2019, arXiv:1911.00937; Serrurier et al. 2021, arXiv:2006.06520.
+    """
+
+    features: int
+    kernel_size: int = 3
+    strides: int = 1
+    padding: conv.Padding = "CIRCULAR"
+    method: str = "bjorck"
+    num_iters: int = bjorck.NUM_ITERS
+    power_iters: int = 3
+    use_bias: bool = True
+    activation: Callable | None = operators.MaxMin
+
+    @nn.compact
+    def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
+        k, channels = self.kernel_size, in_shape[-1]
+        raw = self.param("kernel", nn.initializers.normal(1.0), (k, k, channels, self.features))
+        scaled = {"kernel": bjorck.as_matrix(raw)} if bjorck.needs_vectors(self.method) else {}
+        vectors = _vectors(self, scaled, bjorck.ORTHOGONIUM, self.power_iters, train).get("kernel", {})
+        options = {"method": self.method, "num_iters": self.num_iters}
+        kernel = bjorck.rko(raw, vectors, strides=self.strides, **options)
+        padding = "VALID" if k == self.strides and self.padding != "CIRCULAR" else self.padding
+        op = operators.Conv(kernel, tuple(in_shape), self.strides, padding)
+        bias = torch_bias(math.prod(raw.shape[:3]))
+        return with_bias(self, [_contraction(op, train)], self.use_bias, self.activation, bias)
+
+
+class OrthoLinear(nn.Module):
+    """Dense layer with orthonormal rows or columns, bias and activation. method, num_iters, power_iters: as of `AOC`.
+
+    Source: Anil, Lucas & Grosse 2019, arXiv:1811.05381 (Björck); orthogonium 0.0.4.
+    """
+
+    features: int
+    method: str = "bjorck"
+    num_iters: int = bjorck.NUM_ITERS
+    power_iters: int = 3
+    use_bias: bool = True
+    activation: Callable | None = operators.MaxMin
+
+    @nn.compact
+    def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
+        if len(in_shape) != 1:
+            raise ValueError(
+                f"OrthoLinear takes vectors: expected an input shape (n,), got {tuple(in_shape)}. Put `flatten` first."
+            )
+        raw = self.param("matrix", nn.initializers.orthogonal(), (self.features, in_shape[-1]))
+        scaled = {"matrix": raw} if bjorck.needs_vectors(self.method) else {}
+        vectors = _vectors(self, scaled, bjorck.ORTHOGONIUM, self.power_iters, train).get("matrix", {})
+        op = operators.Dense(bjorck.orthogonalize(raw, vectors, self.method, self.num_iters))
+        bias = torch_bias(in_shape[-1])
+        return with_bias(self, [_contraction(op, train)], self.use_bias, self.activation, bias)
