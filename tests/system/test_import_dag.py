@@ -38,7 +38,11 @@ INSIDE = {
         ("circular", "exponential", "linear", "pairs", "reshape", "residual", "softplus", "training_only"),
         ("elementwise", "grid", "heads"),
     ),
-    "parametrize": (("cayley", "cholesky", "lln", "residual", "soc", "soc_frequency"), ("soc_forms",)),
+    "parametrize": (
+        ("bjorck", "cayley", "cholesky", "lln", "residual", "soc", "soc_frequency"),
+        ("aoc", "soc_forms"),
+        ("bcop",),
+    ),
     "bounds": (
         ("product", "host_map", "liplt_path"),
         ("chains", "sweeps"),
@@ -52,7 +56,7 @@ INSIDE = {
         ("frozen",),
         ("deployment", "document"),
     ),
-    "nn": (("layers",), ("cholesky", "model", "orthogonal")),
+    "nn": (("layers",), ("cholesky", "explicit", "model", "orthogonal")),
     "models": (("convnet", "lipconvnet", "liresnet"),),
     "training": (
         ("augment", "compile_alarm", "config_file", "damage", "optimizer", "randaugment", "sharding", "stopping"),
