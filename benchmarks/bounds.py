@@ -2,7 +2,7 @@
 
 Run: python benchmarks/bounds.py
      small hostile operators against dense float64 SVDs
-Run: python benchmarks/bounds.py --config=configs/cifar10_liresnet.py
+Run: python benchmarks/bounds.py --config=configs/liresnet.py:cifar10
      a whole network at initialisation: bounds and estimates against Lanczos, and the time that the bounds take
 """
 
@@ -10,7 +10,6 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import runpy
 import time
 
 import jax
@@ -26,6 +25,7 @@ import lipjax
 from lipjax import operators
 from lipjax.certify.frozen import float64_on_cpu
 from lipjax.models import get_model
+from lipjax.training import config_file
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("config", None, "A config file; without one, the table of small operators.")
@@ -93,7 +93,7 @@ def small_table(console: Console) -> None:
 
 
 def whole_network(console: Console, path: str) -> None:
-    config = runpy.run_path(path)["get_config"]()
+    config, _ = config_file.read_config(path, [])
     shape, num_classes = sizes(config.data.name)
     model = get_model(config.model, input_shape=shape, num_classes=num_classes)
     variables = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, *shape))))()

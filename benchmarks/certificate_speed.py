@@ -18,7 +18,6 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pathlib
-import runpy
 import tempfile
 import time
 
@@ -37,6 +36,7 @@ from lipjax import bounds, checker
 from lipjax.certify.document import write_certificate
 from lipjax.evaluation.evaluate import certify_images
 from lipjax.models import get_model
+from lipjax.training import config_file
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("small", False, "Tiny networks and few images.")
@@ -44,8 +44,6 @@ flags.DEFINE_string("frozen", None, "The folder of a frozen network, in place of
 flags.DEFINE_integer("images", None, "Images to certify (default: 4 of the large network, 10,000 of the small one).")
 flags.DEFINE_integer("crowding_steps", 20, "Steps of gradient descent on the norms before a network is certified.")
 flags.DEFINE_bool("lanczos", True, "Whether converged norms are found to compare the bounds with.")
-
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 
 def crowded(model, variables, num_steps: int):
@@ -70,8 +68,8 @@ def crowded(model, variables, num_steps: int):
     return {**variables, "params": params}
 
 
-def made_network(path: pathlib.Path, num_steps: int, **changes) -> lipjax.FrozenNetwork:
-    config = runpy.run_path(str(path))["get_config"]()
+def made_network(name: str, num_steps: int, **changes) -> lipjax.FrozenNetwork:
+    config, _ = config_file.read_config(name, [])
     with config.unlocked():
         config.model.update(changes)
     shape, num_classes = sizes(config.data.name)
@@ -138,8 +136,8 @@ def main(argv):
         measure(console, FLAGS.frozen, frozen, FLAGS.images or 10_000, FLAGS.lanczos)
         return
     tiny = {"depth": 2, "width": 32} if FLAGS.small else {}
-    for name, count in (("cifar10_liresnet", 4), ("cifar10_liresnet_small", 300 if FLAGS.small else 10_000)):
-        frozen = made_network(CONFIGS / f"{name}.py", FLAGS.crowding_steps, **tiny)
+    for name, count in (("liresnet:cifar10", 4), ("cifar10_liresnet_small", 300 if FLAGS.small else 10_000)):
+        frozen = made_network(name, FLAGS.crowding_steps, **tiny)
         measure(console, f"{name} {tiny or ''}", frozen, FLAGS.images or count, FLAGS.lanczos)
     console.print(f"{os.cpu_count()} cores; JAX {jax.__version__}")
 

@@ -9,7 +9,6 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import importlib.util
 import pathlib
 import time
 from typing import Any
@@ -25,6 +24,8 @@ from lipjax.certify import FrozenNetwork
 from lipjax.network import make_network
 from lipjax.operators import Flatten, LinearHead
 from lipjax.run import run
+from lipjax.training import config_file
+from lipjax.training.choices import update
 from lipjax.training.data import load_dataset
 
 FLAGS = flags.FLAGS
@@ -53,13 +54,8 @@ NETWORKS = {
 
 
 def config_of(changes: dict, epochs: int):
-    path = pathlib.Path(__file__).parents[1] / "configs" / "digits_lipconvnet.py"
-    spec = importlib.util.spec_from_file_location("digits_lipconvnet", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
-    config.update_from_flattened_dict({"num_epochs": epochs, **changes})
+    config, _ = config_file.read_config("digits_lipconvnet", [])
+    update(config, {"num_epochs": epochs, **changes})
     return config
 
 

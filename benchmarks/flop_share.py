@@ -1,7 +1,7 @@
 """What share of a plain matrix product's speed a training step reaches, and what the Lipschitz estimate costs in it.
 
 Run: XLA_FLAGS=--xla_force_host_platform_device_count=2 python benchmarks/flop_share.py \
-         --config=configs/cifar10_liresnet.py
+         --config=configs/liresnet.py:cifar10
 The step's floating-point operations are counted by XLA in the compiled program, per device; matrix products and steps
 take turns in one process, and medians are compared. The step is timed again with one power iteration: the difference,
 per iteration, is what an iteration costs.
@@ -23,7 +23,7 @@ from made_up import batch_step, made_up_run, random_batch
 from ml_collections import config_flags
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", "configs/cifar10_liresnet.py", "The experiment whose step is measured.")
+config_flags.DEFINE_config_file("config", "configs/liresnet.py:cifar10", "The experiment whose step is measured.")
 flags.DEFINE_integer("rounds", 3, "Rounds; in each, everything runs once. Medians are shown.")
 flags.DEFINE_integer("side", 4096, "Side of the matrices.")
 

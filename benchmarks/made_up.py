@@ -6,8 +6,7 @@ import jax
 import numpy as np
 
 from lipjax.plan.plan import planned_dataset
-from lipjax.training import optimizer as optimizers
-from lipjax.training import sharding, step
+from lipjax.training import objective, sharding, step
 from lipjax.training.config import default_config
 from lipjax.training.loop import Run
 
@@ -45,5 +44,5 @@ def batch_step(run: Run) -> tuple[Any, Any]:
     """(jitted step (state, images, labels, schedule) -> (state, metrics), schedule of the second epoch)."""
     config = run.config
     train_step = step.make_train_step(run.model, run.optimizer, config, run.mesh, run.pixel_max)
-    schedule = optimizers.loss_schedule(config.loss, 1, config.num_epochs)
+    schedule = objective.loss_schedule(config.loss, 1, config.num_epochs)
     return step.jit_stream_step(train_step, run.mesh, run.shardings), schedule

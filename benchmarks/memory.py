@@ -1,6 +1,6 @@
 """Memory: what compiled training steps need, by their switches; and what the process does with what it has freed.
 
-Run: python benchmarks/memory.py --config=configs/cifar10_liresnet.py [--config.batch_size=...] [--steps=TEXT]
+Run: python benchmarks/memory.py --config=configs/liresnet.py:cifar10 [--config.batch_size=...] [--steps=TEXT]
 Compiles the whole step for the devices that JAX sees and runs nothing. Printed are the seconds to trace and lower and
 to compile, the bytes of temporary arrays (what the switches change) and of arguments and results (the state, once: it
 is donated), and the FLOPs that XLA counts, for which a loop runs once.
@@ -99,6 +99,6 @@ if __name__ == "__main__":
     from ml_collections import config_flags
 
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    config_flags.DEFINE_config_file("config", "configs/cifar10_liresnet.py", "The experiment whose step is compiled.")
+    config_flags.DEFINE_config_file("config", "configs/liresnet.py:cifar10", "The experiment whose step is compiled.")
     flags.DEFINE_string("steps", _STEPS, "Steps to compile, comma-separated.")
     app.run(main)

@@ -20,8 +20,7 @@ from ml_collections import config_flags
 
 from lipjax import bounds
 from lipjax.nn import COLLECTION
-from lipjax.training import optimizer as optimizers
-from lipjax.training import step
+from lipjax.training import objective, step
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", "configs/digits.py", "The experiment whose step is measured.")
@@ -34,7 +33,7 @@ def parts(config):
     model, state = run.model, run.fresh_state()
     images, labels = random_batch(run)
     pixels = images / jnp.float32(run.pixel_max)
-    loss = step.LOSSES[config.loss.name](config.loss)
+    loss = objective.LOSSES[config.loss.name]
     train_step = step.make_train_step(model, run.optimizer, config, run.mesh, run.pixel_max)
     whole = jax.jit(train_step)  # unlike a run's, keeps the state that it is given
 
@@ -42,7 +41,7 @@ def parts(config):
         return model.apply({"params": params, COLLECTION: state.lip}, method="build")
 
     network = jax.jit(build)(state.params)
-    schedule = optimizers.loss_schedule(config.loss, config.loss.weight_start_epoch, config.num_epochs)
+    schedule = objective.loss_schedule(config.loss, config.num_epochs - 1, config.num_epochs)
     liplt = config.lipschitz == "liplt"
     estimate = bounds.margin_liplt_estimate if liplt else bounds.margin_lipschitz_estimate
     lipschitz, _ = jax.jit(estimate, static_argnums=2)(network, state.lip["vectors"], config.power_iterations)
@@ -51,7 +50,7 @@ def parts(config):
         return sum(jnp.sum(a) for a in jax.tree.leaves(build(params)))
 
     def apply(net):
-        return loss(net(pixels), labels, lipschitz, schedule).mean()
+        return loss.apply(config.loss, objective.Seen(net(pixels), labels, lipschitz), schedule).mean()
 
     def bound(net):
         return estimate(net, state.lip["vectors"], config.power_iterations)[0].sum()

@@ -11,7 +11,7 @@ from lipjax.training.config import default_config
 
 
 def get_config():
-    config = default_config()
+    config = default_config(optimizer="nadamw")
     config.batch_size = 128
     config.num_epochs = 30
     config.power_iterations = 3
@@ -24,11 +24,7 @@ def get_config():
     config.model.depth = 6
     config.model.width = 64
 
-    config.loss.epsilon = 36 / 255
-    config.optimizer.name = "nadamw"
     config.optimizer.learning_rate = 2e-3
     config.checkpoint.every_steps = 100
     config.certify.attack_images = 1000
-    config.certify.attack_steps = 20
-    config.certify.radii = (36 / 255, 72 / 255, 108 / 255)
     return config.lock()

@@ -15,7 +15,7 @@ from lipjax.training.config import default_config
 
 
 def get_config():
-    config = default_config()
+    config = default_config(optimizer="nadam")
     config.batch_size = 128
     config.num_epochs = 30
     config.power_iterations = 3
@@ -33,14 +33,8 @@ def get_config():
     config.model.centering = True
     config.model.small_init = True
 
-    config.loss.epsilon = 36 / 255
-    config.loss.epsilon_end = 3.0
-    config.optimizer.name = "nadam"
     config.optimizer.learning_rate = 2e-3
     config.optimizer.lookahead_period = 6
-    config.optimizer.warmup_epochs = 1.0
     config.checkpoint.every_steps = 100
-    config.certify.radii = (36 / 255, 72 / 255, 108 / 255)
     config.certify.attack_images = 1000
-    config.certify.attack_steps = 20
     return config.lock()

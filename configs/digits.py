@@ -13,12 +13,11 @@ from lipjax.training.config import default_config
 
 
 def get_config():
-    config = default_config()
+    config = default_config(loss="margin")
     config.batch_size = 128
     config.num_epochs = 300
     config.power_iterations = 3
 
-    config.data.name = "digits"
     # Small and below a pixel: whole-pixel crops move an 8 x 8 digit too far.
     config.data.affine = (5.0, 0.05, 0.03)
 
@@ -30,7 +29,6 @@ def get_config():
     config.model.stem_padding = 0
 
     # The full ball for every image, certified or not. EMMA at 1.5 times the radius certified 2 % less on validation.
-    config.loss.name = "margin"
     config.loss.epsilon = 0.25
     config.loss.epsilon_end = 1.0
     config.optimizer.learning_rate = 1e-2

@@ -11,7 +11,7 @@ from lipjax.training.data.own import describe
 
 
 def get_config():
-    config = default_config()
+    config = default_config(optimizer="nadamw")
     config.batch_size = 128
     config.num_epochs = 30
     config.power_iterations = 3
@@ -21,7 +21,6 @@ def get_config():
     config.model.depth = 6
     config.model.width = 64
 
-    config.optimizer.name = "nadamw"
     config.optimizer.learning_rate = 2e-3
     return config.lock()
 

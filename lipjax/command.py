@@ -1,6 +1,5 @@
 """The command that trains: `python train.py` in the repository, `lipjax train` anywhere."""
 
-import os
 import sys
 import textwrap
 
@@ -23,8 +22,9 @@ def parse(arguments: list[str], flag_values: flags.FlagValues):
     arguments = flags.FLAGS.read_flags_from_files(arguments, force_gnu=False)  # --flagfile=FILE
     name, rest = config_file.split_arguments(arguments)
     name = name or DEFAULT
-    default = os.path.join("runs", config_file.find(name).stem)
-    flags.DEFINE_string("workdir", default, "A run that lies there goes on.", flag_values=flag_values)
+    flags.DEFINE_string(
+        "workdir", config_file.default_workdir(name), "A run that lies there goes on.", flag_values=flag_values
+    )
     cluster.define_flags(flag_values)
     config, rest = config_file.read_config(name, rest, flag_values)
     if rest:
@@ -40,8 +40,9 @@ def print_help(arguments: list[str], program: str) -> None:
     cluster.define_flags(values)
     print(f"Usage: {program} [--config=NAME] [--workdir=DIR] [--config.field=value ...]\n")
     print("Trains, certifies and reports; the same command goes on with a run that was interrupted.\n")
-    print("Flags:\n  --config: a path, or the name of a config that is shipped (default: digits):")
-    names = ", ".join(sorted(path.stem for path in config_file.shipped().glob("*.py")))
+    print("Flags:\n  --config: a path, or a config that is shipped; NAME:help lists variants (default: digits):")
+    found = sorted(config_file.shipped().glob("*.py"))
+    names = ", ".join(f"{path.stem}:help" if config_file.variants(path) else path.stem for path in found)
     print(textwrap.fill(names, 110, initial_indent=" " * 6, subsequent_indent=" " * 6))
     for flag in ("workdir", *(flag for flag in values if flag != "workdir")):
         default = values[flag].default
@@ -57,6 +58,10 @@ def main(arguments: list[str], program: str = "lipjax train") -> int:
     try:
         if set(arguments) & set(_HELP):
             print_help(arguments, program)
+            return 0
+        listed = config_file.listed_variants(config_file.split_arguments(arguments)[0] or DEFAULT)
+        if listed:
+            print(listed)
             return 0
         config, workdir = parse(arguments, flag_values)
     except UserError as error:

@@ -19,8 +19,7 @@ from lipjax.errors import UserError
 from lipjax.plan import flops as flop_counts
 from lipjax.plan import hlo
 from lipjax.plan.chips import Topology
-from lipjax.training import optimizer as optimizers
-from lipjax.training import sharding
+from lipjax.training import objective, sharding
 from lipjax.training import step as steps
 from lipjax.training.config import validate
 from lipjax.training.data import ArrayDataset, StreamDataset, load_dataset
@@ -191,7 +190,7 @@ def traced_step(run: Run) -> Any:
     """The step that a run would jit, traced (`jax.stages.Traced`) for arrays that need not exist."""
     config, mesh = run.config, run.mesh
     train_step = steps.make_train_step(run.model, run.optimizer, config, mesh, run.pixel_max, run.class_weights)
-    schedule = optimizers.loss_schedule(config.loss, 0, config.num_epochs)
+    schedule = objective.loss_schedule(config.loss, 0, config.num_epochs)
     split, everywhere = sharding.batch_sharded(mesh), sharding.replicated(mesh)
 
     def arrays(count, where):
@@ -296,5 +295,3 @@ def topology_devices(topology: Topology) -> list:
             f"--xla_force_host_platform_device_count={topology.count}."
         )
     return devices[: topology.count]
-
-

@@ -7,8 +7,8 @@ from lipjax import bounds
 from lipjax.errors import UserError
 from lipjax.nn import COLLECTION
 from lipjax.training import randaugment
-from lipjax.training import step as steps
 from lipjax.training.data import StreamDataset, num_generated
+from lipjax.training.objective import LOSSES
 
 
 def check_vectors(model, state) -> None:
@@ -29,9 +29,11 @@ def check_vectors(model, state) -> None:
 
 
 def check_loss(config, model) -> None:
-    """Raises: UserError for a loss that the model's head has no curvature for."""
-    if config.name == steps.CURVATURE and getattr(model, "head", None) != "mlp":
-        raise UserError('config.loss.name "curvature" is for models with config.model.head = "mlp": choose another.')
+    """Raises: UserError for a loss that is for MLP heads, and a model with another one."""
+    if LOSSES[config.name].needs_mlp and getattr(model, "head", None) != "mlp":
+        raise UserError(
+            f'config.loss.name "{config.name}" is for models with config.model.head = "mlp": choose another.'
+        )
 
 
 def check_class_weights(config, dataset) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -12,19 +13,25 @@ from ml_collections import config_dict
 from lipjax import attacks, network
 from lipjax.certify.radius import radius_key
 from lipjax.errors import UserError
-from lipjax.training import optimizer
 from lipjax.training.accumulate import centering_refused
+from lipjax.training.choices import CHOICES, without_others
 from lipjax.training.data import NAMES
+from lipjax.training.optimizer import DECAYED
 from lipjax.training.randaugment import MAX_MAGNITUDE
-from lipjax.training.step import CLASS_WEIGHTS, CURVATURE, LIPSCHITZ, LOSSES
+from lipjax.training.step import CLASS_WEIGHTS, LIPSCHITZ
 
 PRECISIONS = ("default", "high", "highest")
 
 
-def default_config() -> Any:
+def default_config(
+    model: str = "liresnet", loss: str = "emma", optimizer: str = "adamw", schedule: str = "cosine"
+) -> Any:
     """All fields with their defaults; a config file changes some and locks the result.
 
     Radii are l2 in [0, 1]-pixel units.
+
+    Args: names of `CHOICES`, which say what fields config.model, config.loss and config.optimizer have.
+    Raises: UserError for a name that is not known.
     """
     config = ml_collections.ConfigDict()
     # One run per seed, which decides the start, the batches, the validation split, and a test split if there is none.
@@ -83,36 +90,18 @@ def default_config() -> Any:
     config.model.input_std = (1.0,)  # likewise
 
     config.loss = ml_collections.ConfigDict()
-    config.loss.name = "emma"  # docs/training.md lists them
+    config.loss.name = "emma"  # docs/training.md lists them; it brings fields of its own
     # Whether images of rare classes count for more, in training and validation: "balanced": all classes count alike.
     config.loss.class_weights = "none"
     config.loss.epsilon = 36 / 255  # the radius that validation certifies at
-    config.loss.epsilon_start = 0.1  # training radius as a multiple of epsilon, in the first epoch
-    config.loss.epsilon_end = 3.0  # and from epsilon_ramp on
-    config.loss.epsilon_ramp = 0.5  # fraction of the epochs over which it rises linearly
-    config.loss.trades_weight = 1.0  # lambda, read by the loss "trades"
-    config.loss.gamma = 0.0  # weight of the certified radius, read by the loss "certificate_regularization"
-    config.loss.curvature_weight = 0.01  # beta, read by the loss "curvature", for models with an MLP head
-    # Read by the losses "crm" and "crm_max".
-    config.loss.temperature = 5.0  # t of the soft minimum of the radii, in 1 / pixel unit
-    config.loss.radius = 0.2  # r_0: only images certified below this radius are penalised
-    config.loss.weight = 15.0  # lambda of the penalty
-    config.loss.weight_start_epoch = 10  # lambda is 0 in that many epochs
-    config.loss.weight_growth = 1.0  # factor of lambda per epoch, from then on
-    config.loss.radius_growth = 1.0  # likewise of r_0
-    config.loss.include_misclassified = False  # penalise wrongly classified images too, which makes them robustly wrong
-    config.loss.boosted = False  # cross-entropy that also pushes down the largest wrong probability
 
     config.optimizer = ml_collections.ConfigDict()
-    config.optimizer.name = "adamw"  # or "adam", "nadam", "nadamw", "sgd"
+    config.optimizer.name = "adamw"  # or "adam", "nadam", "nadamw", "sgd"; it may bring fields of its own
     config.optimizer.learning_rate = 1e-3  # the largest of the schedule
-    config.optimizer.eps = 1e-8  # in the denominator of adam, adamw, nadam and nadamw
-    config.optimizer.schedule = "cosine"  # or "exponential", "step", from the warm-up on
-    config.optimizer.decay_from = 0.0  # epochs; read by the schedule "exponential", which is constant until then
+    config.optimizer.schedule = "cosine"  # or "exponential", "step", from the warm-up on; likewise
     config.optimizer.weight_decay = 0.0  # apart from the gradient in adamw and nadamw, a part of it in the others
     config.optimizer.decay = "all"  # what weight decay shrinks: all but activations' angles, or only the "weights"
     config.optimizer.warmup_epochs = 1.0  # of linear growth
-    config.optimizer.final_fraction = 1e-5  # of the learning rate, at the end of the schedule
     config.optimizer.clip_norm = 3.0  # global norm of the gradients; 0: no clipping
     config.optimizer.lookahead_period = 0  # steps between synchronisations of Lookahead; 0: no Lookahead
     config.optimizer.lookahead_rate = 0.5  # the part of the way that its slow parameters go
@@ -139,7 +128,20 @@ def default_config() -> Any:
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = -1  # as many as there are
     config.mesh.model = 1  # 1: all is stored whole
+    for choice, name in zip(CHOICES, (model, loss, optimizer, schedule), strict=True):
+        _check(name in choice.names, choice.path, f"one of {sorted(choice.names)}", name)
+        choice.choose(config, name)
     return config
+
+
+def defaults_for(values: Mapping[str, Any]) -> Any:
+    """The defaults of a config that is given as nested mappings, by its own choices.
+
+    Raises: UserError for a choice that is not known.
+    """
+    names = [values.get(choice.group, {}).get(choice.field) for choice in CHOICES]
+    known = {choice.noun: name for choice, name in zip(CHOICES, names, strict=True) if name is not None}
+    return default_config(**known)
 
 
 def _check(condition: bool, field: str, expected: str, value) -> None:
@@ -149,7 +151,11 @@ def _check(condition: bool, field: str, expected: str, value) -> None:
 
 def validate(config) -> None:
     """Raises: UserError naming the first field that does not exist or whose value cannot be used."""
-    defaults = default_config()
+    for choice in CHOICES[1:]:
+        name = config[choice.group][choice.field] if choice.group in config else None
+        _check(name in choice.names, choice.path, f"one of {sorted(choice.names)}", name)
+    # Which models have which attributes they check themselves.
+    defaults = defaults_for({name: value for name, value in config.items() if name in ("loss", "optimizer")})
     _check_types(config, defaults, "")
     for field in ("batch_size", "num_epochs", "power_iterations", "power_iterations_eval"):
         _check(config[field] >= 1, field, "at least 1", config[field])
@@ -205,34 +211,22 @@ def validate(config) -> None:
     std = config.model.input_std if "input_std" in config.model else 1.0
     positive = all(1e-30 < s < 1e30 for s in (std if isinstance(std, tuple) else (std,)))
     _check(positive, "model.input_std", "positive float32 numbers, one or one per channel", std)
-    names = sorted([*LOSSES, CURVATURE])
-    _check(config.loss.name in names, "loss.name", f"one of {names}", config.loss.name)
     weights = config.loss.class_weights
     _check(weights in CLASS_WEIGHTS, "loss.class_weights", f"one of {CLASS_WEIGHTS}", weights)
-    for field in ("epsilon", "epsilon_end", "temperature", "radius"):
-        _check(0 < config.loss[field] < math.inf, f"loss.{field}", "a positive number", config.loss[field])
-    for field in ("weight_growth", "radius_growth"):
-        factor = config.loss[field]
-        moderate = factor > 0 and config.num_epochs * abs(math.log10(factor)) < 30
-        _check(moderate, f"loss.{field}", "a positive factor per epoch that stays within 1e30 over all of them", factor)
-    for field in ("epsilon_start", "trades_weight", "gamma", "curvature_weight", "weight", "weight_start_epoch"):
-        _check(config.loss[field] >= 0, f"loss.{field}", "at least 0", config.loss[field])
-    _check(0 <= config.loss.epsilon_ramp <= 1, "loss.epsilon_ramp", "a fraction in [0, 1]", config.loss.epsilon_ramp)
-    names = sorted(optimizer.OPTIMIZERS)
-    _check(config.optimizer.name in names, "optimizer.name", f"one of {names}", config.optimizer.name)
+    _check(0 < config.loss.epsilon < math.inf, "loss.epsilon", "a positive number", config.loss.epsilon)
     _check(0 < config.optimizer.learning_rate, "optimizer.learning_rate", "positive", config.optimizer.learning_rate)
-    for field, known in (("schedule", optimizer.SCHEDULES), ("decay", optimizer.DECAYED)):
-        _check(config.optimizer[field] in known, f"optimizer.{field}", f"one of {known}", config.optimizer[field])
-    _check(0 < config.optimizer.eps, "optimizer.eps", "positive", config.optimizer.eps)
-    for field in ("weight_decay", "warmup_epochs", "decay_from", "final_fraction", "clip_norm"):
+    _check(config.optimizer.decay in DECAYED, "optimizer.decay", f"one of {DECAYED}", config.optimizer.decay)
+    for field in ("weight_decay", "warmup_epochs", "clip_norm"):
         _check(0 <= config.optimizer[field] < math.inf, f"optimizer.{field}", "at least 0", config.optimizer[field])
     warmup, epochs = config.optimizer.warmup_epochs, config.num_epochs
     _check(warmup < epochs or epochs == 1, "optimizer.warmup_epochs", f"less than config.num_epochs = {epochs}", warmup)
     period, rate = config.optimizer.lookahead_period, config.optimizer.lookahead_rate
     _check(period >= 0, "optimizer.lookahead_period", "at least 0", period)
     _check(0 < rate <= 1, "optimizer.lookahead_rate", "a fraction in (0, 1]", rate)
-    ends = config.optimizer.final_fraction > 0 or config.optimizer.schedule != "exponential"
-    _check(ends, "optimizer.final_fraction", 'above 0 for the schedule "exponential"', config.optimizer.final_fraction)
+    for choice in CHOICES[1:]:
+        for field, setting in choice.brings(config[choice.group][choice.field]).items():
+            value = config[choice.group][field]
+            _check(setting.good(value, config), f"{choice.group}.{field}", setting.expected, value)
     for field in ("every_epochs", "keep"):
         _check(config.checkpoint[field] >= 1, f"checkpoint.{field}", "at least 1", config.checkpoint[field])
     _check(config.checkpoint.every_steps >= 0, "checkpoint.every_steps", "at least 0", config.checkpoint.every_steps)
@@ -253,12 +247,18 @@ def validate(config) -> None:
 def _check_types(config, defaults, prefix: str) -> None:
     a_model = prefix == "model."  # which models have which attributes they check themselves
     for field in () if a_model else defaults:
-        _check(field in config, f"{prefix}{field}", "to be set (start from default_config())", None)
+        asked = [
+            f'{c.noun}="{config[c.field]}"'
+            for c in CHOICES
+            if c.group == prefix[:-1] and field in c.own(config[c.field])
+        ]
+        expected = f"to be set (start from default_config({', '.join(asked)}))"
+        _check(field in config, f"{prefix}{field}", expected, None)
     for field, value in config.items():
         name = f"{prefix}{field}"
         if a_model and field not in defaults:
             continue
-        _check(field in defaults, name, f"no such field; the fields here are {sorted(defaults)}", value)
+        _check(field in defaults, name, f"no such field{_whose(name)}; the fields here are {sorted(defaults)}", value)
         default = defaults[field]
         if isinstance(default, ml_collections.ConfigDict):
             _check(isinstance(value, ml_collections.ConfigDict), name, "a group of fields", value)
@@ -276,6 +276,17 @@ def _check_types(config, defaults, prefix: str) -> None:
             _check(type(value) is type(default), name, f"a value of type {type(default).__name__}", value)
 
 
+def _whose(name: str) -> str:
+    """Which other choices bring a field, if any."""
+    group, _, field = name.rpartition(".")
+    found = [(choice, choice.owners(field)) for choice in CHOICES if choice.group == group]
+    return "".join(
+        f' (the {choice.noun} {", ".join(owners)} has it: default_config({choice.noun}="{owners[0]}") brings it)'
+        for choice, owners in found
+        if owners
+    )
+
+
 def _is_number(value) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
@@ -291,7 +302,8 @@ def load_config(workdir: str | os.PathLike) -> tuple[Any, int]:
         config, seed = document["config"], document["seed"]
         if type(seed) is not int or seed < 0:
             raise ValueError(f"seed {seed!r}")
-        loaded = default_config()
+        config = without_others(config)
+        loaded = defaults_for(config)
         model = config.pop("model")
         loaded.model = type(loaded)({name: _tuples(value) for name, value in model.items()})
         _update(loaded, config)

@@ -1,12 +1,15 @@
 """From --config=NAME and --config.field=value to a config: files by path or by name, in any order, help for typos.
 
-A config file defines get_config() -> ConfigDict. It may define adapt(config, data) as well, which sets fields by what
+A config file defines get_config() -> ConfigDict. A family of configs defines get_config(variant), which gets what
+follows a colon, as in --config=liresnet:cifar10, and VARIANTS, a line about each variant by its name; the name "help"
+lists them. A config file may define adapt(config, data) as well, which sets fields by what
 is at hand, such as the size of the user's images: data is the group config.data as the flags say, and fields that
 flags set stay as they are.
 """
 
-import dataclasses
 import difflib
+import inspect
+import os
 import pathlib
 import re
 import types
@@ -15,16 +18,13 @@ from typing import Any
 
 import ml_collections
 from absl import flags
-from ml_collections import config_dict, config_flags
+from ml_collections import config_flags
 
 import lipjax
 from lipjax.errors import UserError
-from lipjax.models import MODELS
+from lipjax.training.choices import CHOICES
 
 HELP = "`lipjax train --help` and docs/config.md list all fields"
-# Arguments of a model that training sets, and what they are called beside attributes of its own.
-_NOT_FIELDS = ("input_shape", "num_classes", "batch_size", "parent", "name")
-_OF_ALL_MODELS = ("input_mean", "input_std")
 
 _CONFIG = re.compile(r"--?config(?:=(?P<value>.*))?$", re.DOTALL)
 _FIELD = re.compile(r"--?(?:no)?config\.(?P<name>[^=]+)(?:=(?P<value>.*))?$", re.DOTALL)
@@ -39,9 +39,11 @@ def shipped() -> pathlib.Path:
 def find(name: str) -> pathlib.Path:
     """The file that --config names: a path, or a name such as "digits" of configs/ here or of those that are shipped.
 
+    A variant behind a colon may follow: "liresnet:cifar10".
+
     Raises: UserError with the names that are close, if there is none.
     """
-    path = pathlib.Path(name).expanduser()
+    path = pathlib.Path(name.partition(":")[0]).expanduser()
     if path.is_file():
         return path
     stem = path.name.removesuffix(".py")
@@ -84,11 +86,11 @@ def read_config(name: str, arguments: list[str], flag_values: flags.FlagValues |
     """
     path = find(name)
     module = _load(path)
-    config = _called(path, module.get_config) if hasattr(module, "get_config") else None
+    config = _get_config(path, module, name) if hasattr(module, "get_config") else None
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"{path}: a config file must define get_config(), which returns default_config() with changes.")
     settings = _settings(arguments)
-    _use_model(config, dict(settings).get("model.name"))
+    _use_choices(config, dict(settings))
     _check_names(config, [field for field, _ in settings])
     adapt = getattr(module, "adapt", None)
     if adapt is not None:
@@ -98,6 +100,52 @@ def read_config(name: str, arguments: list[str], flag_values: flags.FlagValues |
             _called(path, adapt, config, first.data)
     rest = _override(config, arguments, flags.FlagValues() if flag_values is None else flag_values)
     return config.lock(), rest
+
+
+def variants(path: pathlib.Path) -> dict[str, str]:
+    """What a config file says about each of its variants; {} for a file that is one config."""
+    return dict(getattr(_load(path), "VARIANTS", {}))
+
+
+def default_workdir(name: str) -> str:
+    """Where a run of --config=NAME lies if --workdir does not say it: runs/digits, runs/liresnet_cifar10."""
+    variant = re.sub(r"[^\w.-]+", "_", name.partition(":")[2])
+    return os.path.join("runs", find(name).stem + (f"_{variant}" if variant else ""))
+
+
+def listed_variants(name: str) -> str | None:
+    """The variants of a config file, a line each, where --config=NAME:help asks for them; else None.
+
+    Raises: UserError if the file is no family.
+    """
+    if name.partition(":")[2] != "help":
+        return None
+    path = find(name)
+    return _list_of_variants(name, variants(path)) or _no_variants(path)
+
+
+def _list_of_variants(name: str, known: dict[str, str]) -> str:
+    given = name.partition(":")[0]
+    width = max(map(len, known), default=0) + len(given) + 1
+    return "\n".join(f"  {f'{given}:{variant}':<{width}}  {about}" for variant, about in known.items())
+
+
+def _no_variants(path: pathlib.Path) -> typing.NoReturn:
+    raise UserError(f"{path} is one config, without variants: leave out the colon and what follows.")
+
+
+def _get_config(path: pathlib.Path, module: types.ModuleType, name: str) -> Any:
+    """The config of a file, or the variant of it that a name such as liresnet:cifar10 asks for."""
+    _, colon, variant = name.partition(":")
+    known = getattr(module, "VARIANTS", {})
+    if known and variant not in known:
+        asked = f"there is no variant {variant!r}" if variant else "a family of configs needs the name of a variant"
+        raise UserError(f"--config={name}: {asked}; there are\n{_list_of_variants(name, known)}")
+    if not colon:
+        return _called(path, module.get_config)
+    if not inspect.signature(module.get_config).parameters:
+        _no_variants(path)
+    return _called(path, module.get_config, variant)
 
 
 def _load(path: pathlib.Path) -> types.ModuleType:
@@ -146,23 +194,12 @@ def _settings(arguments: list[str]) -> list[tuple[str, str | None]]:
     return found
 
 
-def model_fields(name: str) -> dict[str, Any]:
-    """The attributes of a model that config.model may hold, and their defaults (fields that may be None hold types)."""
-    found, hints = {}, typing.get_type_hints(MODELS[name])
-    for field in dataclasses.fields(MODELS[name]):
-        if field.name not in (*_NOT_FIELDS, *_OF_ALL_MODELS):
-            optional = field.default is None and int in typing.get_args(hints[field.name])
-            found[field.name] = config_dict.placeholder(int) if optional else field.default
-    return found
-
-
-def _use_model(config, name: str | None) -> None:
-    """Where a flag asks for another model, its attributes with its defaults take the place of the config's model."""
-    if name not in MODELS or name == config.model.name:
-        return
-    kept = {field: config.model[field] for field in _OF_ALL_MODELS if field in config.model}
-    with config.unlocked():
-        config.model = ml_collections.ConfigDict({"name": name, **model_fields(name), **kept})
+def _use_choices(config, settings: dict[str, str | None]) -> None:
+    """Where a flag asks for another model, loss, optimizer or schedule, its fields take the place of the config's."""
+    for choice in CHOICES:
+        name = settings.get(choice.path)
+        if name in choice.names and name != config[choice.group][choice.field]:
+            choice.choose(config, name)
 
 
 def _flat(config, prefix: str = "") -> dict[str, bool]:
@@ -182,14 +219,21 @@ def _check_names(config, names: list[str]) -> None:
     known = _flat(config)
     for name in names:
         if name not in known:
-            raise UserError(f"no such config field: config.{name}. {_suggestion(name, known, config.model.name)}")
+            raise UserError(f"no such config field: config.{name}. {_suggestion(name, known, config)}")
 
 
-def _suggestion(name: str, known: dict[str, bool], model: str) -> str:
+def _listed(names: list[str]) -> str:
+    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _suggestion(name: str, known: dict[str, bool], config) -> str:
     leaf, fields = name.rpartition(".")[2], [field for field, group in known.items() if not group]
-    owners = [other for other in MODELS if other != model and leaf in model_fields(other)]
-    if name.startswith("model.") and owners:
-        return f"The model {' and '.join(owners)} has it, and this config's is {model}: set --config.model.name too."
+    for choice in CHOICES:
+        owners = choice.owners(leaf)
+        if name == f"{choice.group}.{leaf}" and owners:
+            own = config[choice.group][choice.field]
+            said = f"The {choice.noun} {_listed(owners)} has it, and this config's is {own}"
+            return f"{said}: set --config.{choice.path} too."
     leaves = {field: field.rpartition(".")[2] for field in fields}
     same = [field for field in fields if leaves[field] == leaf]
     initials = [field for field in fields if "".join(word[0] for word in leaves[field].split("_")) == leaf]

@@ -16,7 +16,7 @@ import ml_collections
 
 from lipjax.models import MODELS
 from lipjax.training import config as source
-from lipjax.training.config_file import model_fields
+from lipjax.training.choices import CHOICES, Choice, model_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Field:
     """A field of the default config, or a group of fields.
 
     Attributes: name: with its groups, such as "optimizer.eps". default: as the source writes it; "" of a group.
-      comment: what it is. note: of a field, what is said about it and those after it in its group; else "".
+      comment: what it is. note: of a field, what is said about it and those after it in its group; else ""; of
+      `own_fields`, which names bring it.
     """
 
     name: str
@@ -68,6 +69,19 @@ def fields() -> tuple[Field, ...]:
     return tuple(found)
 
 
+@functools.cache
+def own_fields(choice: Choice) -> tuple[Field, ...]:
+    """The fields that the names of a choice bring, each once; for one that several bring alike, all of them."""
+    settings = dict.fromkeys(
+        (field, setting) for name in choice.names for field, setting in choice.brings(name).items()
+    )
+    found = []
+    for field, setting in settings:
+        names = [name for name in choice.names if choice.brings(name).get(field) is setting]
+        found.append(Field(f"{choice.group}.{field}", _value(setting.default), setting.comment, ", ".join(names)))
+    return tuple(found)
+
+
 def _model_text(name: str) -> str:
     return inspect.getdoc(MODELS[name]) or ""
 
@@ -91,9 +105,17 @@ def as_text(config: Any = None) -> str:
                 owner = owner[part]
             value = repr(owner)
         lines += [f"  --config.{field.name}={value}", *about]
+        for choice in CHOICES[1:]:
+            if field.name == choice.path:
+                lines += _own_text(choice, config)
         if config is not None and field.name == "model.name":
             model = {n: v for n, v in config.model.items() if n != "name"}
             lines += [f"  --config.model.{attribute}={given!r}" for attribute, given in model.items()]
+    for choice in CHOICES[1:]:
+        lines += ["", f"  What --config.{choice.path} may be, and the fields that it brings with their defaults:"]
+        for name in choice.names:
+            given = " ".join(f"{field}={_value(setting.default)}" for field, setting in choice.brings(name).items())
+            lines.append(f"      {name}: {given or 'none'}")
     lines += ["", "  Models, and the attributes of config.model with their own defaults:"]
     for name in MODELS:
         given = " ".join(f"{attribute}={_value(value)}" for attribute, value in model_fields(name).items())
@@ -101,8 +123,26 @@ def as_text(config: Any = None) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def _own_text(choice: Choice, config: Any) -> list[str]:
+    """The fields that the choice of a config brings (None: of the default), with their values there."""
+    config = source.default_config() if config is None else config
+    group, lines = config[choice.group], []
+    for field, setting in choice.brings(group[choice.field]).items():
+        lines += [f"  --config.{choice.group}.{field}={group[field]!r}", f"      {setting.comment}"]
+    return lines
+
+
 def _value(value: Any) -> str:
-    return "None" if isinstance(value, ml_collections.FieldReference) else repr(value)
+    return repr(value.get() if isinstance(value, ml_collections.FieldReference) else value)
+
+
+def _own_table(choice: Choice) -> list[str]:
+    own = own_fields(choice)
+    without = ", ".join(f"`{name}`" for name in choice.names if not choice.brings(name))
+    page = ["", f"Fields that are there for some values of `config.{choice.path}` alone, which bring them:"]
+    page += ["", f"| field | default | what it is | {choice.path} |", "|---|---|---|---|"]
+    page += [f"| `{field.name}` | `{field.default}` | {field.comment} | {field.note} |" for field in own]
+    return page + (["", f"Without fields of their own: {without}."] if without else [])
 
 
 def as_markdown() -> str:
@@ -113,13 +153,22 @@ def as_markdown() -> str:
         "Written by `python -m lipjax.training.config_reference > docs/config.md` from the comments of",
         "`lipjax/training/config.py`; `lipjax train --config=NAME --help` shows the same with the values of a config.",
         "A field is set by a config file, or by a flag: `--config.optimizer.learning_rate=0.01`. Radii are l2 in",
-        "[0, 1]-pixel units.",
+        "[0, 1]-pixel units. `config.loss` and `config.optimizer` have the fields of the loss, the optimizer and the",
+        "schedule that are chosen: `--config.loss.name=crm` brings those of CRM, and so does, in a config file,",
+        '`default_config(loss="crm")`. What both choices have keeps its value.',
     ]
     table = ["", "| field | default | what it is |", "|---|---|---|"]
     page += ["", "## config", *table]
-    for field in fields():
+    group = ""
+    for field in (*fields(), None):
+        if field is None or not field.default:
+            for choice in CHOICES[1:]:
+                page += _own_table(choice) if choice.group == group else []
+        if field is None:
+            break
         comment = field.comment.replace("|", r"\|")
         if not field.default:
+            group = field.name
             page += ["", f"## config.{field.name}"]
             page += ["", comment] if comment else []
             page += table
@@ -131,7 +180,8 @@ def as_markdown() -> str:
         "## Models",
         "",
         "`config.model.name` says which. The flag `--config.model.name=convnet` alone takes that model with the",
-        "defaults below; `input_mean` and `input_std` stay those of the config.",
+        "defaults below; `input_mean` and `input_std` stay those of the config. In a config file it is",
+        '`default_config(model="convnet")`.',
     ]
     for name in MODELS:
         given = ", ".join(f"`{attribute}={_value(value)}`" for attribute, value in model_fields(name).items())

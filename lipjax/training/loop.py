@@ -17,7 +17,7 @@ from lipjax.errors import NotCertifiable, UserError
 from lipjax.files import write_json
 from lipjax.models import get_model
 from lipjax.nn import COLLECTION
-from lipjax.training import cluster, sharding, stopping, warm_start
+from lipjax.training import cluster, objective, sharding, stopping, warm_start
 from lipjax.training import optimizer as optimizers
 from lipjax.training import step as steps
 from lipjax.training.accumulate import check_accumulation
@@ -325,7 +325,7 @@ def _train_epochs(run: Run, state, checkpointer: Checkpointer, writer: MetricWri
     with writer.progress(run.total_steps, first) as progress, stopping.preemption(cluster.leave) as preempted:
         for step in range(first, run.total_steps):
             epoch, done = step // run.steps_per_epoch, step + 1
-            schedule = optimizers.loss_schedule(config.loss, epoch, config.num_epochs)
+            schedule = objective.loss_schedule(config.loss, epoch, config.num_epochs)
             with progress.compiling("the training step") if step == first else contextlib.nullcontext():
                 state, metrics = train_batch(state, step, schedule)
             # One step behind, so that the device always has work while the host looks at numbers.
@@ -344,9 +344,7 @@ def _train_epochs(run: Run, state, checkpointer: Checkpointer, writer: MetricWri
                 if stop:
                     _stopped(run, checkpointer, done, preempted)
                 continue
-            shown = averages() | {"epsilon": schedule.epsilon, "learning_rate": np.asarray(rate(step)).item()}
-            if config.loss.name in steps.CRM:
-                shown |= {"crm_weight": schedule.weight, "crm_radius": schedule.radius}
+            shown = averages() | schedule | {"learning_rate": np.asarray(rate(step)).item()}
             writer.write(done, shown, "train")
             totals.clear()
             if (epoch + 1) % config.checkpoint.every_epochs == 0 or done == run.total_steps:

@@ -1,11 +1,15 @@
-"""Optimisers from optax, and what follows a schedule: the learning rate by step, the losses' numbers by epoch."""
+"""Optimisers from optax by name, and schedules of the learning rate by name."""
 
+import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from lipjax.training.setting import Setting, at_least_0, positive
 
 
 class NadamState(NamedTuple):
@@ -107,21 +111,49 @@ def _decay_in_gradient(update: optax.GradientTransformation, config, mask) -> op
     return optax.chain(optax.add_decayed_weights(config.weight_decay, mask), update)
 
 
-# Of (learning-rate schedule, optimizer group of the config, mask of what decays).
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """An entry of OPTIMIZERS.
+
+    Attributes: make: (learning-rate schedule, optimizer group of the config, mask of what decays) -> optax's.
+      fields: that config.optimizer has for it alone.
+    """
+
+    make: Callable[[optax.Schedule, Any, Any], optax.GradientTransformation]
+    fields: Mapping[str, Setting] = dataclasses.field(default_factory=dict)
+
+
+def _adam(rate, config, mask):
+    return _decay_in_gradient(optax.adam(rate, eps=config.eps), config, mask)
+
+
+def _adamw(rate, config, mask):
+    return optax.adamw(rate, eps=config.eps, weight_decay=config.weight_decay, mask=mask)
+
+
+def _nadam(rate, config, mask):
+    update = optax.chain(scale_by_torch_nadam(config.eps), optax.scale_by_learning_rate(rate))
+    return _decay_in_gradient(update, config, mask)
+
+
+def _nadamw(rate, config, mask):
+    return optax.nadamw(rate, eps=config.eps, weight_decay=config.weight_decay, mask=mask)
+
+
+def _sgd(rate, config, mask):
+    return _decay_in_gradient(optax.sgd(rate, momentum=0.9), config, mask)  # not Nesterov's momentum
+
+
+_EPS = {"eps": positive(1e-8, "in the denominator")}
+
 OPTIMIZERS = {
-    "adam": lambda rate, config, mask: _decay_in_gradient(optax.adam(rate, eps=config.eps), config, mask),
-    "adamw": lambda rate, config, mask: optax.adamw(rate, eps=config.eps, weight_decay=config.weight_decay, mask=mask),
-    "nadam": lambda rate, config, mask: _decay_in_gradient(
-        optax.chain(scale_by_torch_nadam(config.eps), optax.scale_by_learning_rate(rate)), config, mask
-    ),
-    "nadamw": lambda rate, config, mask: optax.nadamw(
-        rate, eps=config.eps, weight_decay=config.weight_decay, mask=mask
-    ),
-    # Momentum 0.9, not Nesterov's.
-    "sgd": lambda rate, config, mask: _decay_in_gradient(optax.sgd(rate, momentum=0.9), config, mask),
+    "adam": Optimizer(_adam, _EPS),
+    "adamw": Optimizer(_adamw, _EPS),
+    "nadam": Optimizer(_nadam, _EPS),
+    "nadamw": Optimizer(_nadamw, _EPS),
+    "sgd": Optimizer(_sgd),
 }
 
-SCHEDULES = ("cosine", "exponential", "step")
 DECAYED = ("all", "weights")
 
 
@@ -142,27 +174,66 @@ def decay_mask(which: str):
     return lambda params: jax.tree_util.tree_map_with_path(decays, params)
 
 
+@dataclasses.dataclass(frozen=True)
+class Decay:
+    """An entry of SCHEDULES: what the learning rate does from the warm-up on.
+
+    Attributes: make: (optimizer group of the config, warm-up steps, all steps, steps of an epoch) -> a schedule that
+      counts from the end of the warm-up. fields: that config.optimizer has for it alone.
+    """
+
+    make: Callable[[Any, int, int, int], optax.Schedule]
+    fields: Mapping[str, Setting] = dataclasses.field(default_factory=dict)
+
+
+def _cosine(config, warmup: int, total: int, per_epoch: int) -> optax.Schedule:
+    del per_epoch
+    return optax.cosine_decay_schedule(config.learning_rate, max(1, total - warmup), alpha=config.final_fraction)
+
+
+def _exponential(config, warmup: int, total: int, per_epoch: int) -> optax.Schedule:
+    begin = max(0, round(config.decay_from * per_epoch) - warmup)
+    transition = max(1, total - 1 - warmup - begin)
+    return optax.exponential_decay(config.learning_rate, transition, config.final_fraction, transition_begin=begin)
+
+
+def _step(config, warmup: int, total: int, per_epoch: int) -> optax.Schedule:
+    del per_epoch
+    # Counted from the end of the warm-up, because joined schedules count from their own start.
+    drops = {max(1, round(fraction * total) - warmup): 0.1 for fraction in (0.5, 0.75)}
+    return optax.piecewise_constant_schedule(config.learning_rate, drops)
+
+
+_FINAL = {
+    "final_fraction": Setting(
+        1e-5,
+        "of the learning rate, at the end of the schedule",
+        lambda value, config: value > 0 or value == 0 and config.optimizer.schedule != "exponential",
+        'at least 0, and above 0 for the schedule "exponential"',
+    )
+}
+
+SCHEDULES = {
+    "cosine": Decay(_cosine, _FINAL),
+    "exponential": Decay(
+        _exponential, {"decay_from": at_least_0(0.0, "epochs, until which the rate is constant")} | _FINAL
+    ),
+    "step": Decay(_step),
+}
+
+
 def learning_rate_schedule(config, steps_per_epoch: int, num_epochs: int) -> optax.Schedule:
     """Per step: linear warm-up, then what `schedule` names, down to final_fraction of the peak one step after the last.
 
     "cosine"; "exponential": the peak for decay_from epochs, then final_fraction^t, t from 0 to 1 at the last step
     (without decay if decay_from is not below num_epochs); "step": a tenth of the rate from 1/2 of the epochs on and a
-    hundredth from 3/4 (final_fraction is not used).
+    hundredth from 3/4, without final_fraction.
 
-    Args: config: the optimizer group: schedule, learning_rate, warmup_epochs, final_fraction, decay_from.
+    Args: config: the optimizer group: schedule and the fields that it brings, learning_rate, warmup_epochs.
     """
-    total, peak = steps_per_epoch * num_epochs, config.learning_rate
+    total = steps_per_epoch * num_epochs
     warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
-    if config.schedule == "step":
-        # Counted from the end of the warm-up, because joined schedules count from their own start.
-        drops = {max(1, round(fraction * total) - warmup): 0.1 for fraction in (0.5, 0.75)}
-        decay = optax.piecewise_constant_schedule(peak, drops)
-    elif config.schedule == "exponential":
-        begin = max(0, round(config.decay_from * steps_per_epoch) - warmup)
-        transition = max(1, total - 1 - warmup - begin)
-        decay = optax.exponential_decay(peak, transition, config.final_fraction, transition_begin=begin)
-    else:
-        decay = optax.cosine_decay_schedule(peak, max(1, total - warmup), alpha=config.final_fraction)
+    decay = SCHEDULES[config.schedule].make(config, warmup, total, steps_per_epoch)
     if warmup == 0:
         return decay
     # The first step already moves: step i of the warm-up takes (i + 1) / warmup of the peak.
@@ -180,7 +251,7 @@ def make_optimizer(
     Args: config: the optimizer group. head_only: leaves all parameters but those of "head" as they are.
     """
     rate = learning_rate_schedule(config, steps_per_epoch, num_epochs)
-    update = OPTIMIZERS[config.name](rate, config, decay_mask(config.decay))
+    update = OPTIMIZERS[config.name].make(rate, config, decay_mask(config.decay))
     if config.clip_norm:
         update = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
     if head_only:
@@ -193,43 +264,3 @@ def make_optimizer(
 
 def _not_the_head(params):
     return {name: jax.tree.map(lambda _, name=name: name != "head", tree) for name, tree in params.items()}
-
-
-def epsilon_at(config, epoch: int, num_epochs: int) -> float:
-    """Training radius of an epoch (counted from 0), in pixel units.
-
-    epsilon (start + (end - start) min(epoch / (ramp num_epochs), 1)); config: the loss group.
-    Source: Hu et al. 2023, arXiv:2301.12549 (ramp 1/2, start 0.1, end up to 3).
-    """
-    ramp = config.epsilon_ramp * num_epochs
-    reached = 1.0 if ramp == 0 else min(epoch / ramp, 1.0)
-    return config.epsilon * (config.epsilon_start + (config.epsilon_end - config.epsilon_start) * reached)
-
-
-class LossSchedule(NamedTuple):
-    """What losses take from the epoch.
-
-    Attributes:
-      epsilon: the training radius, pixel units.
-      weight, radius: lambda and r_0 of the CRM losses, in nats per pixel unit and in pixel units.
-    """
-
-    epsilon: Any
-    weight: Any
-    radius: Any
-
-
-def loss_schedule(config, epoch: int, num_epochs: int) -> LossSchedule:
-    """The numbers of an epoch (counted from 0), as Python floats.
-
-    epsilon by `epsilon_at`. From weight_start_epoch on, epoch s, weight and radius grow by their factors: weight
-    weight_growth^(epoch - s), 0 before; radius radius_growth^(epoch - s), radius before.
-
-    Args: config: the loss group.
-    Source: the code of Fazlyab et al. 2023, arXiv:2310.00116 (10 epochs without weight).
-    """
-    grown = max(epoch - config.weight_start_epoch, 0)
-    weight = config.weight * config.weight_growth**grown
-    radius = config.radius * config.radius_growth**grown
-    started = epoch >= config.weight_start_epoch
-    return LossSchedule(epsilon_at(config, epoch, num_epochs), float(weight) if started else 0.0, float(radius))

@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipjax.errors import UserError
+from lipjax.models import MODELS
+from lipjax.training import objective
 from lipjax.training import optimizer as optimizers
-from lipjax.training.config import default_config
+from lipjax.training.choices import CHOICES, OF_ALL_MODELS, without_others
+from lipjax.training.config import defaults_for
 
 # What may change when a run resumes: none of it alters what training computes. (A directory's seed is checked apart.)
 # Where and in which pieces it computes may change the last bits; a path of other images is told by `data_identity`.
@@ -35,6 +38,14 @@ def flat(tree: dict, prefix: str = "") -> dict:
     return found
 
 
+def _complete(config: dict) -> dict:
+    """A saved config as {"group.field": value}: of an older lipjax it lacks fields, whose defaults are what it did."""
+    defaults = flat(plain(defaults_for(config)))
+    for field in OF_ALL_MODELS:  # what a model takes that is given without them
+        defaults[f"model.{field}"] = getattr(MODELS[config["model"]["name"]], field)
+    return defaults | flat(without_others(config))
+
+
 def check_same_run(
     directory, meta: dict, config, seed: int, data: dict | None = None, done: tuple[int, int] | None = None
 ) -> None:
@@ -47,10 +58,10 @@ def check_same_run(
       meta: of a checkpoint. data: what of `Run.training_identity` is to be compared, as it is now; None: nothing.
       done: steps that the checkpoint has behind it, and steps of an epoch; None: no other number of epochs will do.
     """
-    ours, saved, defaults = flat(plain(config)), flat(meta["config"]), flat(plain(default_config()))
-    # A run of an older lipjax lacks the fields that came later; their defaults are what it did.
-    theirs = {name: value for name, value in defaults.items() if name in ours} | saved
-    names = [n for n in sorted({*ours, *theirs}) if not n.startswith(FREE_TO_CHANGE)]
+    ours, theirs = _complete(plain(config)), _complete(meta["config"])
+    choices = [choice.path for choice in CHOICES]
+    names = sorted({*ours, *theirs}, key=lambda name: (name not in choices, name))
+    names = [n for n in names if not n.startswith(FREE_TO_CHANGE)]
     differ = [
         f"config.{n}: {theirs.get(n)!r} there, {ours.get(n)!r} now" for n in names if ours.get(n) != theirs.get(n)
     ]
@@ -85,7 +96,7 @@ def _same_so_far(config, num_epochs: int, steps: int, steps_per_epoch: int) -> b
     rates = [optimizers.learning_rate_schedule(config.optimizer, steps_per_epoch, epochs) for epochs in both]
     taken = [np.asarray(jax.vmap(rate)(jnp.arange(steps))) for rate in rates]
     begun = range(-(-steps // steps_per_epoch))
-    losses = [[optimizers.loss_schedule(config.loss, epoch, epochs) for epoch in begun] for epochs in both]
+    losses = [[objective.loss_schedule(config.loss, epoch, epochs) for epoch in begun] for epochs in both]
     return np.array_equal(taken[0], taken[1]) and losses[0] == losses[1]
 
 

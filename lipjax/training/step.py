@@ -16,40 +16,9 @@ from lipjax.nn import COLLECTION, LipschitzModel, advance_means
 from lipjax.operators import MLPHead
 from lipjax.training import augment, sharding
 from lipjax.training.accumulate import accumulate
+from lipjax.training.objective import LOSSES, Seen
 from lipjax.training.randaugment import random_augment
 
-
-def _at_epsilon(loss):
-    return lambda logits, labels, lipschitz, schedule: loss(logits, labels, lipschitz, schedule.epsilon)
-
-
-def _crm(loss, config):
-    fixed = {name: config[name] for name in ("temperature", "include_misclassified", "boosted")}
-
-    def scheduled(logits, labels, lipschitz, schedule):
-        return loss(logits, labels, lipschitz, weight=schedule.weight, radius=schedule.radius, **fixed)
-
-    return scheduled
-
-
-# The loss group of the config -> a function of (logits, labels, lipschitz, `optimizer.LossSchedule`). The loss
-# "curvature" needs more: see `_per_example_loss`.
-LOSSES = {
-    "emma": lambda config: _at_epsilon(losses.emma),
-    "margin": lambda config: _at_epsilon(losses.margin),
-    "gloro": lambda config: _at_epsilon(losses.gloro),
-    "trades": lambda config: _at_epsilon(functools.partial(losses.trades, weight=config.trades_weight)),
-    "certificate_regularization": lambda config: (
-        lambda logits, labels, lipschitz, schedule: losses.certificate_regularization(
-            logits, labels, lipschitz, config.gamma
-        )
-    ),
-    "crm": lambda config: _crm(losses.crm, config),
-    "crm_max": lambda config: _crm(losses.crm_max, config),
-    "cross_entropy": lambda config: lambda logits, labels, lipschitz, schedule: losses.cross_entropy(logits, labels),
-}
-CURVATURE = "curvature"
-CRM = ("crm", "crm_max")
 LIPSCHITZ = ("product", "liplt")
 CLASS_WEIGHTS = ("none", "balanced")
 METRIC = "certified_accuracy_estimate"
@@ -180,10 +149,11 @@ def _curvatures(head: MLPHead, vector, logits, labels):
 
 
 def _per_example_loss(config, network, lip, logits, labels, constants, schedule):
-    if config.name == CURVATURE:
-        curvatures = _curvatures(network.head, lip["head"]["vector"], logits, labels)
-        return losses.curvature_penalty(logits, labels, curvatures, config.curvature_weight)
-    return LOSSES[config.name](config)(logits, labels, constants["lipschitz"], schedule)
+    def curvatures():
+        return _curvatures(network.head, lip["head"]["vector"], logits, labels)
+
+    seen = Seen(logits, labels, constants["lipschitz"], curvatures)
+    return LOSSES[config.name].apply(config, seen, schedule)
 
 
 def make_build(model, config, mesh: Mesh):
@@ -227,7 +197,7 @@ def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int, class_
     """The training step (state, images, labels, schedule) -> (state, metrics).
 
     images: uint8 (global batch, h, w, c); labels: int32; or each a pair, of the real and the generated part of the
-    batch; schedule: `optimizer.LossSchedule` of the epoch. class_weights: (k,), by which the losses of images are
+    batch; schedule: of the epoch, by `objective.loss_schedule`. class_weights: (k,), by which the losses of images are
     multiplied before their mean over the batch, which is divided by the number of images: then it does not depend on
     how the batch is divided over devices and micro-batches. A step that meets a value that is not finite leaves
     parameters, state and optimizer as they are; metrics["finite"] says where it was.

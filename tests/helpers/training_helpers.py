@@ -12,9 +12,20 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from lipjax.training import config_file
 from lipjax.training.checkpoint import Checkpointer
+from lipjax.training.choices import update
 from lipjax.training.config import default_config
 from lipjax.training.loop import METRIC, Run, train
+
+
+def shipped_configs() -> list[str]:
+    """What --config may name of the configs that are shipped, each variant of a family included."""
+    found = []
+    for path in sorted(config_file.shipped().glob("*.py")):
+        known = config_file.variants(path)
+        found += [f"{path.stem}:{variant}" for variant in known] if known else [path.stem]
+    return found
 
 
 @functools.cache
@@ -91,7 +102,7 @@ def tiny_config(**changes):
             "mesh.data": 1,
         }
     )
-    config.update_from_flattened_dict(changes)
+    update(config, changes)
     return config.lock()
 
 

@@ -14,7 +14,6 @@ from lipjax import bounds, interop, losses, operators
 from lipjax.errors import NotCertifiable
 from lipjax.models import LiResNet
 from lipjax.nn import COLLECTION, CholeskyConv, CholeskyDense, CholeskyStack, LinearResidual, advance_means
-from lipjax.training import optimizer
 from lipjax.training.loop import Run
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -28,7 +27,7 @@ RECIPE = {
     "optimizer.name": "nadam",
     "optimizer.lookahead_period": 2,
 }
-SCHEDULE = optimizer.LossSchedule(epsilon=0.1, weight=1.0, radius=2.0)
+SCHEDULE = {"epsilon": 0.1}
 
 
 def load(name):

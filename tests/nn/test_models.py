@@ -1,21 +1,19 @@
 """LiResNet as a Flax module: sizes, initialisation, collections, and the configs that ship."""
 
-import pathlib
-import runpy
-
 import flax.nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training_helpers import shipped_configs
 
 from lipjax import bounds
 from lipjax.errors import UserError
 from lipjax.models import LiResNet, get_model
 from lipjax.nn.model import COLLECTION
+from lipjax.training import config_file
 from lipjax.training.config import validate
 
-CONFIGS = sorted((pathlib.Path(__file__).parents[1].parent / "configs").glob("*.py"))
 DATA = {
     "digits": ((8, 8, 1), 10),
     "mnist": ((28, 28, 1), 10),
@@ -121,19 +119,19 @@ def test_to_nnx():
 
 
 PARAMETERS = {
-    "cifar10_liresnet": 49_357_322,
-    "cifar100_liresnet": 49_541_732,
-    "tiny_imagenet_liresnet": 49_783_496,
-    "imagenet_liresnet": 83_229_152,
+    "liresnet:cifar10": 49_357_322,
+    "liresnet:cifar100": 49_541_732,
+    "liresnet:tiny_imagenet": 49_783_496,
+    "liresnet:imagenet": 83_229_152,
     "cifar10_liresnet_small": 557_386,
-    "cifar10_recipe": 82_944_010,
-    "cifar100_recipe": 83_128_420,
-    "tiny_imagenet_recipe": 133_664_968,
-    "imagenet_recipe": 98_138_532,
+    "recipe:cifar10": 82_944_010,
+    "recipe:cifar100": 83_128_420,
+    "recipe:tiny_imagenet": 133_664_968,
+    "recipe:imagenet": 98_138_532,
     "cifar10_recipe_small": 821_514,
-    "cifar100_recipe_small": 844_644,
-    "tiny_imagenet_recipe_small": 874_952,
-    "imagenet_recipe_small": 1_074_216,
+    "recipe:cifar100,small": 844_644,
+    "recipe:tiny_imagenet,small": 874_952,
+    "recipe:imagenet,small": 1_074_216,
 }
 
 
@@ -147,9 +145,9 @@ def parameters_by_hand(m, num_classes, channels):
     return stem + m.depth * (9 * w * w + 2 * w) + neck + dense + num_classes * (out + 1)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_configs_are_valid_locked_and_of_the_stated_size(path):
-    config = runpy.run_path(str(path))["get_config"]()
+@pytest.mark.parametrize("name", shipped_configs())
+def test_configs_are_valid_locked_and_of_the_stated_size(name):
+    config, _ = config_file.read_config(name, [])
     assert config.is_locked
     validate(config)
     shape, classes = DATA[config.data.name]
@@ -157,7 +155,7 @@ def test_configs_are_valid_locked_and_of_the_stated_size(path):
         shape = (config.data.image_size, config.data.image_size, shape[2])
     model = get_model(config.model, input_shape=shape, num_classes=classes)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *shape))))["params"]
-    if path.stem in PARAMETERS:
-        assert count(params) == PARAMETERS[path.stem] == parameters_by_hand(model, classes, shape[-1])
+    if name in PARAMETERS:
+        assert count(params) == PARAMETERS[name] == parameters_by_hand(model, classes, shape[-1])
     with pytest.raises(AttributeError):
         config.optimizer.lr = 1

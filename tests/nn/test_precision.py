@@ -8,13 +8,12 @@ from training_helpers import equations, quick_compiles, tiny_config  # noqa: F40
 
 from lipjax import conv, operators
 from lipjax.network import Plan, _apply, make_network
-from lipjax.training import optimizer
 from lipjax.training import step as steps
 from lipjax.training.loop import Run
 
 U16 = 2.0**-8  # of bfloat16: 8 bits
 BFLOAT16 = {"narrow": jnp.bfloat16, "wide": jnp.float32}
-SCHEDULE = optimizer.LossSchedule(epsilon=0.1, weight=1.0, radius=2.0)
+SCHEDULE = {"epsilon": 0.1}
 
 
 def examples():

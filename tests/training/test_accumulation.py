@@ -13,7 +13,7 @@ from lipjax.errors import UserError
 from lipjax.models import get_model
 from lipjax.network import Plan, _pieces
 from lipjax.nn import COLLECTION
-from lipjax.training import optimizer, sharding
+from lipjax.training import sharding
 from lipjax.training import step as steps
 from lipjax.training.accumulate import _after, accumulate
 from lipjax.training.config import validate
@@ -21,7 +21,7 @@ from lipjax.training.loop import METRIC, Run
 from lipjax.training.same_run import check_same_run, plain
 
 EPS32 = 2.0**-23
-SCHEDULE = optimizer.LossSchedule(epsilon=0.1, weight=1.0, radius=2.0)
+SCHEDULE = {"epsilon": 0.1}
 RATE = 0.01
 # Plain gradient descent, so that the parameters show the gradients.
 SGD = {"optimizer.name": "sgd", "optimizer.learning_rate": RATE, "optimizer.clip_norm": 0.0}

@@ -11,7 +11,6 @@ from training_helpers import made_up_images, npz_file, quick_compiles, tiny_conf
 
 from lipjax.errors import UserError
 from lipjax.plan import plan
-from lipjax.training import optimizer
 from lipjax.training import step as steps
 from lipjax.training.checks import check_class_weights
 from lipjax.training.data import StreamDataset
@@ -20,7 +19,7 @@ from lipjax.training.loop import METRIC, Run, train
 pytestmark = pytest.mark.x64_off
 
 EPS32 = 2.0**-23
-SCHEDULE = optimizer.LossSchedule(epsilon=0.1, weight=1.0, radius=2.0)
+SCHEDULE = {"epsilon": 0.1, "crm_weight": 1.0, "crm_radius": 2.0}
 RATE = 0.01
 COUNTS = (70, 20, 10)
 

@@ -1,6 +1,7 @@
 """Configs: every field is checked, and every field is read by something."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -13,11 +14,12 @@ from training_helpers import made_up_images, npz_file, quick_compiles, scratch, 
 from lipjax.errors import UserError
 from lipjax.evaluation import evaluate
 from lipjax.models import LiResNet, get_model
-from lipjax.training import loop, optimizer, same_run
+from lipjax.training import loop, objective, optimizer, same_run
+from lipjax.training.choices import CHOICES, update
 from lipjax.training.config import default_config, load_config, validate
 from lipjax.training.data import load_dataset, num_generated, open_generated
 from lipjax.training.sharding import make_mesh
-from lipjax.training.step import LOSSES, preprocess, views
+from lipjax.training.step import preprocess, views
 
 
 def fields(config, prefix=""):
@@ -57,15 +59,18 @@ def test_every_field_is_read_by_training_or_certification(tmp_path):
             patch.setattr(loop, "get_model", lambda _, **sizes: get_model(config.model, **sizes))
             loop.train(recorder, tmp_path, 0)
             evaluate.certify_run(tmp_path, recorder, 0)
-        LOSSES["trades"](recorder.loss)
-        example = (jnp.zeros((1, 2)), jnp.zeros(1, int), jnp.ones((2, 2)), optimizer.loss_schedule(config.loss, 0, 1))
-        LOSSES["certificate_regularization"](recorder.loss)(*example)
-        LOSSES["crm"](recorder.loss)(*example)
-        assert recorder.loss.curvature_weight > 0  # read by the loss "curvature": tests/nn/test_lipconvnet.py
-        other = default_config()
-        other.optimizer.schedule = "exponential"
-        other.optimizer.lookahead_period = 6
-        optimizer.make_optimizer(Recorder(other.optimizer, read, "optimizer."), 10, 2)
+        for name, entry in objective.LOSSES.items():
+            group = Recorder(default_config(loss=name).loss, read, f"loss {name}: ")
+            seen = objective.Seen(jnp.zeros((1, 2)), jnp.zeros(1, int), jnp.ones((2, 2)), lambda: jnp.ones((1, 1)))
+            entry.apply(group, seen, objective.loss_schedule(group, 20, 40))
+            assert {f"loss {name}: {field}" for field in entry.fields} <= read, name
+        for name, schedule in itertools.product(optimizer.OPTIMIZERS, optimizer.SCHEDULES):
+            other = default_config(optimizer=name, schedule=schedule)
+            other.optimizer.lookahead_period = 6
+            found = set()
+            optimizer.make_optimizer(Recorder(other.optimizer, found), 10, 2)
+            assert set(other.optimizer) == found, (name, schedule)
+        read |= {f"optimizer.{field}" for field in found}
         rand = default_config()
         rand.data.randaugment.probability = 1.0
         recorded, images = Recorder(rand.data, read, "data."), jnp.zeros((1, 4, 4, 3), jnp.uint8)
@@ -107,16 +112,6 @@ def test_every_field_of_the_model_changes_the_network():
     assert reference == network()  # control
     for name, value in changes.items():
         assert network(**{name: value}) != reference, name
-
-
-@pytest.mark.parametrize("path", ["configs/digits.py", "configs/cifar10_liresnet_small.py"])
-def test_the_configs_are_valid(path):
-    import pathlib
-    import runpy
-
-    config = runpy.run_path(str(pathlib.Path(__file__).parents[2] / path))["get_config"]()
-    validate(config)
-    assert config.is_locked
 
 
 BAD = {
@@ -214,10 +209,17 @@ BAD = {
 
 
 def test_a_bad_value_is_refused_by_the_name_of_its_field():
-    assert set(BAD) == set(FIELDS)  # a new field needs an example of what it refuses
+    # A new field needs an example of what it refuses.
+    brought = {
+        f"{choice.group}.{field}": {choice.noun: choice.owners(field)[0]}
+        for choice in CHOICES[1:]
+        for name in choice.names
+        for field in choice.brings(name)
+    }
+    assert set(BAD) == {*FIELDS, *brought}
     for name, values in BAD.items():
         for value in values:
-            config = default_config()
+            config = default_config(**brought.get(name, {}))
             group, _, field = name.rpartition(".")
             owner = config[group] if group else config
             with owner.ignore_type():
@@ -225,9 +227,9 @@ def test_a_bad_value_is_refused_by_the_name_of_its_field():
             with pytest.raises(UserError, match=rf"^config\.{name}: expected "):
                 validate(config)
     validate(default_config())  # control
-    config = default_config()
-    config.optimizer.update({"schedule": "exponential", "final_fraction": 0.0})
-    with pytest.raises(UserError, match="config.optimizer.final_fraction: expected above 0 for"):
+    config = default_config(schedule="exponential")
+    config.optimizer.final_fraction = 0.0
+    with pytest.raises(UserError, match="config.optimizer.final_fraction: expected .* above 0 for"):
         validate(config)
     config = default_config()
     config.train_head_only = True
@@ -266,6 +268,82 @@ def test_unknown_and_missing_fields_are_refused():
     validate(config)
     with pytest.raises(UserError, match="config.model does not describe a liresnet.*columns"):
         get_model(config.model, input_shape=(8, 8, 1), num_classes=3)
+
+
+def test_groups_have_the_fields_of_their_own_choice():
+    """Of every loss, optimizer and schedule; what two of them share keeps its value when the choice changes."""
+    for choice in CHOICES[1:]:
+        others = {field for name in choice.names for field in choice.brings(name)}
+        for name in choice.names:
+            config = default_config(**{choice.noun: name})
+            own = choice.brings(name)
+            assert config[choice.group][choice.field] == name and others & set(config[choice.group]) == set(own)
+            assert all(config[choice.group][field] == setting.default for field, setting in own.items())
+            validate(config)
+    config = default_config(loss="margin")
+    config.loss.update({"epsilon": 0.25, "epsilon_end": 1.5})
+    update(config, {"loss.name": "gloro", "optimizer.name": "sgd", "optimizer.schedule": "step"})
+    assert (config.loss.epsilon, config.loss.epsilon_end) == (0.25, 1.5)
+    update(config, {"loss.weight": 3.0, "loss.name": "crm"})  # in any order
+    assert (config.loss.epsilon, config.loss.weight) == (0.25, 3.0) and "epsilon_end" not in config.loss
+    assert "eps" not in config.optimizer and "final_fraction" not in config.optimizer
+    update(config, {"loss.name": "emma", "optimizer.name": "nadam", "optimizer.schedule": "cosine"})
+    assert (config.loss.epsilon, config.loss.epsilon_end, config.optimizer.eps) == (0.25, 3.0, 1e-8)
+    # Defaults are not shared between configs, those that may be None included.
+    one, other = (default_config(model="lipconvnet") for _ in range(2))
+    one.model.train_terms = None
+    assert other.model.train_terms == 5
+    with pytest.raises(UserError, match=r"config.loss.name: expected one of \['certificate_regularization'"):
+        default_config(loss="hinge")
+
+
+def test_a_field_of_another_choice_is_refused_with_the_choice_that_brings_it():
+    config = default_config()
+    config.loss.name = "crm"  # without its fields
+    with pytest.raises(
+        UserError, match=r'config.loss.boosted: expected to be set \(start from default_config\(loss="crm"\)\)'
+    ):
+        validate(config)
+    config = default_config()
+    config.loss.temperature = 3.0
+    with pytest.raises(UserError, match=r'the loss crm, crm_max has it: default_config\(loss="crm"\) brings it'):
+        validate(config)
+
+
+def older(config, **fields):
+    """A config as lipjax saved it before losses and optimizers had fields of their own."""
+    saved = same_run.plain(config)
+    everything = {"epsilon_start": 0.1, "epsilon_end": 2.0, "epsilon_ramp": 0.5, "trades_weight": 1.0, "gamma": 0.0}
+    everything |= {"curvature_weight": 0.01, "temperature": 5.0, "radius": 0.2, "weight": 15.0, "boosted": False}
+    saved["loss"] = everything | saved["loss"]
+    saved["optimizer"] = {"decay_from": 0.0, "eps": 1e-8, "final_fraction": 1e-5} | saved["optimizer"]
+    return {"config": saved, "seed": 0, **fields}
+
+
+def test_a_config_of_an_older_run_loads_and_its_run_goes_on(tmp_path):
+    config = tiny_config(**{"loss.name": "crm", "optimizer.name": "sgd", "loss.weight": 3.0})
+    (tmp_path / "config.json").write_text(json.dumps(older(config)))
+    loaded, _ = load_config(tmp_path)
+    assert loaded == config and "gamma" not in loaded.loss and "eps" not in loaded.optimizer
+    same_run.check_same_run(tmp_path, older(config), config, 0)
+    for field, value in (("loss.weight", 4.0), ("loss.name", "crm_max"), ("loss.name", "emma")):  # controls
+        changes = {"loss.name": "crm", "loss.weight": 3.0} if field == "loss.weight" else {}
+        other = tiny_config(**{**changes, field: value, "optimizer.name": "sgd"})
+        with pytest.raises(UserError, match=rf"holds a run with another config \(config\.{field}: "):
+            same_run.check_same_run(tmp_path, older(config), other, 0)
+    unknown = older(config)
+    unknown["config"]["loss"]["temperatur"] = 1.0
+    (tmp_path / "config.json").write_text(json.dumps(unknown))
+    with pytest.raises(UserError, match="temperatur"):
+        load_config(tmp_path)
+    # A model that was given without its defaults is the same as with them.
+    config, bare = default_config(model="lipconvnet"), default_config()
+    config.model.update({"depth": 10, "input_mean": (0.0,)})
+    bare.model = ConfigDict({"name": "lipconvnet", "depth": 10})
+    same_run.check_same_run(tmp_path, {"config": same_run.plain(bare), "seed": 0}, config, 0)
+    config.model.input_mean = (0.5,)
+    with pytest.raises(UserError, match="model.input_mean"):
+        same_run.check_same_run(tmp_path, {"config": same_run.plain(bare), "seed": 0}, config, 0)
 
 
 def test_a_saved_config_comes_back_equal(tmp_path):

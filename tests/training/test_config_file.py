@@ -12,8 +12,9 @@ from PIL import Image
 import lipjax
 from lipjax import command
 from lipjax.errors import UserError
-from lipjax.models import get_model
-from lipjax.training import config_file, config_reference
+from lipjax.models import MODELS, get_model
+from lipjax.training import config_file, config_reference, objective
+from lipjax.training.choices import CHOICES
 from lipjax.training.config import default_config, validate
 from lipjax.training.config_file import find, read_config, split_arguments
 
@@ -56,6 +57,7 @@ def test_a_wheel_has_the_configs_inside_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(lipjax, "__file__", str(package / "__init__.py"))
     monkeypatch.chdir(tmp_path)
     assert find("digits") == package / "_configs" / "digits.py"
+    assert parse("--config=liresnet:cifar100")[0].data.name == "cifar100"
     shutil.rmtree(package)  # control
     with pytest.raises(UserError, match="--config=digits: there is no such file"):
         find("digits")
@@ -66,8 +68,8 @@ def test_a_wheel_has_the_configs_inside_the_package(tmp_path, monkeypatch):
     [
         ("digit", "did you mean digits"),
         ("configs/digtis.py", "did you mean digits"),
-        ("cifar10_liresnet_smal", "did you mean cifar10_liresnet_small or "),
-        ("zzz", "the names are cifar100_lipconvnet, "),
+        ("cifar10_liresnet_smal", "did you mean cifar10_liresnet_small"),
+        ("zzz", "the names are baselines, "),
     ],
 )
 def test_a_config_that_is_not_there_is_answered_with_close_names(name, close):
@@ -105,6 +107,11 @@ def test_the_order_of_flags_does_not_matter():
         ("--config.epochs=3", "Did you mean config.num_epochs"),
         ("--config.image_size=3", "Did you mean config.data.image_size?"),
         ("--config.model.layer=soc", "The model lipconvnet has it, and this config's is liresnet"),
+        (
+            "--config.loss.temperature=1",
+            "The loss crm or crm_max has it, and this config's is margin: set ",
+        ),
+        ("--config.optimizer.decay_from=1", "The schedule exponential has it, and this config's is cosine"),
         ("--config.certify.radii[0]=1", "Did you mean config.certify.radii?"),
         ("--config.los.epsilon=1", "Did you mean config.loss.epsilon?"),
         ("--config.zzz=1", "no such config field: config.zzz. `lipjax train --help`"),
@@ -128,8 +135,58 @@ def test_another_model_starts_from_its_own_defaults():
     get_model(config.model, input_shape=(32, 32, 3), num_classes=10)
     # The model that the config has keeps what the config says about it.
     assert parse("--config=digits", "--config.model.name=liresnet")[0].model.depth == 2
-    for name in config_file.MODELS:
+    for name in MODELS:
         validate(parse(f"--config.model.name={name}")[0])
+
+
+def test_another_loss_or_optimizer_brings_its_own_fields():
+    config, _ = parse("--config.loss.weight=3", "--config=digits", "--config.loss.name=crm")
+    validate(config)
+    assert (config.loss.weight, config.loss.temperature, config.loss.epsilon) == (3.0, 5.0, 0.25)
+    assert "epsilon_end" not in config.loss
+    config, _ = parse("--config=digits", "--config.loss.name", "emma")  # what both have stays
+    assert (config.loss.epsilon_end, config.loss.epsilon) == (1.0, 0.25)
+    chosen = ("--config.optimizer.name=sgd", "--config.optimizer.schedule=exponential")
+    config, _ = parse(*chosen, "--config.optimizer.decay_from=2")
+    validate(config)
+    assert config.optimizer.decay_from == 2.0 and "eps" not in config.optimizer
+    assert config.optimizer.learning_rate == 1e-2  # the config's
+    for name in objective.LOSSES:
+        validate(parse(f"--config.loss.name={name}")[0])
+
+
+def test_families_of_configs(tmp_path, monkeypatch, capsys):
+    config, workdir = parse("--config=liresnet:cifar100", "--config.batch_size=64")
+    assert (config.data.name, config.batch_size, workdir) == ("cifar100", 64, "runs/liresnet_cifar100")
+    assert parse("--config=configs/lipconvnet.py:cifar10,mlp")[1] == "runs/lipconvnet_cifar10_mlp"
+    assert parse("--config=recipe:imagenet,small")[0].data.image_size == 64
+    for name, said in (
+        ("liresnet", "needs the name of a variant"),
+        ("liresnet:cifar", "there is no variant 'cifar'"),
+        ("digits:x", "is one config, without variants"),
+        ("digits:help", "is one config, without variants"),
+    ):
+        if name == "digits:help":
+            assert command.main([f"--config={name}"]) == 2
+            assert said in capsys.readouterr().err
+        else:
+            message = refused(f"--config={name}")
+            assert said in message and ("liresnet:tiny_imagenet" in message) == name.startswith("liresnet")
+    for arguments in (["--config=lipconvnet:help"], ["--workdir=x", "--config", "configs/lipconvnet.py:help"]):
+        assert command.main(arguments) == 0
+        lines = capsys.readouterr().out.splitlines()
+        name = arguments[-1].removeprefix("--config=").removesuffix(":help")
+        assert [line.split()[0] for line in lines] == [f"{name}:{v}" for v in config_file.variants(find(name))]
+        assert all(len(line.split()) > 3 for line in lines)
+    # One's own families: with a list of variants, or without, as other projects have them.
+    head = "from lipjax.training.config import default_config\n"
+    body = "def get_config(arg='a'):\n  config = default_config()\n  config.data.path = arg\n  return config\n"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(head + body)
+    assert parse("--config=mine.py:b")[0].data.path == "b" and parse("--config=mine.py")[0].data.path == "a"
+    (tmp_path / "mine.py").write_text(head + "VARIANTS = {'b': 'a line'}\n" + body)
+    assert parse("--config=mine.py:b")[0].data.path == "b"
+    assert "there is no variant 'c'" in refused("--config=mine.py:c")
 
 
 def folder(root, size, per_class=3):
@@ -180,12 +237,15 @@ def test_help_shows_every_field_with_its_comment_and_default(capsys):
         if field.default:
             place = lines.index(f"  --config.{field.name}={field.default}")
             assert lines[place + 1].strip() and " ".join(field.comment.split()[:5]) in lines[place + 1]
+    for field in ("loss.epsilon_end=3.0", "optimizer.eps=1e-08", "optimizer.final_fraction=1e-05"):
+        assert lines[lines.index(f"  --config.{field}") + 1].strip()
+    assert "      crm: temperature=5.0 radius=0.2 weight=15.0" in out and "      sgd: none" in out
     for flag in ("--workdir", "--config:", "--coordinator", "digits_lipconvnet", "num_blocks=5"):
         assert flag in out
     assert command.main(["--config=digits_lipconvnet", "-h"]) == 0
     out = capsys.readouterr().out
     assert "--config.num_epochs=40" in out and "--config.model.layer='soc'" in out and "stem_kernel=5" in out
-    assert "--config.model.stem_kernel" not in out
+    assert "--config.model.stem_kernel" not in out and "--config.loss.epsilon_end=1.0" in out
 
 
 def test_every_field_has_a_comment():
@@ -196,10 +256,13 @@ def test_every_field_has_a_comment():
                 yield from flat(value, f"{prefix}{name}.")
 
     found = {field.name: field for field in config_reference.fields()}
-    assert set(found) == set(flat(default_config()))
+    own = {field.name: field for choice in CHOICES[1:] for field in config_reference.own_fields(choice)}
+    assert set(found) | set(own) >= set(flat(default_config())) and not set(found) & set(own)
+    assert set(found) < set(flat(default_config()))
     assert [field.name for field in found.values() if field.default and not field.comment] == []
     assert found["certify.radii"].default == "(36 / 255, 72 / 255, 108 / 255)"
-    assert found["loss.temperature"].note == 'Read by the losses "crm" and "crm_max".'
+    assert [field.name for field in own.values() if not field.comment] == []
+    assert own["loss.temperature"].note == "crm, crm_max" and own["optimizer.decay_from"].note == "exponential"
 
 
 def test_the_config_reference_is_up_to_date():

@@ -12,9 +12,10 @@ from training_helpers import final_state, quick_compiles, scratch, tiny_config  
 
 from lipjax import UserError, bounds
 from lipjax.evaluation import evaluate
-from lipjax.training import loop, optimizer
+from lipjax.training import loop
 from lipjax.training import step as steps
 from lipjax.training.checkpoint import Checkpointer
+from lipjax.training.choices import update
 
 pytestmark = pytest.mark.x64_off
 
@@ -27,10 +28,12 @@ def crm_config(**changes):
     with config.unlocked():
         config.model = ConfigDict({**NET, "activation": "relu", "input_std": (0.5,)})
         config.lipschitz = "liplt"
-        config.loss.update({"name": "crm", "epsilon": 0.1, "weight": 3.0, "radius": 2.0, "weight_start_epoch": 1})
+    update(config, {"loss.name": "crm", "optimizer.name": "adam", "optimizer.schedule": "exponential"})
+    with config.unlocked():
+        config.loss.update({"epsilon": 0.1, "weight": 3.0, "radius": 2.0, "weight_start_epoch": 1})
         config.loss.update({"weight_growth": 1.5, "radius_growth": 0.5})
-        config.optimizer.update({"name": "adam", "schedule": "exponential", "decay_from": 1.0})
-        config.update_from_flattened_dict(changes)
+        config.optimizer.decay_from = 1.0
+    update(config, changes)
     return config.lock()
 
 
@@ -96,7 +99,7 @@ def test_crm_max_trains_on_eight_devices_and_its_penalty_moves_parameters():
     for weight in (0.0, 3.0):
         state = run.fresh_state()
         for step in range(2):
-            state, metrics = train_batch(state, step, optimizer.LossSchedule(0.1, weight, 2.0))
+            state, metrics = train_batch(state, step, {"crm_weight": weight, "crm_radius": 2.0})
         assert all(metrics["finite"].values())
         heads.append(np.asarray(state.params["head"]["matrix"]))
     assert np.abs(heads[1] - heads[0]).max() > 1e-2

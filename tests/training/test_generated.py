@@ -22,7 +22,7 @@ from training_helpers import (  # noqa: F401  quick_compiles is a fixture
 
 from lipjax.errors import UserError
 from lipjax.evaluation import evaluate
-from lipjax.training import augment, optimizer, sharding
+from lipjax.training import augment, sharding
 from lipjax.training import step as steps
 from lipjax.training.config import validate
 from lipjax.training.data import generated, open_generated, prepared
@@ -31,7 +31,7 @@ from lipjax.training.loop import Run, train
 
 COUNT = 50
 SHAPE, CLASSES = (8, 8, 1), 3
-SCHEDULE = optimizer.LossSchedule(epsilon=0.1, weight=1.0, radius=2.0)
+SCHEDULE = {"epsilon": 0.1}
 
 
 def numbered_images(count=COUNT, channels=1):

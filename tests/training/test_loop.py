@@ -19,7 +19,7 @@ from training_helpers import (  # noqa: F401  quick_compiles is a fixture
 )
 
 from lipjax.errors import UserError
-from lipjax.training import loop, optimizer
+from lipjax.training import loop, objective
 from lipjax.training.checkpoint import Checkpointer
 from lipjax.training.loop import METRIC, Run, train
 from lipjax.training.same_run import check_same_run, plain
@@ -95,9 +95,9 @@ def test_validation_counts_each_image_once(tmp_path):
 
 
 def test_nan_stops_the_run_says_where_and_keeps_the_last_good_state(tmp_path, monkeypatch):
-    config, original = tiny_config(), optimizer.epsilon_at
+    config, original = tiny_config(), objective.epsilon_at
     with monkeypatch.context() as patch:
-        patch.setattr(optimizer, "epsilon_at", lambda c, epoch, n: original(c, epoch, n) if epoch < 1 else float("nan"))
+        patch.setattr(objective, "epsilon_at", lambda c, epoch, n: original(c, epoch, n) if epoch < 1 else float("nan"))
         with pytest.raises(UserError, match=r"step 4 \(epoch 2\): not finite were gradient of block_01, .*loss"):
             train(config, tmp_path, 0)
     assert latest_step(tmp_path) == 3

@@ -149,7 +149,7 @@ def test_what_is_kept_as_the_best_is_the_slow_parameters(tmp_path):
     assert differ(after.params, variables["params"]) == 0
     run = Run(second, 0)
     train_batch = run.batch_runner(0)
-    schedule = optimizer.LossSchedule(0.1, 0.0, 0.0)
+    schedule = {"epsilon": 0.1}
     state = after
     for i in range(2):
         state, _ = train_batch(state, i, schedule)

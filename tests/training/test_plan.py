@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from training_helpers import tiny_config
+from training_helpers import shipped_configs, tiny_config
 
 from lipjax import __main__ as program
 from lipjax.errors import UserError
@@ -26,7 +26,7 @@ from lipjax.training.loop import Run
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Without the user's own images nothing can be planned for them.
-CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py") if path.stem != "own_images")
+CONFIGS = [name for name in shipped_configs() if name != "own_images"]
 
 
 def traced(f, *arrays):
@@ -273,7 +273,7 @@ def test_advice_names_the_settings_that_help_first():
 
 
 def load(name, *overrides):
-    return read_config(str(ROOT / "configs" / name), list(overrides))
+    return read_config(name, list(overrides))
 
 
 def planned_run(config, count=8):
@@ -304,7 +304,7 @@ def test_the_plan_compiles_what_a_run_runs(monkeypatch):
     planned.append(plan.traced_step(streaming).lower().as_text())
     monkeypatch.setattr(steps, "jit_array_step", catching(steps.jit_array_step))
     monkeypatch.setattr(steps, "jit_stream_step", catching(steps.jit_stream_step))
-    schedule = plan.optimizers.loss_schedule(config.loss, 0, config.num_epochs)
+    schedule = plan.objective.loss_schedule(config.loss, 0, config.num_epochs)
     with jax.default_matmul_precision(config.matmul_precision):
         for each in (run, streaming):
             key = jax.device_put(jax.random.key(0), sharding.replicated(run.mesh))
@@ -340,19 +340,17 @@ def test_a_plan_of_two_topologies_agrees_with_the_trace_and_with_xla():
 
 
 def test_planned_data_sets_have_the_sizes_of_the_real_ones():
-    config = load("cifar10_liresnet.py").data
+    config = load("liresnet:cifar10").data
     found = plan.planned_dataset(config, 0)
     assert found.image_shape == (32, 32, 3) and found.num_classes == 10
     assert [found.size(split) for split in ("train", "validation", "test")] == [49_000, 1_000, 10_000]
-    stream = plan.planned_dataset(load("imagenet_liresnet.py").data, 0)
+    stream = plan.planned_dataset(load("liresnet:imagenet").data, 0)
     assert isinstance(stream, StreamDataset) and stream.image_shape == (224, 224, 3)
     assert stream.size("train") == 1_281_167 - 12_812
 
 
 @pytest.mark.x64_off
-@pytest.mark.parametrize(
-    "name", ["digits.py", "imagenet_liresnet.py", "cifar10_lipconvnet_mlp.py", "mnist_4c3f_crm.py"]
-)
+@pytest.mark.parametrize("name", ["digits", "liresnet:imagenet", "lipconvnet:cifar10,mlp", "mnist_4c3f_crm"])
 def test_configs_of_each_family_are_planned(name):
     check_traced(name)
 
@@ -393,7 +391,7 @@ def test_what_cannot_be_planned_is_said(lipjax_command, monkeypatch):
         (("--topology=v5e:2",), "expected a chip and a shape, such as v5e:16x16"),
         (("--topology=cpu:3",), "config.batch_size = 128 does not divide over 3 devices"),
         (("--topology=cpu:4", "--config.mesh.model=3"), "config.mesh.model = 3 does not divide"),
-        (("--topology=cpu:1", "--config.batch_sizes=4"), "lipjax/training/config.py lists all fields"),
+        (("--topology=cpu:1", "--config.batch_sizes=4"), "Did you mean config.batch_size"),
         (("--topology=cpu:1", "more"), "unexpected arguments ['more']"),
         (("--topology=cpu:9",), "needs 9 devices of the host"),
     ):

@@ -16,12 +16,12 @@ from lipjax import _spread, linalg
 from lipjax.errors import UserError
 from lipjax.parametrize import soc_frequency
 from lipjax.plan.hlo import Program
-from lipjax.training import loop, optimizer, sharding
+from lipjax.training import loop, sharding
 from lipjax.training import step as steps
 from lipjax.training.loop import Run
 
 EPS32 = 2.0**-23
-SCHEDULE = optimizer.LossSchedule(epsilon=0.1, weight=1.0, radius=2.0)
+SCHEDULE = {"epsilon": 0.1}
 LIPCONVNET = {"name": "lipconvnet", "depth": 2, "num_blocks": 2, "width": 4, "input_std": (0.1,)}
 NETS = {
     "liresnet": {},

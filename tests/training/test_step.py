@@ -10,12 +10,12 @@ import optax
 import pytest
 from training_helpers import differing, quick_compiles, tiny_config  # noqa: F401  quick_compiles is a fixture
 
-from lipjax.training import optimizer, sharding
+from lipjax.training import objective, optimizer, sharding
 from lipjax.training import step as steps
 from lipjax.training.loop import Run
 
 EPS32 = 2.0**-23
-SCHEDULE = optimizer.LossSchedule(epsilon=0.1, weight=1.0, radius=2.0)
+SCHEDULE = {"epsilon": 0.1}
 
 
 def make_run(devices=1, **changes):
@@ -133,24 +133,36 @@ def test_vectors_are_warm_started_and_reach_the_norm_of_the_dense_matrix():
     assert sum(cold.values()) > 5 * sum(gaps.values())  # control: without the steps before, one iteration is far off
 
 
-CRM = set(steps.CRM)
+# The numbers of the epoch that a loss follows, and a field that changes it and nothing else.
+READ = {
+    "emma": ({"epsilon"}, None),
+    "margin": ({"epsilon"}, None),
+    "gloro": ({"epsilon"}, None),
+    "trades": ({"epsilon"}, "trades_weight"),
+    "certificate_regularization": (set(), "gamma"),
+    "curvature": (set(), "curvature_weight"),
+    "crm": ({"crm_weight", "crm_radius"}, "temperature"),
+    "crm_max": ({"crm_weight", "crm_radius"}, "temperature"),
+    "cross_entropy": (set(), None),
+}
 
 
-@pytest.mark.parametrize("name", sorted(steps.LOSSES))
-def test_every_loss_has_the_signature_of_the_step(name):
+@pytest.mark.parametrize("name", sorted(objective.LOSSES))
+def test_every_loss_reads_its_fields_and_the_numbers_of_the_epoch(name):
     config = tiny_config(**{"loss.name": name})
     logits, labels = jnp.array([[1.0, 0.5, 0.0], [0.0, 2.0, 1.0]]), jnp.array([0, 2])
-    lipschitz = jnp.ones((3, 3)) - jnp.eye(3)
-    schedule = optimizer.LossSchedule(epsilon=0.3, weight=1.0, radius=2.0)
-    found = steps.LOSSES[name](config.loss)(logits, labels, lipschitz, schedule)
+    seen = objective.Seen(logits, labels, jnp.ones((3, 3)) - jnp.eye(3), lambda: jnp.array([[1.0], [2.0]]))
+    numbers, field = READ[name]
+    assert set(objective.loss_schedule(config.loss, 0, 3)) == numbers
+    schedule = {"epsilon": 0.3, "crm_weight": 1.0, "crm_radius": 2.0}
+    found = objective.LOSSES[name].apply(config.loss, seen, schedule)
     assert found.shape == (2,) and jnp.isfinite(found).all() and found[0] < found[1]
-    heavier = config.copy_and_resolve_references()
-    heavier.loss.trades_weight = 5.0
-    changed = steps.LOSSES[name](heavier.loss)(logits, labels, lipschitz, schedule)
-    assert bool(jnp.any(changed != found)) == (name == "trades")
-    for field, readers in (("epsilon", {"emma", "margin", "gloro", "trades"}), ("weight", CRM), ("radius", CRM)):
-        later = steps.LOSSES[name](config.loss)(logits, labels, lipschitz, schedule._replace(**{field: 0.1}))
-        assert bool(jnp.any(later != found)) == (name in readers), field
+    for number in schedule:
+        later = objective.LOSSES[name].apply(config.loss, seen, schedule | {number: 0.1})
+        assert bool(jnp.any(later != found)) == (number in numbers), number
+    if field is not None:
+        other = tiny_config(**{"loss.name": name, f"loss.{field}": 7.0})
+        assert bool(jnp.any(objective.LOSSES[name].apply(other.loss, seen, schedule) != found))
 
 
 # ---- optimizer.py --------------------------------------------------------------------------------------------------
@@ -179,9 +191,9 @@ def test_the_training_radius_rises_linearly_by_epoch():
     config = tiny_config(**{"loss.epsilon": 36 / 255, "loss.epsilon_end": 3.0}).loss
     for epoch in range(20):  # the papers: epsilon [0.1 + 2.9 min(2 e / E, 1)]
         expected = 36 / 255 * (0.1 + 2.9 * min(2 * epoch / 20, 1))
-        assert optimizer.epsilon_at(config, epoch, 20) == pytest.approx(expected, rel=1e-14)
+        assert objective.epsilon_at(config, epoch, 20) == pytest.approx(expected, rel=1e-14)
     at_once = tiny_config(**{"loss.epsilon_ramp": 0.0, "loss.epsilon": 0.25, "loss.epsilon_end": 2.0}).loss
-    assert optimizer.epsilon_at(at_once, 0, 20) == 0.5
+    assert objective.epsilon_at(at_once, 0, 20) == 0.5
 
 
 def test_the_exponential_schedule_is_the_closed_form():
@@ -205,17 +217,16 @@ def test_the_exponential_schedule_is_the_closed_form():
 
 
 def test_the_weight_of_crm_starts_late_and_both_grow_from_then_on():
-    changes = {"loss.weight": 30.0, "loss.radius": 2.2, "loss.weight_start_epoch": 10}
+    changes = {"loss.name": "crm", "loss.weight": 30.0, "loss.radius": 2.2, "loss.weight_start_epoch": 10}
     config = tiny_config(**changes).loss
-    found = [optimizer.loss_schedule(config, epoch, 20) for epoch in range(20)]
-    assert [schedule.weight for schedule in found] == 10 * [0.0] + 10 * [30.0]
-    assert {schedule.radius for schedule in found} == {2.2}
-    assert [schedule.epsilon for schedule in found] == [optimizer.epsilon_at(config, epoch, 20) for epoch in range(20)]
+    found = [objective.loss_schedule(config, epoch, 20) for epoch in range(20)]
+    assert [schedule["crm_weight"] for schedule in found] == 10 * [0.0] + 10 * [30.0]
+    assert {schedule["crm_radius"] for schedule in found} == {2.2}
     config = tiny_config(**changes, **{"loss.weight_growth": 1.1, "loss.radius_growth": 0.9}).loss
     for epoch in (0, 9, 10, 11, 15):
-        schedule, grown = optimizer.loss_schedule(config, epoch, 20), max(epoch - 10, 0)
-        assert schedule.weight == pytest.approx(30 * 1.1**grown if epoch >= 10 else 0.0, rel=1e-14)
-        assert schedule.radius == pytest.approx(2.2 * 0.9**grown, rel=1e-14)
+        schedule, grown = objective.loss_schedule(config, epoch, 20), max(epoch - 10, 0)
+        assert schedule["crm_weight"] == pytest.approx(30 * 1.1**grown if epoch >= 10 else 0.0, rel=1e-14)
+        assert schedule["crm_radius"] == pytest.approx(2.2 * 0.9**grown, rel=1e-14)
 
 
 def test_adam_is_torchs():
