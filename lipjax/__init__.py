@@ -8,6 +8,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from lipjax import (  # noqa: E402
     activations,
+    attacks,
     bounds,
     certify,
     conv,
@@ -30,6 +31,7 @@ __all__ = [
     "NotCertifiable",
     "UserError",
     "activations",
+    "attacks",
     "bounds",
     "certify",
     "conv",

@@ -21,3 +21,7 @@ __all__ = [
     "project_l2",
     "square_l2",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

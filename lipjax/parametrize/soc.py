@@ -16,11 +16,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from lipjax.conv import series_exponential as exponential
 from lipjax.conv import series_exponential_fast_gradient as exponential_fast_gradient
+from lipjax.parametrize.soc_frequency import exponential_response
 
 __all__ = [
     "Vectors",
     "exponential",
     "exponential_fast_gradient",
+    "exponential_response",
     "init_vectors",
     "normalize",
     "reshaped_norm",

@@ -39,8 +39,8 @@ INSIDE = {
         ("elementwise", "grid", "heads"),
     ),
     "parametrize": (
-        ("bjorck", "cayley", "cholesky", "lln", "residual", "soc", "soc_frequency"),
-        ("aoc", "soc_forms"),
+        ("bjorck", "cayley", "cholesky", "lln", "residual", "soc_frequency"),
+        ("aoc", "soc", "soc_forms"),
         ("bcop",),
     ),
     "bounds": (
