@@ -3,7 +3,7 @@
 Run: python benchmarks/sharding.py [--cases=cayley,soc] [--devices=8] [--model=1]
 Nothing is run: the compiled programs of parametrisation, norm estimates and their gradients are read. "share" is that
 of one device in what one device alone would do (1/8 at best): of all operations as XLA counts them, which counts the
-body of a loop once, and of those of matrix products and convolutions alone, loops by their length (`training._hlo`).
+body of a loop once, and of those of matrix products and convolutions alone, loops by their length (`plan.hlo`).
 There are no calls of linear algebra libraries, of which XLA would not know the operations, where these matrix functions
 run on CPUs: such calls are listed if there are any.
 """

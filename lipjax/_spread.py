@@ -1,4 +1,4 @@
-"""Work without images (matrix functions, norm estimates), divided over all devices of the mesh that JAX has around it.
+"""Shards batch-independent work (matrix functions, norm estimates) over the devices of the ambient mesh.
 
 Under `jax.set_mesh(mesh)`, or within what `training.sharding.spread_over` decorates, batches of matrices are divided
 by matrices, too few large ones by columns, and lists of equal tasks by tasks. Without a mesh, on one device, and inside

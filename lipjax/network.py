@@ -26,7 +26,8 @@ class Plan:
       precision: of activations, one of PRECISIONS: "float32" keeps the precision of the network's arrays. With
         "bfloat16" linear maps multiply bfloat16 numbers and round their result once, and the other operators compute in
         the precision of the network's arrays and round once.
-      remat: layers that the backward pass computes again at a time, from the input of the first; 0: none, all are kept.
+      remat: number of consecutive layers rematerialised as one group (only its input is stored); 0 stores every
+        activation.
       scan: whether layers that differ in nothing but the numbers in their arrays, one after the other, are one loop.
     """
 

@@ -1,4 +1,4 @@
-"""LipLT with proved norms: the recursion of `_liplt`, rounded upwards, in NumPy float64."""
+"""LipLT with proved norms: the recursion of `sweeps`, rounded upwards, in NumPy float64."""
 
 import dataclasses
 import math

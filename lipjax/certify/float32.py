@@ -37,7 +37,7 @@ class Local:
 
         absolute + relative |x|_2 + sums(x),
 
-    sums(x) that of `_float32_sums.errors_at_images`, with `inner` for its norm, `bias`, `leaves` and `whole`, and with
+    sums(x) that of `float32_sums.errors_at_images`, with `inner` for its norm, `bias`, `leaves` and `whole`, and with
     the Lipschitz constant `sums`; 0 for operators that are not in `SUMS`. Of a `Residual` it is what the addition of x
     and g(x) adds, absolute + relative (|x|_2 + |g(x)|_2) + sums |x|_2, and `parts` are those of g.
 

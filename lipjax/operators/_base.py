@@ -1,4 +1,4 @@
-"""What operators are made of: the pytree decorator, the two base classes, rounding constants."""
+"""The pytree decorator of operators, their two base classes, and rounding constants."""
 
 import dataclasses
 import numbers
@@ -135,7 +135,7 @@ class Linear:
 
 
 class Isometric:
-    """Operators whose Lipschitz constant is 1 by what they are."""
+    """Operators that are 1-Lipschitz by construction."""
 
     in_shape: tuple[int, ...]
     _reason = ""

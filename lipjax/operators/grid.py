@@ -67,9 +67,10 @@ class Circulants:
 
 
 def on_grid(op) -> Any:
-    """What a norm estimate takes in the place of an operator so that it tends to the norm that is proved.
+    """A copy of an operator for norm estimation, whose estimates converge to the proved norm.
 
-    A zero-padded convolution whose norm is proved by embedding it in circulants becomes these. All others are kept.
+    A zero-padded convolution whose norm is proved by embedding it in circulants becomes these circulants. All other
+    operators are kept.
     """
     if isinstance(op, Residual):
         residual = copy.copy(op)  # not the constructor, because circulants do not fit each other

@@ -1,4 +1,4 @@
-"""Activations and pooling on pairs of channels (i with i + C/2): 1-Lipschitz by what they are.
+"""Activations and pooling on pairs of channels (i with i + C/2): 1-Lipschitz by construction.
 
 Those with angles store directions of the plane instead, since XLA states no error for sines and cosines. The exact
 operator is what the arithmetic of `activations` and `pooling` gives on the stored directions, without rounding: it is

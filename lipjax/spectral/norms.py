@@ -192,7 +192,7 @@ def _is_dense(kernel_shape: Sequence[int], in_shape: Sequence[int]) -> bool:
 
 
 def _variants(axes: Sequence[symbol.Axis], taps_shape: Sequence[int]) -> list[Embedding]:
-    """The embeddings to try. taps_shape: of `_symbol.polyphase`."""
+    """The embeddings to try. taps_shape: of `symbol.polyphase`."""
     least = axes[0].least_grid(), axes[1].least_grid()
     moves = [q > 1 for q in taps_shape[:2]]
     sides = [n if moving else 1 for n, moving in zip(least, moves, strict=True)]

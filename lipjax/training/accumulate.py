@@ -44,9 +44,10 @@ def accumulate(value_and_grad, built, batch, config, mesh: Mesh):
 
 
 def _after(total, part):
-    """The part, which the compiler cannot compute with before all of the total is there: only then it needs memory.
+    """Returns `part` with an artificial dependency on `total`.
 
-    (XLA for CPU drops optimization barriers.) Where the total has NaN, and the step is lost, these may be zeros.
+    So XLA cannot start (and allocate) the next micro-batch before the last one is summed; XLA for CPU drops
+    optimization barriers. Where `total` has NaN, and the step is lost anyway, the result may be zeros.
     """
     token = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(total) if leaf.size)
     return jax.tree.map(lambda a: jnp.where(jnp.isnan(token), jnp.zeros_like(a), a), part)

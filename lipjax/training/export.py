@@ -1,6 +1,6 @@
 """Writes a split of a run's data set as one .npz file, such as the held-out test images of one's own folder.
 
-Run: python -m lipjax.training.prepare export --workdir=DIR --split=test --output=FILE.npz
+Run: lipjax prepare export --workdir=DIR --split=test --output=FILE.npz
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Whether a directory holds the run that is asked for: configs, seeds and data compared."""
+"""Checks that a work directory belongs to the requested run (same config, seed and data)."""
 
 import json
 import pathlib

@@ -47,9 +47,15 @@ class TrainState:
 def init_state(
     model: LipschitzModel, optimizer: optax.GradientTransformation, key: jax.Array, lipschitz: str = "product"
 ) -> TrainState:
-    """A fresh state. key: typed PRNG key. lipschitz: one of LIPSCHITZ, for whose estimate it has the start vectors.
+    """A fresh train state.
 
-    Raises: NotCertifiable if lipschitz is "liplt" and the network is none that it is for.
+    Args:
+      model: initialised on one image of zeros of its input_shape.
+      optimizer: initialised on the parameters.
+      key: typed PRNG key, split into one for the parameters and one for the data.
+      lipschitz: one of LIPSCHITZ; the state holds the start vectors of its estimate.
+    Returns: the state, with parameters in float32, at step 0.
+    Raises: NotCertifiable if lipschitz is "liplt" and LipLT does not support a layer of the network, naming it.
     """
     init_key, data_key = jax.random.split(key)
     variables: Any = model.init(init_key, jnp.zeros((1, *model.input_shape)))
