@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lipjax import spectral
-from lipjax.operators import gamma
+from lipjax.numerics import gamma
 from lipjax.operators.heads import checked
 
 Table = Float[Array, "k k"]

@@ -15,10 +15,19 @@ import scipy.sparse.linalg
 from threadpoolctl import threadpool_limits
 
 from lipjax import conv, spectral
-from lipjax.bounds.host_map import FLOOR, LARGEST, LEAST, HostMap, carry, frobenius
+from lipjax.bounds.host_map import HostMap, carry, frobenius
 from lipjax.errors import NotCertifiable
+from lipjax.numerics import (
+    ENLARGEMENT,
+    EXACT_UNDERFLOW,
+    EXACT_UNIT_ROUNDOFF,
+    LARGEST,
+    SMALLEST,
+    UNDERFLOW,
+    exact_gamma,
+    gamma,
+)
 from lipjax.operators import Conv
-from lipjax.operators._base import COMPUTED, gamma
 from lipjax.spectral import verified
 from lipjax.spectral.arithmetic import exact_float64
 from lipjax.spectral.verified import float_up, parallel_map
@@ -148,7 +157,7 @@ def _banded_bound(maps: Sequence[HostMap], band: int) -> spectral.NormBound:
     parallel_map(fill, range(count))
     largest = _finite(float(np.max([np.abs(block).max() for block in blocks.values()])))
     # Only the lower triangle is used, so that an error may count twice.
-    error = Fraction(_finite(math.sqrt(2) * frobenius(errors) * COMPUTED))
+    error = Fraction(_finite(math.sqrt(2) * frobenius(errors) * ENLARGEMENT))
     if largest == 0:
         return spectral.NormBound(float_up(Fraction(verified.sqrt_up(error))), "zero but for rounding", {})
     exponent = math.frexp(largest)[1]
@@ -224,9 +233,9 @@ def _verify_banded(blocks, count: int, band: int, shift: float) -> Fraction | No
                 for row in range(q, column + 1):
                     factor.pop((row, q), None)
     n = count * side
-    backward = verified.gamma(2 * (n + 4))
-    total = Fraction(trace) / (1 - verified.gamma(n + count))
-    return backward / (1 - backward) * total + 2 * verified.UNIT * Fraction(largest) + verified.UNDERFLOW
+    backward = exact_gamma(2 * (n + 4))
+    total = Fraction(trace) / (1 - exact_gamma(n + count))
+    return backward / (1 - backward) * total + 2 * EXACT_UNIT_ROUNDOFF * Fraction(largest) + EXACT_UNDERFLOW
 
 
 def circular_bound(ops: Sequence[Conv]) -> spectral.NormBound | None:
@@ -241,7 +250,7 @@ def circular_bound(ops: Sequence[Conv]) -> spectral.NormBound | None:
     floor = 0.0
     for taps in kernels:
         sizes = np.abs(taps[taps != 0])
-        if sizes.size and not (sizes.max() <= LARGEST and sizes.min() >= LEAST):
+        if sizes.size and not (sizes.max() <= LARGEST and sizes.min() >= SMALLEST):
             return None
     for op, taps in zip(ops[1:], kernels[1:], strict=True):
         with np.errstate(over="ignore", invalid="ignore"):
@@ -249,10 +258,10 @@ def circular_bound(ops: Sequence[Conv]) -> spectral.NormBound | None:
                 _composed(first, second, strides) for first, second in ((kernel, taps), (majorant, np.abs(taps)))
             )
         terms += math.prod(taps.shape[:3]) + 2
-        floor = (floor * _sum_of_tap_norms(taps) + FLOOR) * COMPUTED
+        floor = (floor * _sum_of_tap_norms(taps) + UNDERFLOW) * ENLARGEMENT
         own = conv.stride_pair(op.strides)
         strides = strides[0] * own[0], strides[1] * own[1]
-    error = (gamma(terms) * (_sum_of_tap_norms(majorant) + floor) + floor) * COMPUTED
+    error = (gamma(terms) * (_sum_of_tap_norms(majorant) + floor) + floor) * ENLARGEMENT
     if not math.isfinite(error):
         return None
     found = spectral.conv_norm_bound(kernel, ops[0].in_shape, strides, "CIRCULAR")

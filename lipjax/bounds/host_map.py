@@ -10,14 +10,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lipjax import conv
+from lipjax.numerics import ENLARGEMENT, LARGEST, SMALLEST, UNDERFLOW, gamma
 from lipjax.operators import Conv, CropChannels, Dense, Flatten, PadChannels, SpaceToDepth
-from lipjax.operators._base import COMPUTED, gamma
 from lipjax.spectral.arithmetic import exact_float64
-
-# Underflows on the way of a unit vector through one operator add up to less, for entries and dimensions that fit.
-FLOOR = 2.0**-900
-# Entries beyond these would let underflow or overflow matter: such operators are not composed.
-LARGEST, LEAST = 2.0**100, 2.0**-100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +38,7 @@ class HostMap:
     cost: float
     window: tuple[int, int, int] | None = None
     is_adjoint: bool = False
-    floor: float = FLOOR
+    floor: float = UNDERFLOW
 
     @property
     def transposed(self) -> "HostMap":
@@ -75,7 +70,7 @@ def host_map(op, norm: float) -> HostMap | None:
         return None
     array = exact_float64(op.matrix if isinstance(op, Dense) else op.kernel, type(op).__name__)
     sizes = np.abs(array[array != 0])
-    if sizes.size and not (sizes.max() <= LARGEST and sizes.min() >= LEAST):
+    if sizes.size and not (sizes.max() <= LARGEST and sizes.min() >= SMALLEST):
         return None
     if isinstance(op, Dense):
         terms, cost = max(array.shape), float(array.size)
@@ -91,7 +86,7 @@ def host_map(op, norm: float) -> HostMap | None:
             low = conv.explicit_padding(array.shape[:2], op.padding)[0][0]
             window = (conv.stride_pair(op.strides)[0], low, array.shape[0])
     # ||A|| <= sqrt(|A|_1 |A|_inf); the sums round upwards by the factor.
-    size = math.sqrt(rows * columns) * COMPUTED
+    size = math.sqrt(rows * columns) * ENLARGEMENT
     return HostMap(*maps, *shapes, norm, gamma(terms + 4) * size, cost, window)
 
 
@@ -194,16 +189,16 @@ def _in_turn(maps: Sequence[HostMap]) -> tuple[float, float, float]:
     """Norm, local and floor of maps applied in turn. What underflows here is less than the floors added."""
     norm, local, floor = 1.0, 0.0, 0.0
     for m in maps:
-        local = (m.norm * local + m.local * (norm + local)) * COMPUTED + FLOOR
-        floor = ((m.norm + m.local) * floor + m.floor) * COMPUTED
-        norm = m.norm * norm * COMPUTED + FLOOR
+        local = (m.norm * local + m.local * (norm + local)) * ENLARGEMENT + UNDERFLOW
+        floor = ((m.norm + m.local) * floor + m.floor) * ENLARGEMENT
+        norm = m.norm * norm * ENLARGEMENT + UNDERFLOW
     return norm, local, floor
 
 
 def weighted_sum(first: HostMap, weight: float, second: HostMap) -> HostMap:
     """x -> first(x) + weight second(x)."""
     size = abs(weight)
-    norm = (first.norm + size * second.norm) * COMPUTED
+    norm = (first.norm + size * second.norm) * ENLARGEMENT
     local = first.local + size * second.local
     total = first.norm + first.local + size * (second.norm + second.local)
     return HostMap(
@@ -212,9 +207,9 @@ def weighted_sum(first: HostMap, weight: float, second: HostMap) -> HostMap:
         first.in_shape,
         first.out_shape,
         norm,
-        (local + gamma(3) * total) * COMPUTED + FLOOR,
+        (local + gamma(3) * total) * ENLARGEMENT + UNDERFLOW,
         first.cost + second.cost,
-        floor=(first.floor + size * second.floor) * COMPUTED + FLOOR,
+        floor=(first.floor + size * second.floor) * ENLARGEMENT + UNDERFLOW,
     )
 
 
@@ -231,7 +226,7 @@ def carry(maps: Sequence[HostMap], x: np.ndarray, error: np.ndarray) -> tuple[np
     """
     with np.errstate(over="ignore", invalid="ignore"):
         for m in maps:
-            error = (m.norm * error + m.local * row_norms(x) + m.floor) * COMPUTED
+            error = (m.norm * error + m.local * row_norms(x) + m.floor) * ENLARGEMENT
             x = m.apply(x)
         return x, np.where(np.isfinite(error) & np.isfinite(row_norms(x)), error, np.inf)
 
@@ -241,4 +236,4 @@ def frobenius(errors: np.ndarray) -> float:
     largest = float(errors.max(initial=0.0))
     if largest == 0 or not math.isfinite(largest):
         return largest
-    return math.sqrt(float(np.sum((errors / largest) ** 2))) * largest * COMPUTED
+    return math.sqrt(float(np.sum((errors / largest) ** 2))) * largest * ENLARGEMENT

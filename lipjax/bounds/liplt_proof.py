@@ -16,10 +16,10 @@ from lipjax.bounds import host_map
 from lipjax.bounds.host_map import HostMap
 from lipjax.bounds.liplt_path import Step
 from lipjax.errors import NotCertifiable
+from lipjax.numerics import ENLARGEMENT, ROOM, check_terms, gamma
 from lipjax.operators import Conv, Flatten
-from lipjax.operators._base import COMPUTED, gamma
 from lipjax.operators.heads import _distance_bounds
-from lipjax.spectral.arithmetic import check_rounding, check_terms, exact_float64
+from lipjax.spectral.arithmetic import check_rounding, exact_float64
 from lipjax.spectral.verified import float_up, parallel_map
 
 _PRODUCT = "product"
@@ -352,11 +352,11 @@ class LipLTBound:
         # Without rows the whole constant serves: sqrt(2) of it for a difference of two outputs.
         total = min(total, float(self.end))
         per_class = np.minimum(np.broadcast_to(per_class, count), total)
-        whole = float(_times(Fraction(math.sqrt(2)), np.array(total))) * COMPUTED
+        whole = float(_times(Fraction(math.sqrt(2)), np.array(total))) * ENLARGEMENT
         pairwise = np.minimum(np.broadcast_to(pairwise, (count, count)), whole)
-        pairwise = np.minimum(pairwise, (per_class[:, None] + per_class) * COMPUTED)
+        pairwise = np.minimum(pairwise, (per_class[:, None] + per_class) * ENLARGEMENT)
         # With room for the rounding errors of other products with the rows.
-        pairwise = np.maximum(pairwise, pairwise.T) * (1 + float(spectral.ROOM))
+        pairwise = np.maximum(pairwise, pairwise.T) * (1 + float(ROOM))
         pairwise = np.where(np.eye(count, dtype=bool), 0.0, pairwise)
         names = [self.pieces[i].step.name for i in self.acts]
         layers = tuple(
@@ -375,4 +375,4 @@ def _times(weight: Fraction, measure: np.ndarray) -> np.ndarray:
 
 
 def _pair_bounds(rows: np.ndarray, errors: np.ndarray) -> np.ndarray:
-    return (_distance_bounds(rows) + errors[:, None] + errors) * COMPUTED
+    return (_distance_bounds(rows) + errors[:, None] + errors) * ENLARGEMENT

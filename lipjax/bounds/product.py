@@ -18,8 +18,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from lipjax import _spread, spectral
 from lipjax.errors import NotCertifiable
 from lipjax.network import Network
+from lipjax.numerics import check_terms
 from lipjax.operators import Residual
-from lipjax.spectral.arithmetic import check_rounding, check_terms
+from lipjax.spectral.arithmetic import check_rounding
 
 Vectors = dict[str, Float[Array, "..."]]
 
@@ -190,5 +191,3 @@ def margin_lipschitz_bound(network: Network, rows: list[LayerBound] | None = Non
     head = network.head.pairwise_bound()
     with np.errstate(over="ignore", invalid="ignore"):  # an infinite constant proves radius 0
         return np.where(head > 0, np.nextafter(product * head, np.inf), 0.0)
-
-

@@ -15,11 +15,20 @@ import numpy as np
 from lipjax import operators
 from lipjax.bounds import LayerBound
 from lipjax.certify.certificate import Certificate, radius_of
-from lipjax.certify.float32 import LARGEST, LEAST, ROOM, HeadConstants, Local, locals_of
-from lipjax.certify.float32_sums import LEAVES, MOVED, SUMS, UNIT_ROUNDOFF, errors_at_images, gamma32, sum_errors
-from lipjax.certify.float64 import FLOOR, add, check_arithmetic, finish, float64_on_cpu, propagate
+from lipjax.certify.float32 import HeadConstants, Local, locals_of
+from lipjax.certify.float32_sums import LEAVES, MOVED, SUMS, errors_at_images, sum_errors
+from lipjax.certify.float64 import add, check_arithmetic, finish, float64_on_cpu, propagate
 from lipjax.certify.frozen import FrozenNetwork
 from lipjax.network import Network
+from lipjax.numerics import (
+    ENLARGEMENT32,
+    LARGEST,
+    LEAST_NORMAL32,
+    UNDERFLOW_OF_OPERATOR,
+    UNIT_ROUNDOFF32,
+    gamma,
+    gamma32,
+)
 from lipjax.operators.softplus import softplus_of
 
 ASSUMPTIONS = (
@@ -64,7 +73,7 @@ class _Values:
 
 
 def _inside(errors: np.ndarray, largest: np.ndarray) -> np.ndarray:
-    return np.where(largest <= LARGEST, errors * ROOM, np.inf)
+    return np.where(largest <= LARGEST, errors * ENLARGEMENT32, np.inf)
 
 
 def _advance(op, row: LayerBound, local: Local, at: _Values) -> _Values:
@@ -97,7 +106,7 @@ def _head_local(head, x: np.ndarray, distance: np.ndarray) -> tuple[np.ndarray, 
         sizes, values = np.abs(x) @ np.abs(matrix).T + np.abs(bias) + moved, x @ matrix.T + bias
         terms, lengths = np.count_nonzero(matrix, axis=1), np.linalg.norm(matrix, axis=1)
         errors = sum_errors(sizes, np.abs(values) + moved, terms, further, LEAVES + MOVED)
-        lost = 8 * LEAST * matrix.shape[1] * (1 + lengths + np.linalg.norm(x, axis=1, keepdims=True))
+        lost = 8 * LEAST_NORMAL32 * matrix.shape[1] * (1 + lengths + np.linalg.norm(x, axis=1, keepdims=True))
         return sizes, values, errors + lost
 
     distance = distance[:, None]
@@ -107,10 +116,10 @@ def _head_local(head, x: np.ndarray, distance: np.ndarray) -> tuple[np.ndarray, 
     weights, further = np.abs(head.w2), distance * np.linalg.norm(head.w1, axis=1)
     sizes, values, errors = layer(head.w1, head.b1, x, further)
     units = softplus_of(values, np)
-    errors = errors + (18 + 2 * (units + further)) * UNIT_ROUNDOFF
+    errors = errors + (18 + 2 * (units + further)) * UNIT_ROUNDOFF32
     moved = 2 * np.max(errors, axis=0)
     outer, _, own = layer(head.w2, head.b2, units, further @ weights.T, moved @ weights.T)
-    lost = 8 * LEAST * head.w2.shape[1] * np.linalg.norm(moved, axis=1)[:, None]
+    lost = 8 * LEAST_NORMAL32 * head.w2.shape[1] * np.linalg.norm(moved, axis=1)[:, None]
     return np.maximum(np.max(sizes, axis=1), np.max(outer, axis=1)), errors @ weights.T + own + lost
 
 
@@ -153,17 +162,18 @@ class _Analysis:
         """`spread` and `lipschitz` behind an operator, from those in front of it."""
         if not local.parts:
             self._limit(local.gain, lipschitz + spread)
-            return ((row.bound + local.slope) * spread + local.slope * lipschitz) * ROOM, lipschitz * row.bound * ROOM
+            spread = ((row.bound + local.slope) * spread + local.slope * lipschitz) * ENLARGEMENT32
+            return spread, lipschitz * row.bound * ENLARGEMENT32
         inner, through = spread, lipschitz
         for part, own in zip(row.parts, local.parts, strict=True):
             inner, through = self._follow(part, own, inner, through)
         both = spread + lipschitz + inner + through
         self._limit(1.0, both)
         added = local.relative * both + local.sums * (spread + lipschitz)
-        return (spread + inner + added) * ROOM, (lipschitz + through) * ROOM
+        return (spread + inner + added) * ENLARGEMENT32, (lipschitz + through) * ENLARGEMENT32
 
     def _limit(self, gain: float, further: float) -> None:
-        self.reach = min(self.reach, LARGEST / max(gain * further * ROOM, 2.0**-1000))
+        self.reach = min(self.reach, LARGEST / max(gain * further * ENLARGEMENT32, 2.0**-1000))
 
     def evaluate(self, images, batch_size: int, pixel_max: int | None = None) -> _Evaluation:
         if batch_size < 1:
@@ -183,21 +193,22 @@ class _Analysis:
 
     def _batch(self, network: Network, images: np.ndarray) -> tuple[np.ndarray, ...]:
         flat = images.reshape(len(images), -1)
-        error = (gamma32(5) * np.linalg.norm(flat, axis=1) + 4 * LEAST * math.sqrt(flat.shape[1])) * ROOM
-        at = _Values(jnp.asarray(images), jnp.full(len(images), FLOOR), np.stack([error, error]))
+        lost = 4 * LEAST_NORMAL32 * math.sqrt(flat.shape[1])
+        error = (gamma32(5) * np.linalg.norm(flat, axis=1) + lost) * ENLARGEMENT32
+        at = _Values(jnp.asarray(images), jnp.full(len(images), UNDERFLOW_OF_OPERATOR), np.stack([error, error]))
         for op, row, local in zip((network.normalize, *network.ops), self._rows, self._locals, strict=True):
             at = _advance(op, row, local, at)
         logits, head64 = map(np.asarray, finish(network.head, at.x))
         distances = at.distances
         largest, head32 = _head_local(self._frozen.network.head, np.asarray(at.x), distances[0])
         inside = np.isfinite(distances) & (largest + self.head.gain * distances <= LARGEST)
-        head32 = np.where(inside[:, :, None], head32 * ROOM, np.inf).swapaxes(0, 1)
+        head32 = np.where(inside[:, :, None], head32 * ENLARGEMENT32, np.inf).swapaxes(0, 1)
         return logits, np.asarray(at.error64), np.where(inside, at.errors, np.inf).T, head64, head32
 
     def bound(self, found: _Evaluation) -> np.ndarray:
         with np.errstate(over="ignore", invalid="ignore"):
             total = self.head.lipschitz * found.error32[:, :1] + found.head32[:, 0]
-            total = (total + self.head.slope * found.distances[:, :1]) * ROOM
+            total = (total + self.head.slope * found.distances[:, :1]) * ENLARGEMENT32
         return np.where(np.isnan(total), np.inf, total)
 
     def radii(self, found: _Evaluation, predictions: np.ndarray) -> np.ndarray:
@@ -212,9 +223,9 @@ class _Analysis:
         with np.errstate(over="ignore", invalid="ignore"):
             gaps = found.logits[rows, predictions][:, None] - found.logits
             slack = head * distance[:, None] + both(found.head64) + both(head32)
-            slack = (slack + both(slope) * distance[:, None]) * ROOM + operators.gamma(2) * np.abs(gaps)
+            slack = (slack + both(slope) * distance[:, None]) * ENLARGEMENT32 + gamma(2) * np.abs(gaps)
             per_unit = self._frozen.margin_lipschitz()[predictions] + head * self.spread
-            per_unit = (per_unit + both(slope) * (self.spread + self.lipschitz)) * ROOM
+            per_unit = (per_unit + both(slope) * (self.spread + self.lipschitz)) * ENLARGEMENT32
             radii = radius_of(np.nextafter(gaps - slack, -np.inf), per_unit)
         radii[rows, predictions] = np.inf
         # With a single class there is nothing to confuse, but float32 may still overflow.

@@ -10,25 +10,20 @@ import numpy as np
 
 from lipjax import _dft, operators, spectral
 from lipjax.bounds import LayerBound
-from lipjax.certify.float32_sums import LEAVES, MOVED, SUMS, UNIT_ROUNDOFF, gamma32
+from lipjax.certify.float32_sums import LEAVES, MOVED, SUMS
 from lipjax.errors import NotCertifiable
 from lipjax.network import Network
+from lipjax.numerics import ENLARGEMENT32, LARGEST, LEAST_NORMAL32, UNIT_ROUNDOFF32, gamma, gamma32
 
-# Numbers below this may become zero; its place in every bound stands for what underflows.
-LEAST = 2.0**-126
 # Of an operator without sums, generously.
 _TINY = 2.0**-110
-# Beyond this nothing is claimed: so no sum, and nothing twice as large, leaves the range of binary32.
-LARGEST = 2.0**100
-# The bounds are computed in float64: of each step the relative error is below 2^-20.
-ROOM = 1 + 2.0**-20
 # Of each pair these make two numbers that depend on both.
 _FOLDS = (operators.MaxMin, operators.Householder, operators.Householder2)
 
 
 def length_bound(array) -> float:
     """|array|_2, rounded up, of numbers up to LARGEST."""
-    return float(np.sqrt(np.sum(np.square(array)))) * ROOM + 2.0**-400
+    return float(np.sqrt(np.sum(np.square(array)))) * ENLARGEMENT32 + 2.0**-400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +131,7 @@ def _merged(
             joining = False
         enlarged.append(dataclasses.replace(local, absolute=absolute, relative=relative, parts=tuple(parts)))
         # No product stands beside the sum of a residual block.
-        copies = max(copies, inner) * (math.sqrt(2) * ROOM if isinstance(op, _FOLDS) else 1.0)
+        copies = max(copies, inner) * (math.sqrt(2) * ENLARGEMENT32 if isinstance(op, _FOLDS) else 1.0)
     return enlarged[::-1], copies, joining
 
 
@@ -146,7 +141,7 @@ def _fits(part) -> bool:
 
 def _sums(terms: int, entries: int, weights: float) -> Local:
     """Of sums of products with stored weights. entries: in and out. weights: bound of | |A| |_2 and of their length."""
-    lost = 8 * LEAST * terms * math.sqrt(entries)
+    lost = 8 * LEAST_NORMAL32 * terms * math.sqrt(entries)
     return Local(lost * (1 + weights), lost, gamma32(terms + 10) * weights, gain=weights, terms=terms)
 
 
@@ -161,14 +156,14 @@ def _(op: operators.Normalize, row: LayerBound, terms: int) -> Local:
     if not least >= 1 / LARGEST:
         return Local(absolute=math.inf)
     shift = length_bound(np.broadcast_to(np.abs(op.mean) / op.std, op.in_shape))
-    lost = 8 * LEAST * math.sqrt(entries) * (1 + 1 / least)
+    lost = 8 * LEAST_NORMAL32 * math.sqrt(entries) * (1 + 1 / least)
     return Local(gamma32(10) * shift + lost, gamma32(8) / least, offset=shift, gain=max(1.0, 1 / least))
 
 
 @_local.register
 def _(op: operators.Bias, row: LayerBound, terms: int) -> Local:
     size = length_bound(np.broadcast_to(op.bias, op.in_shape))
-    lost = 8 * LEAST * math.sqrt(math.prod(op.in_shape))
+    lost = 8 * LEAST_NORMAL32 * math.sqrt(math.prod(op.in_shape))
     return Local((gamma32(terms + 8) + gamma32(4)) * size + lost, gamma32(2), offset=size, terms=None)
 
 
@@ -179,7 +174,7 @@ def _(op: operators.Dense, row: LayerBound, terms: int) -> Local:
 
 def _taps(kernel: np.ndarray) -> float:
     """Bound of the norm of the convolution with |K|: the sum of the taps' Frobenius norms."""
-    return float(np.sum(np.sqrt(np.sum(np.square(kernel), axis=(2, 3))))) * ROOM + 2.0**-400
+    return float(np.sum(np.sqrt(np.sum(np.square(kernel), axis=(2, 3))))) * ENLARGEMENT32 + 2.0**-400
 
 
 @_local.register
@@ -193,7 +188,7 @@ def _(op: operators.ConvExponential, row: LayerBound, terms: int) -> Local:
     terms, size = math.prod(op.kernel.shape[:3]), _taps(op.kernel)
     # The certificate may rest on a norm that is twice this one, with whose exponential errors grow.
     norm = min(row.details["skew_norm"], size, operators.Conv(op.kernel, op.in_shape, padding=op.padding).bound().value)
-    local, lost = gamma32(terms + 16), 16 * LEAST * terms * math.sqrt(2 * math.prod(op.in_shape))
+    local, lost = gamma32(terms + 16), 16 * LEAST_NORMAL32 * terms * math.sqrt(2 * math.prod(op.in_shape))
     # Of exact partial sums, and of what they leave out of the whole series, whose functions are at most 1.
     length, tail = 1.0, norm / (op.num_terms + 1)
     # To first order in u, and the rest.
@@ -206,14 +201,14 @@ def _(op: operators.ConvExponential, row: LayerBound, terms: int) -> Local:
         first = norm / k * first + local * (1 + size * length / k)
         tail *= norm / k
         length = 1 + min(norm / k * length, tail)
-    return Local(absolute, rest * ROOM, first, gain=2 * (1 + size) * longest, terms=terms, inner=norm)
+    return Local(absolute, rest * ENLARGEMENT32, first, gain=2 * (1 + size) * longest, terms=terms, inner=norm)
 
 
 @_local.register
 def _(op: operators.CircularConv, row: LayerBound, terms: int) -> Local:
     (h, w, channels), norm = op.in_shape, row.bound
     squares = [np.sum(np.square(op.fixed), (1, 2)), 2 * np.sum(np.square(op.paired), (1, 2, 3))]
-    size = math.sqrt(float(np.max(np.concatenate(squares)))) * ROOM + 2.0**-400
+    size = math.sqrt(float(np.max(np.concatenate(squares)))) * ENLARGEMENT32 + 2.0**-400
     sides = (h * w,) if h * w <= _dft.DENSE else (w, 2 * h)
     # To first order in u, and the rest.
     transform, beyond = 0.0, 0.0
@@ -225,10 +220,10 @@ def _(op: operators.CircularConv, row: LayerBound, terms: int) -> Local:
     both = transform + beyond
     before = norm * both + products * (1 + both)
     rest = norm * beyond + products * both + norm * beyond + both * before
-    lost, lost_products = 40 * LEAST * max(sides) * root, 16 * LEAST * 2 * channels * root
+    lost, lost_products = 40 * LEAST_NORMAL32 * max(sides) * root, 16 * LEAST_NORMAL32 * 2 * channels * root
     absolute = (norm + products) * lost + lost_products * (1 + size + lost)
     absolute = (1 + both) * absolute + lost
-    rest = rest * ROOM + lost_products * (1 + both) ** 2
+    rest = rest * ENLARGEMENT32 + lost_products * (1 + both) ** 2
     gain = 4 * math.sqrt(max(sides)) * (1 + size + norm) * (1 + both) ** 2
     return Local(absolute, rest, sums, gain=gain, terms=max(sides), inner=norm)
 
@@ -257,14 +252,14 @@ def _(op: operators.LeakyReLU, row: LayerBound, terms: int) -> Local:
 @_local.register(operators.Sigmoid)
 def _(op, row: LayerBound, terms: int) -> Local:
     units = 12 if isinstance(op, operators.Tanh) else 8
-    return _pointwise(op, absolute=units * UNIT_ROUNDOFF * math.sqrt(math.prod(op.in_shape)), gain=2.0)
+    return _pointwise(op, absolute=units * UNIT_ROUNDOFF32 * math.sqrt(math.prod(op.in_shape)), gain=2.0)
 
 
 @_local.register
 def _(op: operators.Softplus, row: LayerBound, terms: int) -> Local:
     # (16 + 2 s) u with s <= max(x, 0) + log 2.
-    absolute = 18 * UNIT_ROUNDOFF * math.sqrt(math.prod(op.in_shape))
-    return _pointwise(op, absolute=absolute, relative=2 * UNIT_ROUNDOFF, gain=2.0)
+    absolute = 18 * UNIT_ROUNDOFF32 * math.sqrt(math.prod(op.in_shape))
+    return _pointwise(op, absolute=absolute, relative=2 * UNIT_ROUNDOFF32, gain=2.0)
 
 
 @_local.register(operators.Householder)
@@ -303,18 +298,18 @@ class HeadConstants:
         features = head.in_shape[0]
         if isinstance(head, operators.LinearHead):
             self.lipschitz = np.array([length_bound(row) for row in head.matrix])
-            self.slope = gamma32(features + 8) * self.lipschitz + 8 * LEAST * features
+            self.slope = gamma32(features + 8) * self.lipschitz + 8 * LEAST_NORMAL32 * features
             self.gain = float(self.lipschitz.max())
             return
         hidden = head.w1.shape[0]
         rows, lengths = (np.array([length_bound(row) for row in w]) for w in (head.w1, head.w2))
         norm, product = spectral.matrix_norm_bound(head.w1).claim, head.w2 @ head.w1
         through = np.array([length_bound(row) for row in product])
-        through += operators.gamma(hidden + 3) * length_bound(head.w1) * lengths
+        through += gamma(hidden + 3) * length_bound(head.w1) * lengths
         # With slopes in (0, 1), half of W1^T w and half of something no longer than |W1| |w|.
-        self.lipschitz = np.minimum(norm * lengths, (through + norm * lengths) / 2) * ROOM
-        size, inner, outer = np.abs(head.w2), gamma32(features + 8) + 3 * UNIT_ROUNDOFF, gamma32(hidden + 8)
+        self.lipschitz = np.minimum(norm * lengths, (through + norm * lengths) / 2) * ENLARGEMENT32
+        size, inner, outer = np.abs(head.w2), gamma32(features + 8) + 3 * UNIT_ROUNDOFF32, gamma32(hidden + 8)
         reach = size @ rows
         self.slope = (inner + outer * (1 + 2 * inner)) * reach
-        self.slope += 32 * LEAST * features * hidden * (1 + np.sum(size, axis=1)) * (1 + length_bound(rows))
+        self.slope += 32 * LEAST_NORMAL32 * features * hidden * (1 + np.sum(size, axis=1)) * (1 + length_bound(rows))
         self.gain = 2 * float(max(rows.max(), reach.max()))

@@ -11,8 +11,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from lipjax import _dft, conv, operators
+from lipjax.numerics import UNIT_ROUNDOFF32, gamma32
 
-UNIT_ROUNDOFF = 2.0**-24
 # Of every product: its weight and itself are rounded.
 LEAVES = 2
 # Of a factor that moves into the products behind it: a quotient counts 4, the product with a weight is rounded.
@@ -21,12 +21,6 @@ MOVED = 6
 _ALSO = 1 + 2.0**-6
 # Additions for n terms: n - 1, and two more for a bias and the input of a residual block, which may join the sum.
 _JOINED = 1
-
-
-def gamma32(num_roundings: int) -> float:
-    """n u / (1 - n u) for binary32, infinite from n u = 1/2 on."""
-    roundings = num_roundings * UNIT_ROUNDOFF
-    return roundings / (1 - roundings) if roundings < 0.5 else math.inf
 
 
 def sum_errors(
@@ -45,7 +39,7 @@ def sum_errors(
     Returns: (2, *shape), a NumPy array if sizes are one.
     """
     xp: Any = np if isinstance(sizes, np.ndarray) else jnp
-    rounded = additions * UNIT_ROUNDOFF
+    rounded = additions * UNIT_ROUNDOFF32
 
     def bound(sizes, addend):
         return xp.where(rounded < 0.5, (gamma32(leaves) * sizes + rounded * addend) / (1 - rounded), math.inf)

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh
 from lipjax import operators
 from lipjax.errors import NotCertifiable, UserError
 from lipjax.network import Network
+from lipjax.numerics import UNDERFLOW_OF_OPERATOR, gamma
 from lipjax.spectral.arithmetic import check_rounding, operands, rounds_to_nearest
 
 
@@ -45,10 +46,6 @@ def float64_on_cpu():
         yield
 
 
-# Underflow to zero, which XLA's CPU code does for all subnormal numbers, is covered by this much in every step.
-FLOOR = 2.0**-480
-
-
 # Each operator is compiled on its own. Compiled together, x -> W x + b becomes a sum that starts at b, whose rounding
 # error neither operator's bound covers (docs/soundness.md).
 @jax.jit
@@ -57,8 +54,8 @@ def propagate(op, norm, error, x):
 
     norm: proved Lipschitz bound of the operator. error: (b,), bound on the distance of x to the exact input.
     """
-    local = op.rounding_error(x) + FLOOR * (1 + operators.norm_per_image(x))
-    return op(x), (jnp.maximum(norm, FLOOR) * error + local) * (1 + operators.gamma(8))
+    local = op.rounding_error(x) + UNDERFLOW_OF_OPERATOR * (1 + operators.norm_per_image(x))
+    return op(x), (jnp.maximum(norm, UNDERFLOW_OF_OPERATOR) * error + local) * (1 + gamma(8))
 
 
 @jax.jit
@@ -66,8 +63,8 @@ def add(x, error, y, error_of_y):
     """x + y, and a bound on its distance to the exact sum."""
     total = x + y
     size = operators.norm_per_image(total)
-    local = operators.gamma(2) * size + FLOOR * (1 + size)
-    return total, (error + error_of_y + local) * (1 + operators.gamma(8))
+    local = gamma(2) * size + UNDERFLOW_OF_OPERATOR * (1 + size)
+    return total, (error + error_of_y + local) * (1 + gamma(8))
 
 
 def advance(op, norms, error, x):
@@ -86,7 +83,7 @@ def advance(op, norms, error, x):
 @jax.jit
 def finish(head, x):
     """Logits, and a bound on the head's own error of each."""
-    floor = FLOOR * (1 + operators.norm_per_image(x))
+    floor = UNDERFLOW_OF_OPERATOR * (1 + operators.norm_per_image(x))
     return head(x), head.rounding_error(x) + floor[:, None]
 
 
@@ -94,7 +91,7 @@ def evaluate(network: Network, norms: tuple, x):
     """Logits, features, a bound on the l2 error of the features, and a bound on the head's own error of each logit."""
     if x.dtype != jnp.float64 or any(a.dtype != jnp.float64 for a in jax.tree.leaves(network)):
         raise ValueError("Certification runs in float64: an array of another type reached it.")
-    error = jnp.full(x.shape[0], FLOOR)
+    error = jnp.full(x.shape[0], UNDERFLOW_OF_OPERATOR)
     for op, norm in zip((network.normalize, *network.ops), norms, strict=True):
         x, error = advance(op, norm, error, x)
     logits, head_error = finish(network.head, x)

@@ -23,6 +23,7 @@ from lipjax.certify.mlp import MLPCertifier
 from lipjax.errors import NotCertifiable, UserError
 from lipjax.files import write_arrays, write_json
 from lipjax.network import Network, check_network
+from lipjax.numerics import gamma
 from lipjax.spectral.arithmetic import exact_float64
 
 SCHEMA = 1
@@ -238,7 +239,7 @@ class FrozenNetwork:
             gaps = logits[rows, predicted][:, None] - logits
             slack = self._head_lipschitz[predicted] * error[:, None]
             slack = slack + head_error + head_error[rows, predicted][:, None]
-            slack = slack * (1 + operators.gamma(8)) + operators.gamma(2) * np.abs(gaps)
+            slack = slack * (1 + gamma(8)) + gamma(2) * np.abs(gaps)
             return np.nextafter(gaps - 2 * slack, -np.inf)
 
     def certify(self, images, batch_size: int = 256) -> Certificate:
@@ -369,5 +370,3 @@ def _checked_names(names: Any, num_classes: int) -> tuple[str, ...] | None:
     if not texts or len(names) != num_classes:
         raise ValueError(f"Expected class_names as {num_classes} texts, one for each class, got {names!r:.200}.")
     return tuple(map(str, names))
-
-

@@ -8,8 +8,8 @@ from threadpoolctl import threadpool_limits
 from lipjax import curvature, spectral
 from lipjax.certify.certificate import Certificate, Minorants, certify_radii, radius_of
 from lipjax.certify.radius import best_minorant
-from lipjax.operators import MLPHead, gamma
-from lipjax.operators._base import COMPUTED, UNIT_ROUNDOFF
+from lipjax.numerics import ENLARGEMENT, ROOM, UNIT_ROUNDOFF, gamma
+from lipjax.operators import MLPHead
 from lipjax.operators.softplus import SIGMOID_ERROR, sigmoid_of, softplus_error, softplus_of
 from lipjax.spectral import with_room
 from lipjax.spectral.verified import parallel_map
@@ -38,8 +38,8 @@ class MLPCertifier:
         self._lipschitz = head.pairwise_bound()
         self._w1, self._b1, self._w2, self._b2 = head.exact_arrays()
         self._norm = spectral.matrix_norm_bound(self._w1).claim
-        self._rows = _length(self._w1) * COMPUTED + _TINY
-        self._frobenius = float(_length(self._rows[None])[0]) * COMPUTED + _TINY
+        self._rows = _length(self._w1) * ENLARGEMENT + _TINY
+        self._frobenius = float(_length(self._rows[None])[0]) * ENLARGEMENT + _TINY
         largest = np.stack([np.maximum(self._w2 - row, 0.0).max(axis=1) for row in self._w2])
         self._coarse = np.where(largest > 0, (self._norm**2 / 4 * largest) * (1 + gamma(8)) + _TINY, 0.0)
         self._fine: dict[tuple[int, int], float] = {}
@@ -70,7 +70,7 @@ class MLPCertifier:
         # The exact features lie within feature_errors of the computed ones, around which the radii are. Another
         # evaluation is off by as much, and its proof of the radii rounds otherwise.
         with np.errstate(invalid="ignore"):
-            inside = np.nextafter((radii - 2 * feature_errors[:, None]) * (1 - float(spectral.ROOM)), -np.inf)
+            inside = np.nextafter((radii - 2 * feature_errors[:, None]) * (1 - float(ROOM)), -np.inf)
         certificate = certify_radii(predictions, margins, radius_of(inside, np.full_like(inside, lipschitz)))
         return dataclasses.replace(certificate, minorants=Minorants.join(found, features.shape[1]))
 
@@ -150,18 +150,18 @@ class MLPCertifier:
 
         # D and its gradient at the points, and bounds of their errors.
         sums = points @ self._w1.T + self._b1
-        reach = (_length(points) * COMPUTED + _TINY)[:, None]
-        sum_error = gamma(width + 4) * COMPUTED * (self._rows * reach + np.abs(self._b1))
+        reach = (_length(points) * ENLARGEMENT + _TINY)[:, None]
+        sum_error = gamma(width + 4) * ENLARGEMENT * (self._rows * reach + np.abs(self._b1))
         units, slopes, size = softplus_of(sums, np), sigmoid_of(sums, np), np.abs(row)
         value = np.sum(row * units, axis=1) + offset
         value_error = np.sum(size * (sum_error + softplus_error(units)), axis=1)
-        value_error = (value_error + gamma(hidden + 8) * (np.sum(size * units, axis=1) + biases)) * COMPUTED + _TINY
+        value_error = (value_error + gamma(hidden + 8) * (np.sum(size * units, axis=1) + biases)) * ENLARGEMENT + _TINY
         weighted = row * slopes
         gradient = weighted @ self._w1
         unit_error = _length(size * (sum_error / 4 + SIGMOID_ERROR + 4 * UNIT_ROUNDOFF)) + _TINY
         weight_length = _length(weighted) + _TINY
         gradient_error = self._norm * unit_error + gamma(hidden + 4) * self._frobenius * weight_length
-        gradient_error = gradient_error * COMPUTED + _TINY
+        gradient_error = gradient_error * ENLARGEMENT + _TINY
 
         # The radius, of which the numerator is taken low and the denominator high.
         up = 1 + gamma(width + 16)
@@ -170,7 +170,7 @@ class MLPCertifier:
         dot, bend = np.sum(gradient * step, axis=1), m / 2 * moved**2
         level_error = value_error + (gamma(width + 4) * slope + gradient_error) * moved
         level_error = level_error + gamma(16) * (np.abs(value) + np.abs(dot) + bend)
-        level = value - dot - bend - level_error * COMPUTED
+        level = value - dot - bend - level_error * ENLARGEMENT
         inner = _length(gradient + m[:, None] * step) * up + gradient_error + gamma(8) * (slope + m * moved) + _TINY
         outer = np.sqrt((slope + gradient_error) ** 2 + 2 * m * np.maximum(value + value_error, 0.0) * up)
         radius = np.nextafter(2 * level / ((inner + outer) * (1 + gamma(16))), 0.0)

@@ -1,4 +1,4 @@
-"""The pytree decorator of operators, their two base classes, and rounding constants."""
+"""The pytree decorator of operators and their two base classes."""
 
 import dataclasses
 import numbers
@@ -9,23 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lipjax import spectral
-from lipjax.spectral.arithmetic import check_terms
 
 # A field that holds an array: a JAX array, a NumPy array once frozen, or what a tree transformation puts in its place.
 Leaf = Any
-
-UNIT_ROUNDOFF = 2.0**-53
-# The error bounds are themselves computed in float64: their relative error is below 1e-8 for sums of up to TERMS terms.
-COMPUTED = 1 + 1e-8
-
-
-def gamma(num_roundings: int) -> float:
-    """gamma_n = n u / (1 - n u), rounded up: the relative error of n roundings in float64.
-
-    Raises: NotCertifiable for sums of more than TERMS terms, beyond which error bounds err by more than is allowed for.
-    """
-    check_terms(num_roundings - 64, "An operator")  # a few roundings are of other kinds
-    return num_roundings * UNIT_ROUNDOFF / (1 - num_roundings * UNIT_ROUNDOFF) * (1 + 2**-50)
 
 
 def _check_fields(op, arrays: tuple[str, ...], static: tuple[str, ...]) -> None:

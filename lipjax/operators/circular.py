@@ -10,8 +10,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from lipjax import _dft, spectral
-from lipjax.operators._base import COMPUTED, Leaf, Linear, gamma, norm_per_image, operator
-from lipjax.spectral.arithmetic import check_terms, exact_float64
+from lipjax.numerics import ENLARGEMENT, check_terms, gamma
+from lipjax.operators._base import Leaf, Linear, norm_per_image, operator
+from lipjax.spectral.arithmetic import exact_float64
 
 
 def _check_blocks(fixed: Any, paired: Any, in_shape: tuple[int, ...]) -> None:
@@ -108,7 +109,7 @@ class CircularConv(Linear):
         # A transform, the blocks and the inverse transform, each with an error relative to the norm of its input.
         transform, products = _dft.transform_error(self.in_shape[:2]), gamma(2 * self.in_shape[2] + 4)
         relative = (2 * transform + transform**2) * (1 + products) + products
-        return relative * COMPUTED * self._size() * norm_per_image(x)
+        return relative * ENLARGEMENT * self._size() * norm_per_image(x)
 
     def _size(self) -> Float[Array, ""]:
         """Bound on | |B_f| |_2 for every block: the Frobenius norm of its real form [[R, -I], [I, R]]."""

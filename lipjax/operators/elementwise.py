@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from lipjax import spectral
-from lipjax.operators._base import COMPUTED, UNIT_ROUNDOFF, check_input, norm_per_image, operator
+from lipjax.numerics import ENLARGEMENT, UNIT_ROUNDOFF
+from lipjax.operators._base import check_input, norm_per_image, operator
 from lipjax.operators.softplus import SIGMOID_ERROR, TANH_ERROR, sigmoid, softplus, softplus_error, tanh
 
 
@@ -30,7 +31,7 @@ class Elementwise:
 
 def _error_of_components(x, error: float):
     """The l2 error (b,) of images each of whose components errs by at most `error`."""
-    return jnp.full(x.shape[0], COMPUTED * error * math.sqrt(math.prod(x.shape[1:])), x.dtype)
+    return jnp.full(x.shape[0], ENLARGEMENT * error * math.sqrt(math.prod(x.shape[1:])), x.dtype)
 
 
 @operator(static=("in_shape",))
@@ -73,7 +74,7 @@ class LeakyReLU(Elementwise):
         return jnp.where(x > 0, x, self.negative_slope * x)
 
     def rounding_error(self, x):
-        return COMPUTED * UNIT_ROUNDOFF * abs(self.negative_slope) * norm_per_image(jnp.minimum(x, 0.0))
+        return ENLARGEMENT * UNIT_ROUNDOFF * abs(self.negative_slope) * norm_per_image(jnp.minimum(x, 0.0))
 
 
 @operator(static=("in_shape",))
@@ -116,4 +117,4 @@ class Softplus(Elementwise):
         return softplus(x)
 
     def rounding_error(self, x):
-        return COMPUTED * norm_per_image(softplus_error(softplus(x)))
+        return ENLARGEMENT * norm_per_image(softplus_error(softplus(x)))

@@ -9,9 +9,10 @@ import numpy as np
 
 from lipjax import conv, spectral
 from lipjax.errors import NotCertifiable
-from lipjax.operators._base import COMPUTED, Leaf, Linear, check_input, gamma, norm_per_image, operator
+from lipjax.numerics import ENLARGEMENT, check_terms, gamma
+from lipjax.operators._base import Leaf, Linear, check_input, norm_per_image, operator
 from lipjax.spectral import series, verified
-from lipjax.spectral.arithmetic import check_terms, exact_float64
+from lipjax.spectral.arithmetic import exact_float64
 
 
 @operator("kernel", static=("in_shape", "num_terms", "padding", "nonexpansive", "fast_gradient"))
@@ -119,7 +120,7 @@ class ConvExponential(Linear):
             error = norm / k * error + local * (1 + size * (length + error) / k)
             length = 1 + norm / k * length
         # The last term stands for what underflows on the way, or in the norm: J amplifies that, too.
-        return error * COMPUTED * (norm_per_image(x) + 2.0**-480)
+        return error * ENLARGEMENT * (norm_per_image(x) + 2.0**-480)
 
     def _norms(self):
         """Bounds of |J| and of the norm of the convolution with |K|, in JAX, for float64.
@@ -138,5 +139,5 @@ class ConvExponential(Linear):
         norm = sizes[-1]
         for size, length in zip(sizes[-2::-1], lengths[::-1], strict=True):
             norm = jnp.sqrt(norm + gamma(length + 2) * size**2)
-        scale = math.sqrt(kh * kw) * largest * COMPUTED
+        scale = math.sqrt(kh * kw) * largest * ENLARGEMENT
         return scale * norm, scale * sizes[0]

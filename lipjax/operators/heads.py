@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 
 from lipjax import spectral
 from lipjax.errors import NotCertifiable
-from lipjax.operators._base import COMPUTED, Leaf, check_input, gamma, operator
+from lipjax.numerics import ENLARGEMENT, ROOM, gamma
+from lipjax.operators._base import Leaf, check_input, operator
 from lipjax.operators.softplus import softplus, softplus_error
 from lipjax.spectral.arithmetic import check_rounding, exact_float64
 
@@ -95,7 +96,7 @@ class LinearHead:
     def rounding_error(self, x):
         """Bound, (b, k), on the error of every computed logit."""
         size = jnp.abs(x) @ jnp.abs(self.matrix).T + jnp.abs(self.bias)
-        return gamma(self.matrix.shape[1] + 3) * COMPUTED * size
+        return gamma(self.matrix.shape[1] + 3) * ENLARGEMENT * size
 
 
 @operator("w1", "b1", "w2", "b2", static=())
@@ -163,12 +164,12 @@ class MLPHead:
         # Entry by entry the product errs by gamma |W2| |W1|, so its rows by gamma |W1|_F |w_i|.
         # (Row sums first, so that no sum is longer than a side.)
         lengths, frobenius = np.sqrt(np.sum(w2**2, axis=1)), math.sqrt(np.sum(np.sum(w1**2, axis=1)))
-        error = gamma(w1.shape[0] + 3) * frobenius * lengths * COMPUTED + 2.0**-400
+        error = gamma(w1.shape[0] + 3) * frobenius * lengths * ENLARGEMENT + 2.0**-400
         distances = _distance_bounds(w2)
         sigma = spectral.matrix_norm_bound(w1).claim
         total = _distance_bounds(through) + error[:, None] + error + sigma * distances
         # With room for the rounding errors of another product W2 W1.
-        return np.where(distances > 0, total / 2 * (1 + gamma(8)) * (1 + float(spectral.ROOM)), 0.0)
+        return np.where(distances > 0, total / 2 * (1 + gamma(8)) * (1 + float(ROOM)), 0.0)
 
     def exact_arrays(self) -> list[np.ndarray]:
         """w1, b1, w2 and b2 in float64, as proofs take them.
@@ -185,4 +186,4 @@ class MLPHead:
         # softplus is 1-Lipschitz: the error of a unit is that of its sum and its own.
         unit_error = gamma(features + 3) * sums + softplus_error(units)
         size = units @ jnp.abs(self.w2).T + jnp.abs(self.b2)
-        return COMPUTED * (gamma(hidden + 3) * size + unit_error @ jnp.abs(self.w2).T)
+        return ENLARGEMENT * (gamma(hidden + 3) * size + unit_error @ jnp.abs(self.w2).T)

@@ -7,17 +7,8 @@ import numpy as np
 
 from lipjax import conv, spectral
 from lipjax.errors import NotCertifiable
-from lipjax.operators._base import (
-    COMPUTED,
-    UNIT_ROUNDOFF,
-    Isometric,
-    Leaf,
-    Linear,
-    check_input,
-    gamma,
-    norm_per_image,
-    operator,
-)
+from lipjax.numerics import ENLARGEMENT, UNIT_ROUNDOFF, gamma
+from lipjax.operators._base import Isometric, Leaf, Linear, check_input, norm_per_image, operator
 from lipjax.spectral.arithmetic import check_rounding, exact_float64
 
 
@@ -51,7 +42,7 @@ class Dense(Linear):
         return spectral.matrix_norm_bound(exact_float64(self.matrix, "Dense: the matrix"))
 
     def rounding_error(self, x):
-        return gamma(self.matrix.shape[1] + 2) * COMPUTED * norm_per_image(jnp.abs(x) @ jnp.abs(self.matrix).T)
+        return gamma(self.matrix.shape[1] + 2) * ENLARGEMENT * norm_per_image(jnp.abs(x) @ jnp.abs(self.matrix).T)
 
 
 @operator("kernel", static=("in_shape", "strides", "padding"))
@@ -89,7 +80,7 @@ class Conv(Linear):
 
     def rounding_error(self, x):
         size = conv.conv2d(jnp.abs(x), jnp.abs(self.kernel), strides=self.strides, padding=self.padding)
-        return gamma(math.prod(self.kernel.shape[:3]) + 2) * COMPUTED * norm_per_image(size)
+        return gamma(math.prod(self.kernel.shape[:3]) + 2) * ENLARGEMENT * norm_per_image(size)
 
 
 @operator("mean", "std", static=("in_shape",))
@@ -125,7 +116,7 @@ class Normalize:
 
     def rounding_error(self, x):
         # Two roundings, or three where the division is a product with a rounded reciprocal.
-        return gamma(3) * COMPUTED * norm_per_image(self(x))
+        return gamma(3) * ENLARGEMENT * norm_per_image(self(x))
 
 
 @operator("bias", static=("in_shape",))
@@ -146,4 +137,4 @@ class Bias(Isometric):
         return x + self.bias
 
     def rounding_error(self, x):
-        return UNIT_ROUNDOFF * COMPUTED * norm_per_image(self(x))
+        return UNIT_ROUNDOFF * ENLARGEMENT * norm_per_image(self(x))

@@ -13,7 +13,8 @@ from jax.core import Tracer
 
 from lipjax import activations, pooling
 from lipjax.errors import NotCertifiable
-from lipjax.operators._base import COMPUTED, Isometric, Leaf, check_input, gamma, norm_per_image, operator
+from lipjax.numerics import ENLARGEMENT, gamma
+from lipjax.operators._base import Isometric, Leaf, check_input, norm_per_image, operator
 from lipjax.spectral.arithmetic import exact_float64
 
 
@@ -77,7 +78,7 @@ class _Directed(_Pairs):
         return super().bound()
 
     def rounding_error(self, x):
-        return gamma(self._roundings) * COMPUTED * norm_per_image(x)
+        return gamma(self._roundings) * ENLARGEMENT * norm_per_image(x)
 
 
 @operator(static=("in_shape",))

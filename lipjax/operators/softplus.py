@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipjax.operators._base import UNIT_ROUNDOFF
+from lipjax.numerics import UNIT_ROUNDOFF
 
 # exp(-t) counts as 0 from here on: exp(-40) is below u / 26.
 _FAR = 40

@@ -5,7 +5,6 @@ An estimate may be low and is for training; only a bound reaches a certificate. 
 
 from lipjax.spectral.estimates import norm_estimate, power_iteration
 from lipjax.spectral.norms import (
-    ROOM,
     SUPREMUM,
     NormBound,
     blocks_norm_bound,
@@ -18,7 +17,6 @@ from lipjax.spectral.norms import (
 )
 
 __all__ = [
-    "ROOM",
     "SUPREMUM",
     "NormBound",
     "blocks_norm_bound",

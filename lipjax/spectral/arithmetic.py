@@ -12,9 +12,6 @@ from threadpoolctl import threadpool_info
 
 from lipjax.errors import NotCertifiable
 
-TERMS = 9_000_000
-"""Error bounds are themselves sums in float64, of at most so many terms; a larger layer is refused, as by `checker`."""
-
 
 def _doubles(*digits: str) -> np.ndarray:
     """Doubles from hexadecimal digits, which no rounding mode changes."""
@@ -83,14 +80,6 @@ def check_rounding() -> None:
                 "This process flushes subnormal numbers to zero (a library was built with fast math?). Nothing can be "
                 "proved that way; start a new process without that library."
             )
-
-
-def check_terms(count: int, what: str) -> None:
-    """Raises: NotCertifiable if sums of so many terms are needed: the errors of error bounds are allowed for TERMS."""
-    if count > TERMS:
-        raise NotCertifiable(
-            f"{what} has {count:,} numbers to add up, and rounding errors are bounded for sums of at most {TERMS:,}."
-        )
 
 
 def exact_float64(array: Any, name: str, *, or_complex: bool = False) -> np.ndarray:

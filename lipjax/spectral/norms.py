@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from lipjax import _dft, conv
 from lipjax.errors import NotCertifiable
+from lipjax.numerics import EXACT_UNDERFLOW, EXACT_UNIT_ROUNDOFF, ROOM, exact_gamma
 from lipjax.spectral import symbol, verified
 from lipjax.spectral.arguments import check_operator
 from lipjax.spectral.arithmetic import check_rounding, exact_float64
@@ -25,9 +26,6 @@ _DENSE_SIDE, _DENSE_WINDOW = 4096, 8192
 _CHEAP, _DEAR = 2e9, 2e11
 # Gram matrices this close to multiples of the identity are bounded by the distance.
 _ISOMETRY = 2.0**-30
-
-ROOM = Fraction(1, 2**32)
-"""What a certificate adds to every proved bound, relatively: another proof of it meets other rounding errors."""
 
 SUPREMUM = "supremum of the truncated exponential on the imaginary axis"
 
@@ -119,8 +117,8 @@ def _matrix_gram(scaled: np.ndarray) -> tuple[np.ndarray, Fraction]:
     tall = np.ascontiguousarray(scaled if scaled.shape[0] >= scaled.shape[1] else scaled.conj().T)
     is_complex = np.iscomplexobj(tall)
     gram = (tall.conj().T if is_complex else tall.T) @ tall
-    relative = verified.gamma((4 if is_complex else 1) * (tall.shape[0] + 2))
-    return gram, relative * verified.sum_of_squares_up(tall) + verified.UNDERFLOW
+    relative = exact_gamma((4 if is_complex else 1) * (tall.shape[0] + 2))
+    return gram, relative * verified.sum_of_squares_up(tall) + EXACT_UNDERFLOW
 
 
 def _single(gram: np.ndarray, error: Fraction) -> tuple[Fraction, dict[str, Any]]:
@@ -263,7 +261,7 @@ def response_norm_bound(response: Complex[np.ndarray, "h f o i"], size: tuple[in
         return NormBound(0.0, "zero", {})
     scaled, exponent = verified.scale_to_unit(blocks.astype(np.complex128))
     # The sums of the projection round once per component, relative to the result.
-    return _blocks_bound(*_dft.pack(scaled, (h, w)), 2 * verified.UNIT, exponent)
+    return _blocks_bound(*_dft.pack(scaled, (h, w)), 2 * EXACT_UNIT_ROUNDOFF, exponent)
 
 
 def blocks_norm_bound(fixed: Float[np.ndarray, "r o i"], paired: Float[np.ndarray, "q 2 o i"]) -> NormBound:
@@ -313,5 +311,3 @@ def norm_bound(operator: Any) -> float:
     if bound is None:
         raise NotCertifiable(f"{type(operator).__name__} has no bound() method: no norm bound is proved for it")
     return bound().value
-
-

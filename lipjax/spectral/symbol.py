@@ -9,6 +9,7 @@ from fractions import Fraction
 import numpy as np
 
 from lipjax._dft import twiddles
+from lipjax.numerics import EXACT_UNDERFLOW, exact_gamma
 from lipjax.spectral import verified
 
 
@@ -96,8 +97,8 @@ class GramPolynomial:
 
         verified.parallel_map(fill, range(len(pairs)))
         terms = q1 * q2 * m + 2 * (len(pairs) + 1) + 8
-        relative = 2 * verified.gamma(terms) + Fraction(1, 2**48)
-        self.error = relative * sum_of_norms_squared_up(taps) + verified.UNDERFLOW
+        relative = 2 * exact_gamma(terms) + Fraction(1, 2**48)
+        self.error = relative * sum_of_norms_squared_up(taps) + EXACT_UNDERFLOW
 
     def _product(self, d1: int, d2: int) -> np.ndarray:
         q1, q2, _, n = self.taps.shape
@@ -158,5 +159,5 @@ def dense_gram(kernel: np.ndarray, axes: tuple[Axis, Axis]) -> tuple[np.ndarray,
         for x2, t2 in windows(columns):
             gram[x1, x2, :, x1, x2, :] += products[t1, t2, :, t1, t2, :]
     side = rows.size * columns.size * c
-    error = 2 * verified.gamma(o + k1 * k2 + 4) * sum_of_norms_squared_up(kernel)
-    return gram.reshape(side, side), error + verified.UNDERFLOW
+    error = 2 * exact_gamma(o + k1 * k2 + 4) * sum_of_norms_squared_up(kernel)
+    return gram.reshape(side, side), error + EXACT_UNDERFLOW

@@ -1,6 +1,6 @@
 """Proved upper bounds for the largest eigenvalue of Hermitian matrices: rounding helpers and Cholesky verification.
 
-Every inequality used here is derived in docs/soundness.md, section 1; the names of the constants are the same.
+Every inequality used here is derived in docs/soundness.md, section 1; constants in `numerics`.
 """
 
 import dataclasses
@@ -14,19 +14,12 @@ from typing import Any
 import numpy as np
 
 from lipjax.errors import NotCertifiable
+from lipjax.numerics import EXACT_UNDERFLOW, EXACT_UNIT_ROUNDOFF, exact_gamma
 
-UNIT = Fraction(1, 2**53)
-# More than all underflows (flush to zero included) of scaled matrices with fewer than 2^40 entries can add up to.
-UNDERFLOW = Fraction(1, 2**900)
 # Shifts start here: far below the rounding error of a scaled Gram matrix, but positive.
-_FLOOR = 2.0**-60
+_FIRST_SHIFT = 2.0**-60
 _FIRST_EXCESS, _GROWTH, _COARSE = 2.0**-40, 16.0, 1e-7
 _EIGVALSH_SIDE, _SMALL_SIDE = 1024, 128
-
-
-def gamma(k: int) -> Fraction:
-    """gamma_k = k u / (1 - k u), u = 2^-53 (Higham 2002, section 3.1)."""
-    return k * UNIT / (1 - k * UNIT)
 
 
 def float_up(x: Fraction) -> float:
@@ -61,7 +54,7 @@ def scale_to_unit(array: np.ndarray) -> tuple[np.ndarray, int]:
 def sum_of_squares_up(array: np.ndarray) -> Fraction:
     """Upper bound of the sum of |entry|^2 of a scaled array."""
     parts = np.ascontiguousarray(array).reshape(-1).view(np.float64)
-    return Fraction(float(np.sum(parts * parts))) / (1 - gamma(parts.size + 2)) + UNDERFLOW
+    return Fraction(float(np.sum(parts * parts))) / (1 - exact_gamma(parts.size + 2)) + EXACT_UNDERFLOW
 
 
 def parallel_map(function: Callable[[Any], Any], items: Iterable[Any], most: int = 32) -> list[Any]:
@@ -118,9 +111,9 @@ def _verify(gram: np.ndarray, shift: float) -> Fraction | None:
     if not (np.isfinite(roots).all() and (roots > 0).all()):
         return None
     # Twice Demmel's constant with one more rounding per entry (multiplication by reciprocals); twice that if complex.
-    backward = gamma((4 if np.iscomplexobj(gram) else 2) * (n + 4))
-    trace = Fraction(float(pivots.sum(-1).max())) / (1 - gamma(n))
-    return backward / (1 - backward) * trace + 2 * UNIT * Fraction(float(pivots.max())) + UNDERFLOW
+    backward = exact_gamma((4 if np.iscomplexobj(gram) else 2) * (n + 4))
+    trace = Fraction(float(pivots.sum(-1).max())) / (1 - exact_gamma(n))
+    return backward / (1 - backward) * trace + 2 * EXACT_UNIT_ROUNDOFF * Fraction(float(pivots.max())) + EXACT_UNDERFLOW
 
 
 def _lanczos(gram: np.ndarray, steps: int = 300) -> float:
@@ -212,7 +205,7 @@ def largest_eigenvalue_bound(family: GramFamily, order: np.ndarray) -> tuple[Fra
       factor) and `slack` (what rounding adds to it). The result does not depend on the number of threads.
     Raises: NotCertifiable if no factorisation completes.
     """
-    shift, slacks = _FLOOR, []
+    shift, slacks = _FIRST_SHIFT, []
     for member in order[:4]:
         shift, slack = _raise_shift(family.grams(np.array([member]))[0], shift)
         slacks.append(slack)
@@ -245,8 +238,8 @@ def response_family(stack: np.ndarray) -> GramFamily:
         return adjoint @ chosen if tall else chosen @ adjoint
 
     frobenius = max(sum_of_squares_up(block) for block in stack)
-    relative = gamma((4 if np.iscomplexobj(stack) else 1) * (max(rows, side) + 4))
-    return GramFamily(min(rows, side), count, grams, relative * frobenius + UNDERFLOW)
+    relative = exact_gamma((4 if np.iscomplexobj(stack) else 1) * (max(rows, side) + 4))
+    return GramFamily(min(rows, side), count, grams, relative * frobenius + EXACT_UNDERFLOW)
 
 
 def isometry_bound(family: GramFamily, enough: float) -> tuple[Fraction, dict[str, float]] | None:
@@ -273,6 +266,6 @@ def isometry_bound(family: GramFamily, enough: float) -> tuple[Fraction, dict[st
     if not squared <= limit:
         return None
     # Subtracting c from the diagonal rounds by at most u times the result.
-    computed = Fraction(sqrt_up(Fraction(squared) / (1 - gamma(2 * family.side**2 + 4)) + UNDERFLOW))
-    residual = computed * (1 + 2 * UNIT) + family.error
+    computed = Fraction(sqrt_up(Fraction(squared) / (1 - exact_gamma(2 * family.side**2 + 4)) + EXACT_UNDERFLOW))
+    residual = computed * (1 + 2 * EXACT_UNIT_ROUNDOFF) + family.error
     return Fraction(centre) + residual, {"centre": centre, "residual": float_up(residual)}

@@ -11,6 +11,7 @@ import pytest
 import lipjax
 from lipjax import activations, bounds, operators, pooling
 from lipjax.models import LipConvnet
+from lipjax.numerics import gamma
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 COUNT = 200_000
@@ -33,7 +34,7 @@ def largest_share(name, rng):
     else:
         exact = np.where(c * a + s * abs(b) < 0, size, (c * abs(b) - s * a) / np.sqrt(squared))[None]
     error = np.sqrt(((found - exact) ** 2).sum(axis=0)) / size
-    return float(error.max()) / operators.gamma(getattr(operators, name)._roundings)
+    return float(error.max()) / gamma(getattr(operators, name)._roundings)
 
 
 @pytest.mark.skipif(np.finfo(np.longdouble).nmant < 63, reason="long doubles are no longer than doubles here")

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROWS = (
     ("checker", "streams", "_spread"),
     ("errors", "_dft", "activations"),
-    ("files", "linalg", "conv", "pooling"),
+    ("files", "linalg", "conv", "numerics", "pooling"),
     ("spectral",),
     ("operators",),
     ("parametrize", "network", "curvature"),

@@ -13,10 +13,10 @@ from lipjax import operators, spectral
 from lipjax.certify import FrozenNetwork
 from lipjax.errors import UserError
 from lipjax.network import make_network
+from lipjax.numerics import UNDERFLOW_OF_OPERATOR
 from lipjax.operators import softplus
 
 U = 2.0**-53
-FLOOR = 2.0**-480  # what FrozenNetwork adds for underflow, times 1 + |x|
 
 
 def leaky(slope):
@@ -139,7 +139,7 @@ def test_rounding_error_covers_the_distance_to_exact_arithmetic(name):
         with mpmath.workprec(400):
             pairs = zip(found.ravel(), x.ravel(), strict=True)
             error = mpmath.sqrt(mpmath.fsum((mpmath.mpf(float(a)) - exact(name, b)) ** 2 for a, b in pairs))
-            allowed = float(bound) + FLOOR * (1 + float(np.linalg.norm(x)))
+            allowed = float(bound) + UNDERFLOW_OF_OPERATOR * (1 + float(np.linalg.norm(x)))
             assert error <= allowed
             ratios.append(float(error / allowed))
     if name in ("ReLU", "abs", "leaky 0"):

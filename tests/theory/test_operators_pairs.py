@@ -15,9 +15,9 @@ from lipjax import activations, operators, pooling, spectral
 from lipjax.certify import FrozenNetwork
 from lipjax.errors import NotCertifiable
 from lipjax.network import make_network
+from lipjax.numerics import UNDERFLOW_OF_OPERATOR, gamma
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-FLOOR = 2.0**-480  # what FrozenNetwork adds for underflow, times 1 + |x|
 
 
 def build(name, angles, in_shape):
@@ -190,13 +190,13 @@ def test_rounding_error_covers_the_distance_to_exact_arithmetic(name):
             total += error
             # The claim is a multiple of |x|, so it must hold for each pair alone.
             size = math.hypot(*row[i::pairs])
-            allowed = operators.gamma(type(op)._roundings) * size + FLOOR * (1 + size)
+            allowed = gamma(type(op)._roundings) * size + UNDERFLOW_OF_OPERATOR * (1 + size)
             assert error <= Fraction(allowed) ** 2, (directions[..., i], row[i::pairs])
             largest = max(largest, float(error) ** 0.5 / allowed)
             if name == "Householder2":  # control: the oracle of other directions is far from it
                 other = ORACLES[name](directions[[0, 2, 1], :, i], z)
                 swapped = max(swapped, float(sum((w - f) ** 2 for w, f in zip(other, found, strict=True))) ** 0.5)
-        assert total <= Fraction(float(bound) + FLOOR * (1 + np.linalg.norm(row))) ** 2
+        assert total <= Fraction(float(bound) + UNDERFLOW_OF_OPERATOR * (1 + np.linalg.norm(row))) ** 2
     assert 1e-3 < largest < 1  # control: rounding does happen
     assert name != "Householder2" or swapped > 1
 

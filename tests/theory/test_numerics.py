@@ -1,0 +1,50 @@
+"""The constants of the proofs: their values, and that each is defined once."""
+
+import ast
+import math
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from lipjax import numerics
+
+LIPJAX = Path(numerics.__file__).parent
+NAMES = {name for name in vars(numerics) if name.isupper()} | {"gamma", "exact_gamma", "gamma32"}
+# What the constants were called where they were defined twice.
+FORMER = {"COMPUTED", "FLOOR", "GUARD", "LEAST", "UNIT", "U"}
+
+
+def defined(tree):
+    """Names that a module binds by assignment or as a function, at its top level."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            yield node.name
+        for target in getattr(node, "targets", [getattr(node, "target", None)]):
+            yield from (part.id for part in ast.walk(target) if isinstance(part, ast.Name)) if target else ()
+
+
+def test_each_constant_is_defined_once():
+    again = {
+        str(path.relative_to(LIPJAX)): found
+        for path in sorted(LIPJAX.rglob("*.py"))
+        if path.name not in ("numerics.py", "checker.py")  # which has its own
+        and (found := (NAMES | FORMER) & set(defined(ast.parse(path.read_text()))))
+    }
+    assert again == {}
+    assert {"UNIT_ROUNDOFF", "gamma"} <= set(defined(ast.parse(Path(numerics.__file__).read_text())))  # control
+
+
+@pytest.mark.parametrize("n", [1, 8, 1000, 9_000_000])
+def test_gamma_bounds_n_roundings(n):
+    assert numerics.exact_gamma(n) == Fraction(n, 2**53 - n)
+    assert numerics.exact_gamma(n) <= Fraction(numerics.gamma(n)) <= numerics.exact_gamma(n) * (1 + Fraction(1, 2**49))
+    if n <= 2**22:
+        assert numerics.gamma32(n) == pytest.approx(n / (2**24 - n), rel=1e-15)
+    assert numerics.gamma32(2**23) == math.inf
+
+
+def test_exact_constants_are_those_of_float64():
+    assert numerics.EXACT_UNIT_ROUNDOFF == Fraction(1, 2**53) and numerics.EXACT_UNDERFLOW == Fraction(1, 2**900)
+    # Several sums of TERMS terms in turn err by less than what error bounds are enlarged by.
+    assert numerics.TERMS * numerics.UNIT_ROUNDOFF * 9 < numerics.ENLARGEMENT - 1
