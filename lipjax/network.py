@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lipjax.operators import Centered, Contraction, Leaf, Normalize, Residual
-from lipjax.operators._base import Linear
+from lipjax.operators.base import Linear
 
 PRECISIONS = ("float32", "bfloat16")
 

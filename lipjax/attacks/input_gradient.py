@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lipjax.network import Network
 from lipjax.operators import Residual
-from lipjax.operators._base import Linear, operator
+from lipjax.operators.base import Linear, operator
 
 
 @jax.custom_vjp

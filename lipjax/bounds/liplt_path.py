@@ -8,7 +8,7 @@ import numpy as np
 
 from lipjax.errors import NotCertifiable
 from lipjax.operators import Bias, CropChannels, Flatten, PadChannels, SpaceToDepth
-from lipjax.operators._base import Linear, operator
+from lipjax.operators.base import Linear, operator
 
 REORDERINGS = (Flatten, SpaceToDepth, PadChannels, CropChannels)
 

@@ -18,7 +18,7 @@ from lipjax.bounds.liplt_path import Step
 from lipjax.errors import NotCertifiable
 from lipjax.numerics import ENLARGEMENT, ROOM, check_terms, gamma
 from lipjax.operators import Conv, Flatten
-from lipjax.operators.heads import _distance_bounds
+from lipjax.operators.heads import distance_bounds
 from lipjax.spectral.arithmetic import check_rounding, exact_float64
 from lipjax.spectral.verified import float_up, parallel_map
 
@@ -287,7 +287,7 @@ class LipLTBound:
         """Rows of the output at every start, and at the output of the last activation's piece (the input without one).
 
         all_starts: False for the latter alone. None where an operator on the way is not composed, or where numbers
-        leave the range of `_distance_bounds`.
+        leave the range of `distance_bounds`.
         """
         size = math.prod(self.pieces[-1].step.out_shape)
         x = np.eye(size).reshape(size, *self.pieces[-1].step.out_shape)
@@ -375,4 +375,4 @@ def _times(weight: Fraction, measure: np.ndarray) -> np.ndarray:
 
 
 def _pair_bounds(rows: np.ndarray, errors: np.ndarray) -> np.ndarray:
-    return (_distance_bounds(rows) + errors[:, None] + errors) * ENLARGEMENT
+    return (distance_bounds(rows) + errors[:, None] + errors) * ENLARGEMENT

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lipjax.bounds.liplt_path import Step, slope_parts
-from lipjax.operators._base import Linear
+from lipjax.operators.base import Linear
 
 Vectors = dict[str, Float[Array, "..."]]
 

@@ -49,7 +49,7 @@ BALL_CLAIM = (
 
 def _pixels(frozen: FrozenNetwork, images, pixel_max: int | None) -> np.ndarray:
     """Images of a batch in float64, divided by pixel_max if there is one."""
-    return frozen._check_images(images if pixel_max is None else np.asarray(images) / np.float64(pixel_max))
+    return frozen.check_images(images if pixel_max is None else np.asarray(images) / np.float64(pixel_max))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +242,7 @@ def float32_error(frozen: FrozenNetwork, images, batch_size: int = 256) -> np.nd
       nobody bounds.
     """
     analysis = _Analysis(frozen)
-    return analysis.bound(analysis.evaluate(frozen._check_images(images), batch_size))
+    return analysis.bound(analysis.evaluate(frozen.check_images(images), batch_size))
 
 
 _logits = jax.jit(lambda network, pixels: network(pixels))

@@ -170,7 +170,8 @@ class FrozenNetwork:
             sigmas, _ = jax.jit(bounds.norm_estimates, static_argnums=2)(network, vectors, num_iters)
             return {name: float(sigma) for name, sigma in sigmas.items()}
 
-    def _check_images(self, images) -> np.ndarray:
+    def check_images(self, images) -> np.ndarray:
+        """The images in float64. Raises: UserError for another shape, a type that is rounded, pixels beyond [0, 1]."""
         images = np.asarray(images)
         shape = ", ".join(map(str, self.in_shape))
         if images.shape[1:] != self.in_shape:
@@ -188,9 +189,10 @@ class FrozenNetwork:
             raise UserError(f"Expected pixels in [0, 1], got values from {low:g} to {high:g}: rescale the images.")
         return images
 
-    def _run(self, images, norms: tuple, batch_size: int) -> list[np.ndarray]:
-        """`evaluate` on all images: logits (n, k), features (n, d), feature errors (n,), head errors (n, k).
+    def evaluate(self, images, norms: tuple, batch_size: int) -> list[np.ndarray]:
+        """Evaluates all images: logits (n, k), features (n, d), bounds of errors of features (n,) and of heads (n, k).
 
+        norms: of the normalisation and every operator, those of `LayerBound.norms`.
         A batch that is not full is padded to the next power of two: few images cost little, and few programs are made.
         """
         if batch_size < 1:
@@ -214,7 +216,7 @@ class FrozenNetwork:
         """
         # Norms serve the error bounds only.
         unasked = [(0.0,) * len(op.ops) if isinstance(op, operators.Residual) else 0.0 for op in self.network.ops]
-        return self._run(self._check_images(images), (0.0, *unasked), batch_size)[0]
+        return self.evaluate(self.check_images(images), (0.0, *unasked), batch_size)[0]
 
     def margins(self, images, batch_size: int = 256) -> tuple[np.ndarray, np.ndarray]:
         """Predictions (n,) and lower bounds (n, k) of logit[prediction] - logit[i] in exact real arithmetic.
@@ -227,7 +229,7 @@ class FrozenNetwork:
 
     def _run_with_errors(self, images, batch_size: int) -> list[np.ndarray]:
         check_arithmetic()
-        return self._run(self._check_images(images), tuple(row.norms for row in self._bounds), batch_size)
+        return self.evaluate(self.check_images(images), tuple(row.norms for row in self._bounds), batch_size)
 
     def _lower_margins(self, predicted, logits, error, head_error) -> np.ndarray:
         """Lower bounds (n, k) of the margins, for features that are off by at most error (n,).
@@ -269,7 +271,7 @@ class FrozenNetwork:
         Raises: UserError (a ValueError) for other images; NotCertifiable if a layer has no proved bound.
         Example: classes, radii = FrozenNetwork.load("runs/x/frozen").predict(image[None])
         """
-        pixels = self._check_images(images)
+        pixels = self.check_images(images)
         wrong = np.flatnonzero(np.isnan(pixels).any(axis=tuple(range(1, pixels.ndim))))
         if len(wrong):
             what = f"but {len(wrong)} of {len(pixels)} images hold NaN, the first of them image {wrong[0]}"

@@ -115,7 +115,7 @@ def whole_bound(head, rows: list[bounds.LayerBound]) -> float | None:
 def logits_and_errors(network: FrozenNetwork, points: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Logits (n, k) in float64 for pixels of any value, and bounds (n, k) of their errors (docs/soundness.md, 7)."""
     head, rows = network.network.head, network.lipschitz_report()
-    logits, _, error, own = network._run(points, tuple(row.norms for row in rows), batch_size)
+    logits, _, error, own = network.evaluate(points, tuple(row.norms for row in rows), batch_size)
     if isinstance(head, LinearHead):
         constants = np.linalg.norm(head.matrix, axis=1)
     else:  # softplus is 1-Lipschitz

@@ -8,7 +8,7 @@ conventional summation in any order, the operator compiled apart from its neighb
 FrozenNetwork adds (docs/soundness.md). `check()`, where there is one, raises ValueError for arrays of the wrong shape.
 """
 
-from lipjax.operators._base import Leaf, norm_per_image
+from lipjax.operators.base import Leaf, norm_per_image
 from lipjax.operators.circular import CircularConv, CircularSeries
 from lipjax.operators.elementwise import LeakyReLU, ReLU, Sigmoid, Softplus, Tanh
 from lipjax.operators.exponential import ConvExponential

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from lipjax import _dft, spectral
 from lipjax.numerics import ENLARGEMENT, check_terms, gamma
-from lipjax.operators._base import Leaf, Linear, norm_per_image, operator
+from lipjax.operators.base import Leaf, Linear, norm_per_image, operator
 from lipjax.spectral.arithmetic import exact_float64
 
 

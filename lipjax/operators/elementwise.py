@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lipjax import spectral
 from lipjax.numerics import ENLARGEMENT, UNIT_ROUNDOFF
-from lipjax.operators._base import check_input, norm_per_image, operator
+from lipjax.operators.base import check_input, norm_per_image, operator
 from lipjax.operators.softplus import SIGMOID_ERROR, TANH_ERROR, sigmoid, softplus, softplus_error, tanh
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipjax import conv, spectral
-from lipjax.operators._base import Leaf, operator
+from lipjax.operators.base import Leaf, operator
 from lipjax.operators.linear import Conv
 from lipjax.operators.residual import Residual
 from lipjax.operators.training_only import Centered

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from lipjax import spectral
 from lipjax.errors import NotCertifiable
 from lipjax.numerics import ENLARGEMENT, ROOM, gamma
-from lipjax.operators._base import Leaf, check_input, operator
+from lipjax.operators.base import Leaf, check_input, operator
 from lipjax.operators.softplus import softplus, softplus_error
 from lipjax.spectral.arithmetic import check_rounding, exact_float64
 
@@ -32,7 +32,7 @@ def _distances(rows) -> Float[Array, "k k"]:
     return jnp.where(same, 0.0, jnp.sqrt(jnp.where(same, 1.0, squared)))
 
 
-def _distance_bounds(rows: np.ndarray) -> np.ndarray:
+def distance_bounds(rows: np.ndarray) -> np.ndarray:
     """Proved upper bounds of |r_i - r_j|_2 for all pairs of float64 rows below 2^1000: exactly 0 for equal ones."""
     # A power of two brings the rows to order one, so that squares neither overflow nor vanish; what underflows all
     # the same is below the last term.
@@ -91,7 +91,7 @@ class LinearHead:
 
         Raises: NotCertifiable if an entry is not finite or above 2^1000.
         """
-        return _distance_bounds(checked(self.matrix, "matrix", 1000))
+        return distance_bounds(checked(self.matrix, "matrix", 1000))
 
     def rounding_error(self, x):
         """Bound, (b, k), on the error of every computed logit."""
@@ -165,9 +165,9 @@ class MLPHead:
         # (Row sums first, so that no sum is longer than a side.)
         lengths, frobenius = np.sqrt(np.sum(w2**2, axis=1)), math.sqrt(np.sum(np.sum(w1**2, axis=1)))
         error = gamma(w1.shape[0] + 3) * frobenius * lengths * ENLARGEMENT + 2.0**-400
-        distances = _distance_bounds(w2)
+        distances = distance_bounds(w2)
         sigma = spectral.matrix_norm_bound(w1).claim
-        total = _distance_bounds(through) + error[:, None] + error + sigma * distances
+        total = distance_bounds(through) + error[:, None] + error + sigma * distances
         # With room for the rounding errors of another product W2 W1.
         return np.where(distances > 0, total / 2 * (1 + gamma(8)) * (1 + float(ROOM)), 0.0)
 

@@ -8,7 +8,7 @@ import numpy as np
 from lipjax import conv, spectral
 from lipjax.errors import NotCertifiable
 from lipjax.numerics import ENLARGEMENT, UNIT_ROUNDOFF, gamma
-from lipjax.operators._base import Isometric, Leaf, Linear, check_input, norm_per_image, operator
+from lipjax.operators.base import Isometric, Leaf, Linear, check_input, norm_per_image, operator
 from lipjax.spectral.arithmetic import check_rounding, exact_float64
 
 

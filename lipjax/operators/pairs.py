@@ -14,7 +14,7 @@ from jax.core import Tracer
 from lipjax import activations, pooling
 from lipjax.errors import NotCertifiable
 from lipjax.numerics import ENLARGEMENT, gamma
-from lipjax.operators._base import Isometric, Leaf, check_input, norm_per_image, operator
+from lipjax.operators.base import Isometric, Leaf, check_input, norm_per_image, operator
 from lipjax.spectral.arithmetic import exact_float64
 
 

@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 
 from lipjax import conv
-from lipjax.operators._base import Isometric, check_input, operator
+from lipjax.operators.base import Isometric, check_input, operator
 
 
 @operator(static=("in_shape",))

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 from lipjax import spectral
 from lipjax.errors import NotCertifiable
-from lipjax.operators._base import check_input, operator
+from lipjax.operators.base import check_input, operator
 from lipjax.spectral.verified import float_up
 
 

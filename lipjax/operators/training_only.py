@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lipjax.operators._base import operator
+from lipjax.operators.base import operator
 
 
 class _Around:

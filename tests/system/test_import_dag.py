@@ -34,7 +34,7 @@ INSIDE = {
     "linalg": (("cholesky", "parts"), ("functions",)),
     "spectral": (("arguments", "arithmetic", "verified"), ("estimates", "series", "symbol"), ("norms",)),
     "operators": (
-        ("_base",),
+        ("base",),
         ("circular", "exponential", "linear", "pairs", "reshape", "residual", "softplus", "training_only"),
         ("elementwise", "grid", "heads"),
     ),
