@@ -83,6 +83,7 @@ ZERO = "zero"
 ONLY_TAP = "Cholesky of the Gram matrix of the only block tap"
 DENSE = "Cholesky of the dense operator's Gram matrix"
 PER_FREQUENCY = "Cholesky per frequency of a block circulant"
+EVERYWHERE = "autocorrelation of the taps, for maps of every size"
 RESHAPED = "sqrt(kh kw) times the norm of the kernel as {}"
 COMPOSED = "Cholesky of the Gram matrix of the dense composition"
 BANDED = "Cholesky of the banded Gram matrix of the composition"
@@ -377,6 +378,8 @@ def conv_below(kernel: np.ndarray, axes: tuple[Axis, Axis], method: str, details
     """
     if limit < 0:
         return False
+    if method == EVERYWHERE:  # of all taps, whether this map meets them or not
+        return autocorrelation_below(kernel, axes, limit)
     keep = np.zeros(kernel.shape[:2], bool)
     keep[np.ix_(axes[0].used, axes[1].used)] = True
     kernel = np.where(keep[:, :, None, None], kernel, 0.0)
@@ -388,15 +391,7 @@ def conv_below(kernel: np.ndarray, axes: tuple[Axis, Axis], method: str, details
         return dense_conv_below(kernel, axes, limit)
     if method not in (PER_FREQUENCY, ONLY_TAP):
         raise Unproved(f"the method {method!r} is not known")
-    # Blocks of s pixels make the stride 1: t - lo = s q + rho (§2).
-    blocks: dict[tuple[int, int], np.ndarray] = {}
-    (s1, s2), (c, o) = (axis.stride for axis in axes), kernel.shape[2:]
-    for t1 in axes[0].used:
-        for t2 in axes[1].used:
-            (q1, r1), (q2, r2) = divmod(t1 - axes[0].low, s1), divmod(t2 - axes[1].low, s2)
-            blocks.setdefault((q1, q2), np.zeros((o, s1, s2, c)))[:, r1, r2] = kernel[t1, t2].T
-    places = np.array(sorted(blocks))
-    taps = np.stack([blocks[q1, q2].reshape(o, -1) for q1, q2 in places.tolist()])
+    places, taps = block_taps(kernel, axes, axes[0].used, axes[1].used)
     grid: Any = details.get("grid")
     twist: Any = details.get("twist")
     moves = [len(set(places[:, a].tolist())) > 1 for a in range(2)]
@@ -435,6 +430,62 @@ def conv_below(kernel: np.ndarray, axes: tuple[Axis, Axis], method: str, details
     return all(in_threads(prove, chunks, 12 * size * max(taps[0].size, len(taps))))
 
 
+def block_taps(kernel: np.ndarray, axes: tuple[Axis, Axis], rows: Any, columns: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The taps of blocks of s pixels, which make the stride 1: t - lo = s q + rho (§2).
+
+    Args: rows, columns: which taps of the kernel.
+    Returns: the places q, (p, 2), and the matrices, (p, o, s1 s2 c).
+    """
+    blocks: dict[tuple[int, int], np.ndarray] = {}
+    (s1, s2), (c, o) = (axis.stride for axis in axes), kernel.shape[2:]
+    for t1 in rows:
+        for t2 in columns:
+            (q1, r1), (q2, r2) = divmod(t1 - axes[0].low, s1), divmod(t2 - axes[1].low, s2)
+            blocks.setdefault((q1, q2), np.zeros((o, s1, s2, c)))[:, r1, r2] = kernel[t1, t2].T
+    places = np.array(sorted(blocks))
+    return places, np.stack([blocks[q1, q2].reshape(o, -1) for q1, q2 in places.tolist()])
+
+
+def autocorrelation_below(kernel: np.ndarray, axes: tuple[Axis, Axis], limit: Fraction) -> bool:
+    """Whether the norm is at most `limit` on maps of every size, padded in any way, by the taps alone (§3a).
+
+    With C_d = sum_q P_q^T P_(q+d), the symbol's Gram matrix is G = C_0 + sum over one d of each pair +-d of
+    (C_d + C_d^T) cos + i (C_d - C_d^T) sin of some angle, and the two parts of a summand are its real and imaginary
+    part: lambda_max(G) <= c + |C_0 - c I|_F + sum_d max(|C_d + C_d^T|_F, |C_d - C_d^T|_F) for every c.
+    Rounding: an entry of C_d is an inner product of at most L = p m terms, so that all C_d together err by gamma_L
+    (sum_q |P_q|_F)^2; the sums C_d +- C_d^T and C_0 - c I round by u relative to the result.
+    """
+    if not kernel.any():
+        return True
+    kernel, exponent = scaled(kernel)
+    places, taps = block_taps(kernel, axes, range(axes[0].taps), range(axes[1].taps))
+    # Columns of zeros are no inputs; the Gram matrix of the smaller side is the one close to a multiple of I.
+    taps = taps[:, :, taps.any(axis=(0, 1))]
+    taps = np.ascontiguousarray(taps.swapaxes(1, 2)) if taps.shape[1] < taps.shape[2] else taps
+    count, m, n = taps.shape
+    at = {(q1, q2): i for i, (q1, q2) in enumerate(places.tolist())}
+    lags = {(q1 - r1, q2 - r2) for q1, q2 in at for r1, r2 in at}
+
+    def size_up(matrix: np.ndarray) -> Fraction:
+        return root_up(squares_up(matrix))
+
+    def of_lag(lag: tuple[int, int]) -> Fraction | float:
+        pairs = [(i, at[q1 + lag[0], q2 + lag[1]]) for (q1, q2), i in at.items() if (q1 + lag[0], q2 + lag[1]) in at]
+        left, right = (taps[[pair[side] for pair in pairs]].reshape(-1, n) for side in range(2))
+        product = left.T @ right
+        if lag != (0, 0):
+            return max(size_up(product + product.T), size_up(product - product.T))
+        centre = float(product.trace()) / n
+        product[np.diag_indices(n)] -= centre
+        return Fraction(centre) + size_up(product)
+
+    half = sorted(lag for lag in lags if lag >= (0, 0))
+    total = sum(in_threads(of_lag, half, 2 * taps.size + 3 * n * n), Fraction(0)) * (1 + 2 * U)
+    size = sum((size_up(tap) for tap in taps), Fraction(0))
+    error = gamma(count * m + 4) * size**2 + TINY
+    return total + error <= (limit / Fraction(2) ** exponent) ** 2
+
+
 def conv_effort(shape: tuple, axes: tuple[Axis, Axis], method: str, details: dict) -> tuple[int | float, int | float]:
     """About how many multiplications `conv_below` takes for a kernel of this shape, and numbers it holds at once."""
     rows, columns = axes
@@ -446,12 +497,18 @@ def conv_effort(shape: tuple, axes: tuple[Axis, Axis], method: str, details: dic
         work += kh * kw * columns.out * CALL
         return work, kh * columns.out * o * width + pairs * width**2 + 5 * side**2
     steps, used = [axis.stride for axis in axes], [axis.used for axis in axes]
+    if method == EVERYWHERE:
+        used = [range(axis.taps) for axis in axes]
     blocks = math.prod(
         len({(t - axis.low) // axis.stride for t in taps}) for axis, taps in zip(axes, used, strict=True)
     )
     n = math.prod(steps) * c
     count = blocks * o * n
     work, numbers = kh * kw * CALL + blocks * CALL, 3.0 * count
+    if method == EVERYWHERE:
+        side, lags = min(o, n), 2 * blocks
+        work += lags * (CALL + 3 * FRACTION) + blocks * (blocks + 1) / 2 * (float(o) * n * side + 2 * PASS * o * n)
+        return work + lags * 12.0 * PASS * side**2, numbers + 2.0 * count + 4.0 * side**2
     grid: Any = details.get("grid")
     sides = [g if type(g) is int and 0 < g < 2**31 else 1 for g in grid[:2]] if isinstance(grid, list) else [1]
     sides = [min(g, 4 * (axis.out + axis.size + axis.taps)) for g, axis in zip(sides, axes, strict=False)]
@@ -785,7 +842,7 @@ class Dense(Operator):
 
 class Conv(Operator):
     arrays, settings = ("kernel",), ("in_shape", "strides", "padding")
-    methods = (ZERO, ONLY_TAP, DENSE, PER_FREQUENCY)
+    methods = (ZERO, ONLY_TAP, DENSE, PER_FREQUENCY, EVERYWHERE)
 
     def prepare(self):
         need(
@@ -959,7 +1016,7 @@ class ConvExponential(Operator):
         kh, kw, c, _ = self.kernel.shape
         by = str(details.get("skew_norm_method"))
         work = SERIES_WORDS * PASS / 4
-        if by in (PER_FREQUENCY, ONLY_TAP, DENSE):
+        if by in (PER_FREQUENCY, ONLY_TAP, DENSE, EVERYWHERE):
             found = conv_effort(self.kernel.shape, self.axes, by, details)
         else:
             found = matrix_effort(kh * c, kw * c)

@@ -146,5 +146,3 @@ def image_rows(certificate: Certificate, labels=None) -> list[dict]:
         }
         rows.append(row if labels is None else {"label": int(labels[i]), **row})
     return rows
-
-

@@ -333,5 +333,3 @@ def _check_lipschitz(search: LipschitzSearch, lipschitz, whole: float | None, wo
     raise Refuted(
         f"A Lipschitz bound is false: {what}; two points are mapped further apart ({path}). Please report this."
     )
-
-

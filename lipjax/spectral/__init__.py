@@ -5,6 +5,7 @@ An estimate may be low and is for training; only a bound reaches a certificate. 
 
 from lipjax.spectral.estimates import norm_estimate, power_iteration
 from lipjax.spectral.norms import (
+    EVERYWHERE,
     SUPREMUM,
     NormBound,
     blocks_norm_bound,
@@ -17,6 +18,7 @@ from lipjax.spectral.norms import (
 )
 
 __all__ = [
+    "EVERYWHERE",
     "SUPREMUM",
     "NormBound",
     "blocks_norm_bound",

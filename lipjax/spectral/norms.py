@@ -22,10 +22,15 @@ from lipjax.spectral.arithmetic import check_rounding, exact_float64
 
 # The dense operator is bounded itself up to this many inputs: its norm has no embedding loss.
 _DENSE_SIDE, _DENSE_WINDOW = 4096, 8192
+# Up to this many inputs it comes first, because it costs little.
+_TINY_SIDE = 512
 # Cost of a family in factorisation flops above which only the least grid, and then only one variant, is tried.
 _CHEAP, _DEAR = 2e9, 2e11
 # Gram matrices this close to multiples of the identity are bounded by the distance.
 _ISOMETRY = 2.0**-30
+
+EVERYWHERE = "autocorrelation of the taps, for maps of every size"
+"""The method of bounds that do not depend on the map: of convolutions whose kernel is orthogonal up to rounding."""
 
 SUPREMUM = "supremum of the truncated exponential on the imaginary axis"
 
@@ -136,6 +141,7 @@ def conv_norm_bound(
 ) -> NormBound:
     """Proved upper bound of the spectral norm of the convolution y[p] = sum_t K[t] x[s p + t - lo].
 
+    Orthogonal kernels are bounded by the autocorrelation of their taps, for maps of all sizes and any padding at once.
     Circular convolutions and the dense operators of small maps (h w c <= 4096) are bounded as tightly as matrices.
     Other zero-padded ones are compressions of (twisted) block circulants, whose norm is bounded instead: 0 to 1 %
     more on maps much larger than the kernel.
@@ -148,16 +154,23 @@ def conv_norm_bound(
         the strides, taps beyond the map wrapped and summed).
     Returns: value >= the norm for the stored kernel.
     Raises: ValueError for shapes, strides or padding that do not fit, and as `matrix_norm_bound`.
-    Source: docs/soundness.md, sections 2 and 3.
+    Source: docs/soundness.md, sections 2, 3 and 3a.
     """
     kernel = _checked(kernel, 4, "conv_norm_bound: the kernel")
     axes = _axes(kernel, in_shape, strides, padding)
-    kernel = symbol.without_idle_taps(kernel, axes)
-    if not kernel.any():
+    used = symbol.without_idle_taps(kernel, axes)
+    if not used.any():
         return NormBound(0.0, "zero", {})
-    scaled, exponent = verified.scale_to_unit(kernel)
+    scaled, exponent = verified.scale_to_unit(used)
     taps = symbol.polyphase(scaled, axes)
+    # Where the border takes much of the norm away, what looks at the map itself is tighter.
+    anywhere = padding == "CIRCULAR" or (math.prod(in_shape) > _TINY_SIDE and np.array_equal(used, kernel))
     with threadpool_limits(limits=1, user_api="blas"):
+        if anywhere and symbol.may_be_isometric(taps, _ISOMETRY):
+            found = symbol.GramPolynomial(taps).bound_everywhere(_ISOMETRY)
+            if found is not None:
+                details = {"side": taps.shape[3]} | found[1]
+                return _finish(found[0], Fraction(0), exponent, EVERYWHERE, details)
         if taps.shape[:2] == (1, 1):
             squared, details = _single(*_matrix_gram(taps[0, 0]))
             method = "Cholesky of the Gram matrix of the only block tap"

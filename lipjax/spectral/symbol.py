@@ -5,6 +5,7 @@ The embedding, the polyphase form and every rounding term are derived in docs/so
 
 import dataclasses
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -73,6 +74,15 @@ def sum_of_norms_squared_up(taps: np.ndarray) -> Fraction:
     return sum(norms, Fraction(0)) ** 2
 
 
+def may_be_isometric(taps: np.ndarray, enough: float) -> bool:
+    """Whether sum_t K_t^T K_t is within `enough` of a multiple of the identity, relatively: a guess by one product."""
+    flat = taps.reshape(-1, taps.shape[3])
+    gram = flat.T @ flat
+    centre = float(np.trace(gram)) / len(gram)
+    gram[np.diag_indices_from(gram)] -= centre
+    return bool(np.linalg.norm(gram) <= enough * centre)
+
+
 class GramPolynomial:
     """G(omega) = K(omega)^H K(omega) = sum_d C_d e^(i omega d), C_d = sum_t K_t^T K_(t+d), for real taps.
 
@@ -105,6 +115,31 @@ class GramPolynomial:
         low, high = max(0, -d2), min(q2, q2 - d2)
         left = self.taps[: q1 - d1, low:high].reshape(-1, n)
         return left.T @ self.taps[d1:, low + d2 : high + d2].reshape(-1, n)
+
+    def bound_everywhere(self, enough: float) -> tuple[Fraction, dict[str, Any]] | None:
+        """Upper bound of lambda_max(G(omega)) for all omega, on no grid; for G close to a multiple of the identity.
+
+        c + |C_0 - c I|_F + sum_d max(|C_d + C_d^T|_F, |C_d - C_d^T|_F) + error, c the mean of the diagonal of C_0.
+
+        Args: enough: relative to c; where the sum of norms, without the error, exceeds it, None is returned.
+        Returns: the bound, and `lags`, how many C_d there are, `centre` = c and `residual`, all that is added to c.
+        """
+        constant, diagonal = self.even[0].copy(), slice(None, None, self.side + 1)
+        centre = float(constant[diagonal].mean())
+        constant[diagonal] -= centre
+        # Subtracting c from the diagonal rounds by at most u times the result.
+        total = Fraction(verified.sqrt_up(verified.sum_of_squares_up(constant))) * (1 + 2 * verified.UNIT)
+        limit = enough * Fraction(centre)
+        for even, odd in zip(self.even[1:], self.odd, strict=True):
+            if total > limit:
+                return None
+            squares = max(verified.sum_of_squares_up(even), verified.sum_of_squares_up(odd))
+            total += Fraction(verified.sqrt_up(squares))
+        if total > limit:
+            return None
+        residual = total + self.error
+        details = {"lags": len(self.odd) + 1, "centre": centre, "residual": verified.float_up(residual)}
+        return Fraction(centre) + residual, details
 
     def family(self, grid: tuple[int, int], twist: tuple[int, int]) -> verified.GramFamily:
         """The Gram matrices at omega = pi (2 j + twist) / grid per axis, one of each pair +-omega.

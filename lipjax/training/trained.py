@@ -38,5 +38,3 @@ def load_trained(workdir: str | os.PathLike) -> tuple[LipschitzModel, dict[str, 
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     model, params, lip, _ = restore_best(workdir, tuple(shape["input_shape"]), shape["num_classes"], device)
     return model, {"params": params, COLLECTION: lip}
-
-
