@@ -459,28 +459,29 @@ def autocorrelation_below(kernel: np.ndarray, axes: tuple[Axis, Axis], limit: Fr
         return True
     kernel, exponent = scaled(kernel)
     places, taps = block_taps(kernel, axes, range(axes[0].taps), range(axes[1].taps))
+    rows, columns = (places[-1] - places[0] + 1).tolist()  # all places of a rectangle, in order
     # Columns of zeros are no inputs; the Gram matrix of the smaller side is the one close to a multiple of I.
     taps = taps[:, :, taps.any(axis=(0, 1))]
     taps = np.ascontiguousarray(taps.swapaxes(1, 2)) if taps.shape[1] < taps.shape[2] else taps
     count, m, n = taps.shape
-    at = {(q1, q2): i for i, (q1, q2) in enumerate(places.tolist())}
-    lags = {(q1 - r1, q2 - r2) for q1, q2 in at for r1, r2 in at}
+    grid = taps.reshape(rows, columns, m, n)
 
     def size_up(matrix: np.ndarray) -> Fraction:
         return root_up(squares_up(matrix))
 
     def of_lag(lag: tuple[int, int]) -> Fraction | float:
-        pairs = [(i, at[q1 + lag[0], q2 + lag[1]]) for (q1, q2), i in at.items() if (q1 + lag[0], q2 + lag[1]) in at]
-        left, right = (taps[[pair[side] for pair in pairs]].reshape(-1, n) for side in range(2))
-        product = left.T @ right
+        down, right = lag
+        first = grid[: rows - down, max(0, -right) : columns - max(0, right)]
+        second = grid[down:, max(0, right) : columns - max(0, -right)]
+        product = first.reshape(-1, n).T @ second.reshape(-1, n)
         if lag != (0, 0):
             return max(size_up(product + product.T), size_up(product - product.T))
         centre = float(product.trace()) / n
         product[np.diag_indices(n)] -= centre
         return Fraction(centre) + size_up(product)
 
-    half = sorted(lag for lag in lags if lag >= (0, 0))
-    total = sum(in_threads(of_lag, half, 2 * taps.size + 3 * n * n), Fraction(0)) * (1 + 2 * U)
+    lags = [(down, right) for down in range(rows) for right in range(1 - columns, columns) if (down, right) >= (0, 0)]
+    total = sum(in_threads(of_lag, lags, 2 * taps.size + 3 * n * n), Fraction(0)) * (1 + 2 * U)
     size = sum((size_up(tap) for tap in taps), Fraction(0))
     error = gamma(count * m + 4) * size**2 + TINY
     return total + error <= (limit / Fraction(2) ** exponent) ** 2
@@ -507,7 +508,7 @@ def conv_effort(shape: tuple, axes: tuple[Axis, Axis], method: str, details: dic
     work, numbers = kh * kw * CALL + blocks * CALL, 3.0 * count
     if method == EVERYWHERE:
         side, lags = min(o, n), 2 * blocks
-        work += lags * (CALL + 3 * FRACTION) + blocks * (blocks + 1) / 2 * (float(o) * n * side + 2 * PASS * o * n)
+        work += lags * (8 * CALL + 8 * FRACTION) + blocks * (blocks + 1) / 2 * (float(o) * n * side + 2 * PASS * o * n)
         return work + lags * 12.0 * PASS * side**2, numbers + 2.0 * count + 4.0 * side**2
     grid: Any = details.get("grid")
     sides = [g if type(g) is int and 0 < g < 2**31 else 1 for g in grid[:2]] if isinstance(grid, list) else [1]

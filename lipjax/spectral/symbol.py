@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lipjax._dft import twiddles
-from lipjax.numerics import EXACT_UNDERFLOW, exact_gamma
+from lipjax.numerics import EXACT_UNDERFLOW, EXACT_UNIT_ROUNDOFF, exact_gamma
 from lipjax.spectral import verified
 
 
@@ -128,7 +128,7 @@ class GramPolynomial:
         centre = float(constant[diagonal].mean())
         constant[diagonal] -= centre
         # Subtracting c from the diagonal rounds by at most u times the result.
-        total = Fraction(verified.sqrt_up(verified.sum_of_squares_up(constant))) * (1 + 2 * verified.UNIT)
+        total = Fraction(verified.sqrt_up(verified.sum_of_squares_up(constant))) * (1 + 2 * EXACT_UNIT_ROUNDOFF)
         limit = enough * Fraction(centre)
         for even, odd in zip(self.even[1:], self.odd, strict=True):
             if total > limit:

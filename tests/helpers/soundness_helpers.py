@@ -113,6 +113,34 @@ def array_of(pattern: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return values.reshape(shape)
 
 
+def orthonormal(rng, rows, columns):
+    return np.linalg.qr(rng.normal(size=(max(rows, columns),) * 2))[0][:rows, :columns]
+
+
+def paraunitary(c, o, pairs, seed=0):
+    """A kernel of pairs + 1 taps a side with an orthogonal symbol: factors P + (I - P) z of random projectors."""
+    rng = np.random.default_rng(seed)
+    side = max(c, o)
+    kernel = orthonormal(rng, side, side)[None, None]
+    for axis in (0, 1) * pairs:
+        basis = orthonormal(rng, side, max(1, side // 2))
+        factor = np.stack([basis @ basis.T, np.eye(side) - basis @ basis.T])
+        shape = [n + (a == axis) for a, n in enumerate(kernel.shape[:2])]
+        total = np.zeros((*shape, side, side))
+        for t in range(2):
+            place = tuple(slice(t, t + n) if a == axis else slice(None) for a, n in enumerate(kernel.shape[:2]))
+            total[place] += kernel @ factor[t]
+        kernel = total
+    return kernel[:, :, :c, :o]
+
+
+def strided(c, o, block, pairs, seed=0):
+    """As `paraunitary`, for strides: blocks of pixels are its channels."""
+    k = pairs + 1
+    kernel = paraunitary(c * block**2, o, pairs, seed).reshape(k, k, block, block, c, o)
+    return kernel.transpose(0, 2, 1, 3, 4, 5).reshape(k * block, k * block, c, o)
+
+
 def scaled(array: np.ndarray, exponent: int) -> np.ndarray:
     with np.errstate(over="ignore", under="ignore"):
         found = np.ldexp(array, exponent)

@@ -143,6 +143,11 @@ def test_a_small_directory_with_a_huge_grid_is_refused(tmp_path):
 def test_thousands_of_taps_are_refused(tmp_path):
     code, lines = within(many_taps(tmp_path / "fewer", 1500))  # control: without images, and with fewer taps
     assert code == 1 and not any("long" in line for line in lines), lines
+    f = Forger(tmp_path / "fewer")
+    f.layer("long")["method"] = checker.EVERYWHERE
+    f.write(report=False)
+    code, lines = within(tmp_path / "fewer")
+    assert code == 1 and not any("long" in line for line in lines), lines
     directory = many_taps(tmp_path / "many")
     f = Forger(directory)
     count = 100

@@ -25,11 +25,13 @@ from soundness_helpers import (
     scaled,
     search,
     squared_gain,
+    strided,
 )
 
 from benchmarks import power_iteration
-from lipjax import FrozenNetwork, NotCertifiable, bounds, conv, operators
+from lipjax import FrozenNetwork, NotCertifiable, bounds, checker, conv, operators
 from lipjax.network import make_network
+from lipjax.spectral import EVERYWHERE, norms
 
 
 @pytest.fixture(params=[pytest.param("normal"), pytest.param("nightly", marks=pytest.mark.nightly)])
@@ -104,6 +106,49 @@ def test_convolution_bounds_are_never_below(examples, record_testsuite_property)
     search(check, convolutions(), examples)
     record_testsuite_property("looseness, convolution", max(found))
     assert max(found) < 1e-6  # maps this small are bounded as dense matrices or exactly by frequency
+
+
+@st.composite
+def orthogonal_convolutions(draw):
+    """Kernels with an orthogonal symbol but for rounding, and somewhat further off; strides, any padding, any map."""
+    block, pairs, seed = draw(st.integers(1, 2)), draw(st.integers(0, 2)), draw(st.integers(0, 2**32))
+    c, o = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    kernel = strided(c, o, block, pairs, seed)
+    noise = draw(st.sampled_from([0.0, 2.0**-52, 2.0**-45, 2.0**-36]))
+    kernel = kernel * (1 + noise * np.random.default_rng(seed).normal(size=kernel.shape))
+    kernel = scaled(kernel, draw(st.one_of(st.just(0), st.integers(-100, 100), st.sampled_from([-900, 900]))))
+    h, w = (block * draw(st.integers(1, n)) for n in (5, 5))
+    low = st.integers(0, 3)
+    padding = draw(st.sampled_from(["CIRCULAR", "explicit"]))
+    if padding == "explicit":
+        padding = ((draw(low), draw(low)), (draw(low), draw(low)))
+        h, w = (max(n, len(kernel) - sum(p)) for n, p in zip((h, w), padding, strict=True))
+    return functools.partial(operators.Conv, kernel, (h, w, c), block, padding)
+
+
+def test_bounds_for_all_sizes_are_never_below(examples, monkeypatch, record_testsuite_property):
+    monkeypatch.setattr(norms, "_TINY_SIDE", 0)
+    found, methods = [], []
+
+    def check(op):
+        bound, (matrix, exponent) = op.bound(), conv_matrix(op)
+        squared = squared_gain(matrix)
+        looseness(bound.value, squared, power(exponent))
+        methods.append(bound.method)
+        if bound.method != EVERYWHERE:
+            return
+        found.append(bound.value)
+        padding = op.padding if isinstance(op.padding, str) else [list(pair) for pair in op.padding]
+        fields = {"kernel": op.kernel, "in_shape": list(op.in_shape), "padding": padding, "strides": [op.strides] * 2}
+        axes = checker.Conv(fields).axes
+        assert checker.conv_below(op.kernel, axes, bound.method, bound.details, Fraction(bound.claim))
+        ratio = math.sqrt(float(squared * power(exponent) ** 2 / Fraction(bound.value) ** 2))
+        below = Fraction(bound.value) * Fraction(ratio) * (1 - Fraction(1, 2**30))
+        assert not checker.conv_below(op.kernel, axes, bound.method, bound.details, below)
+
+    search(check, orthogonal_convolutions(), examples)
+    record_testsuite_property("bounds for all sizes", len(found))
+    assert len(found) > len(methods) / 3  # control: the method is met
 
 
 @st.composite
