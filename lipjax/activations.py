@@ -60,10 +60,14 @@ def maxmin(x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
     An orthogonal map on each side of the tie a = b, and continuous there: exactly 1-Lipschitz and
     gradient-norm preserving.
 
-    Args: x: channels last, an even number of them, any unit.
+    Args:
+      x: (..., C), channels last, an even number of them, any unit.
     Returns: the shape and unit of x.
     Raises: ValueError if the number of channels is odd.
     Source: Anil, Lucas & Grosse 2019, arXiv:1811.05381 (called MinMax in the LiResNet code).
+    Example: the pairs are (1, 2) and (5, 3).
+      >>> lipjax.activations.maxmin(jnp.array([1.0, 5.0, 2.0, 3.0])).tolist()
+      [2.0, 5.0, 1.0, 3.0]
     """
     a, b = split_pairs(x, "MaxMin")
     return jnp.concatenate([jnp.maximum(a, b), jnp.minimum(a, b)], axis=-1)
@@ -76,12 +80,15 @@ def householder(x: Float[Array, "*batch c"], theta: Float[Array, " half"]) -> Fl
     gradient is that of the identity.
 
     Args:
-      x: channels last, an even number C of them, any unit.
+      x: (..., C), channels last, an even number C of them, any unit.
       theta: (C/2,), radians, one angle per pair (i, i + C/2), any real numbers; the paper starts at
         HOUSEHOLDER_THETA.
     Returns: the shape and unit of x.
     Raises: ValueError if C is odd or theta has another shape.
     Source: Singla, Singla & Feizi 2022, arXiv:2108.04062.
+    Example:
+      >>> lipjax.activations.householder(jnp.array([2.0, 1.0]), jnp.array([jnp.pi / 2])).round(3).tolist()
+      [1.0, 2.0]
     """
     check_directions(x, (theta,))
     return fold(x, householder_direction(theta))
@@ -123,12 +130,15 @@ def householder2(
     code gave 0 where its angle rounded to 2 pi).
 
     Args:
-      x: channels last, an even number C of them, any unit.
+      x: (..., C), channels last, an even number C of them, any unit.
       theta0, theta1, theta2: (C/2,) each, radians, clipped to [0, 2 pi], with gradient 0 outside; the paper draws them
         uniformly from HOUSEHOLDER2_THETA.
     Returns: the shape and unit of x.
     Raises: ValueError if C is odd or an angle has another shape.
     Source: Singla, Singla & Feizi 2022, arXiv:2108.04062.
+    Example: with three angles of pi/2, the point (-1, 0) is turned by -pi/2, to (0, 1).
+      >>> lipjax.activations.householder2(jnp.array([-1.0, 0.0]), *jnp.full((3, 1), jnp.pi / 2)).argmax().item()
+      1
     """
     check_directions(x, (theta0, theta1, theta2))
     return fold_sectors(x, householder2_directions(theta0, theta1, theta2))

@@ -19,7 +19,16 @@ def _own_class(labels: Labels, num_classes: int):
 
 
 def cross_entropy(logits: Logits, labels: Labels) -> PerExample:
-    """-log softmax(logits)[label], one value per example, in nats."""
+    """-log softmax(logits)[label], one value per example.
+
+    Args:
+      logits: (b, k).
+      labels: (b,) integers in [0, k).
+    Returns: (b,), nats.
+    Example: two equal logits.
+      >>> f"{lipjax.losses.cross_entropy(jnp.zeros((1, 2)), jnp.array([0])).item():.4f}"
+      '0.6931'
+    """
     picked = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
     return jax.nn.logsumexp(logits, axis=1) - picked
 
@@ -46,8 +55,17 @@ def emma(logits: Logits, labels: Labels, lipschitz: Lipschitz, epsilon) -> PerEx
 
     Not the gradient of a function, since the radius factor is held constant under differentiation.
 
-    Args: logits (b, k), labels (b,), lipschitz (k, k), epsilon: l2 radius in pixel units. Returns: (b,), nats.
+    Args:
+      logits: (b, k).
+      labels: (b,) integers in [0, k).
+      lipschitz: (k, k), logits per pixel unit; the diagonal is ignored.
+      epsilon: l2 radius in pixel units.
+    Returns: (b,), nats.
     Source: Hu et al. 2023, arXiv:2301.12549.
+    Example: certified at 0.5, so the rival is raised by 0.5 * 2, from 2 to 1 below the label.
+      >>> loss = lipjax.losses.emma(jnp.array([[3.0, 1.0]]), jnp.array([0]), jnp.full((2, 2), 2.0), 0.5)
+      >>> f"{loss.item():.4f}"  # log(1 + exp(-1))
+      '0.3133'
     """
     return cross_entropy(shifted_logits(logits, labels, lipschitz, epsilon, adaptive=True), labels)
 
@@ -55,7 +73,17 @@ def emma(logits: Logits, labels: Labels, lipschitz: Lipschitz, epsilon) -> PerEx
 def margin(logits: Logits, labels: Labels, lipschitz: Lipschitz, epsilon) -> PerExample:
     """Lipschitz-margin training: cross-entropy of the logits with epsilon m_i added to every rival.
 
-    Args, returns: as `emma`. Source: Tsuzuku, Sato & Sugiyama 2018, arXiv:1802.04034.
+    Args:
+      logits: (b, k).
+      labels: (b,) integers in [0, k).
+      lipschitz: (k, k), logits per pixel unit; the diagonal is ignored.
+      epsilon: l2 radius in pixel units.
+    Returns: (b,), nats.
+    Source: Tsuzuku, Sato & Sugiyama 2018, arXiv:1802.04034.
+    Example:
+      >>> loss = lipjax.losses.margin(jnp.array([[3.0, 1.0]]), jnp.array([0]), jnp.full((2, 2), 2.0), 1.0)
+      >>> f"{loss.item():.4f}"  # the rival reaches the label: log 2
+      '0.6931'
     """
     return cross_entropy(shifted_logits(logits, labels, lipschitz, epsilon, adaptive=False), labels)
 
@@ -74,7 +102,17 @@ def bottom_logit(logits: Logits, lipschitz: Lipschitz, epsilon) -> PerExample:
 def gloro(logits: Logits, labels: Labels, lipschitz: Lipschitz, epsilon) -> PerExample:
     """Cross-entropy over k + 1 classes, the last being the bottom logit.
 
-    Args, returns: as `emma`. Source: Leino, Wang & Fredrikson 2021, arXiv:2102.08452.
+    Args:
+      logits: (b, k).
+      labels: (b,) integers in [0, k).
+      lipschitz: (k, k), logits per pixel unit; the diagonal is ignored.
+      epsilon: l2 radius in pixel units.
+    Returns: (b,), nats.
+    Source: Leino, Wang & Fredrikson 2021, arXiv:2102.08452.
+    Example:
+      >>> loss = lipjax.losses.gloro(jnp.array([[3.0, 1.0]]), jnp.array([0]), jnp.full((2, 2), 2.0), 0.5)
+      >>> f"{loss.item():.4f}"  # log(1 + exp(-2) + exp(-1))
+      '0.4076'
     """
     bottom = bottom_logit(logits, lipschitz, epsilon)
     return cross_entropy(jnp.concatenate([logits, bottom[:, None]], axis=1), labels)
@@ -85,8 +123,18 @@ def trades(logits: Logits, labels: Labels, lipschitz: Lipschitz, epsilon, *, wei
 
     The divergence is softplus(y_bot - logsumexp(y)), since the two distributions differ by one normalising factor.
 
-    Args: as `emma`; weight: lambda of the paper. Returns: (b,), nats.
+    Args:
+      logits: (b, k).
+      labels: (b,) integers in [0, k).
+      lipschitz: (k, k), logits per pixel unit; the diagonal is ignored.
+      epsilon: l2 radius in pixel units.
+      weight: lambda of the paper.
+    Returns: (b,), nats.
     Source: Leino, Wang & Fredrikson 2021, arXiv:2102.08452, with Zhang et al. 2019, arXiv:1901.08573.
+    Example: with weight 1 it is `gloro`.
+      >>> loss = lipjax.losses.trades(jnp.array([[3.0, 1.0]]), jnp.array([0]), jnp.full((2, 2), 2.0), 0.5)
+      >>> f"{loss.item():.4f}"
+      '0.4076'
     """
     gap = bottom_logit(logits, lipschitz, epsilon) - jax.nn.logsumexp(logits, axis=1)
     return cross_entropy(logits, labels) + weight * jax.nn.softplus(gap)
@@ -110,8 +158,18 @@ def label_radius(logits: Logits, labels: Labels, lipschitz: Lipschitz) -> PerExa
 def certificate_regularization(logits: Logits, labels: Labels, lipschitz: Lipschitz, gamma) -> PerExample:
     """CR: cross-entropy - gamma max(0, radius), the radius of `label_radius`, differentiable in lipschitz too.
 
-    Args: as `emma`; gamma: nats per pixel unit, >= 0. An example whose label no rival can reach adds no radius.
+    Args:
+      logits: (b, k).
+      labels: (b,) integers in [0, k).
+      lipschitz: (k, k), logits per pixel unit; the diagonal is ignored.
+      gamma: nats per pixel unit, >= 0.
+    Returns: (b,), nats. An example whose label no rival can reach adds no radius.
     Source: Singla, Singla & Feizi 2022, arXiv:2108.04062.
+    Example: the radius is (3 - 1) / 2 = 1.
+      >>> loss = lipjax.losses.certificate_regularization(
+      ...     jnp.array([[3.0, 1.0]]), jnp.array([0]), jnp.full((2, 2), 2.0), 0.1)
+      >>> f"{loss.item():.4f}"  # log(1 + exp(-2)) - 0.1
+      '0.0269'
     """
     radius = label_radius(logits, labels, lipschitz)
     radius = jax.nn.relu(jnp.where(jnp.isfinite(radius), radius, 0.0))
@@ -173,13 +231,22 @@ def crm(
     predicted class and the gate are constants.
 
     Args:
-      logits (b, k), labels (b,). lipschitz: (k, k), logits per pixel unit, its diagonal ignored; a rival with constant
-        0 and a smaller logit adds nothing.
-      temperature: t > 0, 1 / pixel unit. radius: the gate's, in pixel units. weight: lambda, in nats per pixel unit.
+      logits: (b, k).
+      labels: (b,) integers in [0, k).
+      lipschitz: (k, k), logits per pixel unit, its diagonal ignored; a rival with constant 0 and a smaller logit adds
+        nothing.
+      temperature: t > 0, 1 / pixel unit.
+      radius: the gate's, in pixel units.
+      weight: lambda, in nats per pixel unit.
       include_misclassified: whether wrongly classified examples are penalised too, by the radius of the wrong class.
       boosted: whether `boosted_cross_entropy` takes the place of cross-entropy.
     Returns: (b,), nats; the mean over the batch is the paper's loss.
     Source: Fazlyab et al. 2023, arXiv:2310.00116.
+    Example: one rival, so that R_soft is the radius (3 - 1) / 2 = 1.
+      >>> loss = lipjax.losses.crm(jnp.array([[3.0, 1.0]]), jnp.array([0]), jnp.full((2, 2), 2.0),
+      ...                          temperature=10.0, radius=2.0, weight=0.1)
+      >>> f"{loss.item():.4f}"  # log(1 + exp(-2)) - 0.1
+      '0.0269'
     """
     gate, _, radii, counts = _gated_radii(logits, labels, lipschitz, radius, include_misclassified)
     penalties = jax.nn.logsumexp(jnp.where(counts, -temperature * radii, -jnp.inf), axis=1) / temperature
@@ -200,7 +267,22 @@ def crm_max(
 ) -> PerExample:
     """CRM by the least radius alone: cross-entropy + weight exp(-t R) / t where `crm` subtracts weight R_soft.
 
-    Args, returns: as `crm`. Source: the code of Fazlyab et al. 2023, arXiv:2310.00116, whose default it is.
+    Args:
+      logits: (b, k).
+      labels: (b,) integers in [0, k).
+      lipschitz: (k, k), logits per pixel unit; the diagonal is ignored.
+      temperature: t > 0, 1 / pixel unit.
+      radius: the gate's, in pixel units.
+      weight: lambda, in nats per pixel unit.
+      include_misclassified: as in `crm`.
+      boosted: as in `crm`.
+    Returns: (b,), nats; the mean over the batch is the loss of the paper's code.
+    Source: the code of Fazlyab et al. 2023, arXiv:2310.00116, whose default it is.
+    Example: R = 1, at temperature 1.
+      >>> loss = lipjax.losses.crm_max(jnp.array([[3.0, 1.0]]), jnp.array([0]), jnp.full((2, 2), 2.0),
+      ...                              temperature=1.0, radius=2.0, weight=1.0)
+      >>> f"{loss.item():.4f}"  # log(1 + exp(-2)) + exp(-1)
+      '0.4948'
     """
     gate, least, _, _ = _gated_radii(logits, labels, lipschitz, radius, include_misclassified)
     plain = (boosted_cross_entropy if boosted else cross_entropy)(logits, labels)

@@ -16,10 +16,14 @@ PROJECTION_THETA = (0.0, math.pi)
 def max_pool_pairs(x: Float[Array, "*batch c"]) -> Float[Array, "*batch half"]:
     """The larger of each pair of channels, exactly 1-Lipschitz.
 
-    Args: x: channels last, an even number C of them, any unit.
+    Args:
+      x: (..., C), channels last, an even number C of them, any unit.
     Returns: (..., C/2), the unit of x.
     Raises: ValueError if C is odd.
     Source: Singla & Feizi 2022, arXiv:2211.08453 (the alternative to projection pooling in its code).
+    Example:
+      >>> lipjax.pooling.max_pool_pairs(jnp.array([1.0, 5.0, 2.0, 3.0])).tolist()
+      [2.0, 5.0]
     """
     a, b = split_pairs(x, "Max pooling")
     return jnp.maximum(a, b)
@@ -33,12 +37,15 @@ def projection_pool(x: Float[Array, "*batch c"], theta: Float[Array, " half"]) -
     distance to the wedge's upper edge, except that |b| has gradient 0 at b = 0.
 
     Args:
-      x: channels last, an even number C of them, any unit.
+      x: (..., C), channels last, an even number C of them, any unit.
       theta: (C/2,), radians, clipped to [0, pi], with gradient 0 outside; the paper draws it uniformly from
         PROJECTION_THETA.
     Returns: (..., C/2), the unit of x.
     Raises: ValueError if C is odd or theta has another shape.
     Source: Singla & Feizi 2022, arXiv:2211.08453.
+    Example: the nearest point to (-3, 4) of the ray to the right is the origin, 5 away.
+      >>> lipjax.pooling.projection_pool(jnp.array([-3.0, 4.0]), jnp.array([0.0])).tolist()
+      [5.0]
     """
     check_directions(x, (theta,))
     return wedge_distance(x, wedge_direction(theta))

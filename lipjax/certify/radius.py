@@ -23,15 +23,20 @@ _MAX_MULTIPLIER = 0.999
 
 
 def certified_radius(logits: Float[Array, "b k"], lipschitz: Float[Array, "i j"]) -> Float[Array, " b"]:
-    """min over rivals i != j of (y_j - y_i) / lipschitz[j, i], j the predicted class.
+    """The l2 radius min over rivals i != j of (y_j - y_i) / lipschitz[j, i], j the predicted class.
 
     Plain arithmetic in the inputs' precision: with a proved `lipschitz` and exact logits a certificate, otherwise a
     number. `FrozenNetwork.certify` is the proof.
 
-    Args: logits (b, k); lipschitz (k, k), per pixel unit, its diagonal ignored.
+    Args:
+      logits: (b, k).
+      lipschitz: (k, k), logits per pixel unit; the diagonal is ignored.
     Returns: (b,), >= 0, in pixel units; 0 on ties and where a value is NaN; infinite if no rival can be reached.
     Raises: ValueError if the shapes do not fit.
     Source: Tsuzuku, Sato & Sugiyama 2018, arXiv:1802.04034; all rivals as in arXiv:2108.04062.
+    Example: the nearest rival is 2 below, and the difference changes by at most 4 per pixel unit.
+      >>> lipjax.certify.certified_radius(jnp.array([[3.0, 1.0, 0.0]]), jnp.full((3, 3), 4.0)).tolist()
+      [0.5]
     """
     k = logits.shape[-1]
     if lipschitz.shape != (k, k):
@@ -124,20 +129,27 @@ def mlp_radius(
     *,
     num_steps: int = 32,
 ) -> Float[Array, " b"]:
-    """Radius in feature units around each a inside which W2 softplus(W1 a + b1) + b2 keeps its argmax: all rivals.
+    """Radius around each feature vector a inside which W2 softplus(W1 a + b1) + b2 keeps its argmax: all rivals.
 
     Plain arithmetic in the inputs' precision; `FrozenNetwork.certify` is the proof. A network with this head keeps its
     class within the radius divided by the Lipschitz constant of its features.
 
     Args:
-      features: (b, n). w1, b1, w2, b2: as in `operators.MLPHead`.
+      features: (b, n).
+      w1, b1: (h, n) and (h,), as in `operators.MLPHead`.
+      w2, b2: (k, h) and (k,), one row for each class.
       method: "closed_form", by the gradient at a; "dual", at least that, by the gradients at up to num_steps points.
       curvature: (k, k), [i, j] the curvature from below of logit_i - logit_j or more, such as
         `curvature.eigenvalue_table`. By default `curvature.norm_table` with the SVD's |W1|, and for "dual" with up to
         20 classes `eigenvalue_table`; both are expensive, so inside a training step give a table.
-    Returns: (b,), >= 0; 0 on ties and where a value is NaN; infinite if no rival can be reached.
+      num_steps: >= 1, points that "dual" looks at.
+    Returns: (b,), >= 0, in feature units; 0 on ties and where a value is NaN; infinite if no rival can be reached.
     Raises: ValueError for another method, shapes that do not fit, or num_steps below 1.
     Source: Singla & Feizi 2022, arXiv:2211.08453, with all rivals.
+    Example: the nearest tie of the features (1, 0) is (1/2, 1/2), which the dual finds.
+      >>> head = jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2)
+      >>> f"{lipjax.certify.mlp_radius(jnp.array([[1.0, 0.0]]), *head, method='dual').item():.3f}"
+      '0.707'
     """
     head = MLPHead(w1, b1, w2, b2)
     head.check()
@@ -176,8 +188,16 @@ def _mlp_radius(head: MLPHead, features, curvature, num_steps: int):
 def certified_accuracy(predictions, labels, radii, epsilon: float) -> float:
     """Fraction of images that are classified correctly with a radius above epsilon (the papers' VRA or CRA).
 
-    Args: predictions, labels, radii: (n,). epsilon: l2, pixel units; strict, so that the closed ball is covered.
+    Args:
+      predictions: (n,) integers.
+      labels: (n,) integers.
+      radii: (n,), l2, pixel units.
+      epsilon: l2, pixel units; strict, so that the closed ball is covered.
+    Returns: a float in [0, 1].
     Raises: ValueError if the lengths differ or there is no image.
+    Example: the first image is right, and certified at 36/255; the second is not.
+      >>> lipjax.certify.certified_accuracy([0, 1], [0, 1], [0.3, 0.1], 36 / 255)
+      0.5
     """
     predictions, labels, radii = (np.asarray(a) for a in (predictions, labels, radii))
     if not (predictions.shape == labels.shape == radii.shape and radii.size):

@@ -39,14 +39,18 @@ _COEFFICIENTS = {  # x1, x2, x4, x5, x6, x7, y2
 
 
 def expm_skew(a: Inexact[Array, "*batch n n"]) -> Inexact[Array, "*batch n n"]:
-    """exp(a) of skew-symmetric or skew-Hermitian matrices: orthogonal or unitary. Matrix products only.
+    """The exponential of skew-symmetric or skew-Hermitian matrices: orthogonal or unitary. Matrix products only.
 
-    Args: a: a = -a^H up to rounding, float32, float64, complex64 or complex128. Inside of `jit`, `grad` or `vmap`,
-      where numbers are not known, that is not checked, and costs nothing; for other matrices the result means nothing.
+    Args:
+      a: (..., n, n), a = -a^H up to rounding, float32, float64, complex64 or complex128. Inside of `jit`, `grad` or
+        `vmap`, where numbers are not known, that is not checked, and for other matrices the result means nothing.
     Returns: exp(a), same shape and dtype.
     Raises: ValueError if the numbers are known and an entry of a + a^H exceeds a thousandth of the largest entry of a
       (small perturbations of any direction pass, as of numerical derivatives); and as `expm_skew_split`.
     Method, error, derivatives, source: as `expm_skew_split`.
+    Example: half a turn.
+      >>> lipjax.linalg.expm_skew(jnp.array([[0.0, -jnp.pi], [jnp.pi, 0.0]])).diagonal().round(3).tolist()
+      [-1.0, -1.0]
     """
     square = a.ndim >= 2 and a.shape[-1] == a.shape[-2] and jnp.issubdtype(a.dtype, jnp.inexact)
     if square and not isinstance(a, Tracer) and not _is_skew(a):
@@ -192,7 +196,7 @@ def cayley(w: Inexact[Array, "*batch m n"], *, method: str = "elimination") -> I
     I + A is at least I, so it is never singular. A wide w is transposed (not conjugated) before and after.
 
     Args:
-      w: float or complex of 32 or 64 bits per real number.
+      w: (..., m, n), float or complex of 32 or 64 bits per real number.
       method: how (I + A)^-1 is found. "elimination": by blocks, without pivoting (it needs none: the Hermitian parts of
         all Schur complements are at least I) and without LAPACK or complex numbers, mostly matrix products. "solve": LU
         in the field of w. "real_block": LU of the real [[re, -im], [im, re]]. On the CPU the last two can hang for
@@ -204,6 +208,9 @@ def cayley(w: Inexact[Array, "*batch m n"], *, method: str = "elimination") -> I
       iteration, which removes what it amplified. The constants are measured (n <= 128), not proved.
     Raises: ValueError for another method or fewer than two axes.
     Source: Trockman & Kolter 2021, arXiv:2104.07167.
+    Example: a rotation by a quarter turn.
+      >>> lipjax.linalg.cayley(jnp.array([[0.0, 1.0], [0.0, 0.0]]))[1].round(3).tolist()
+      [1.0, 0.0]
     """
     if method not in ("elimination", "solve", "real_block") or w.ndim < 2:
         raise ValueError(
@@ -361,16 +368,20 @@ def cholesky_orthogonalize(
     certifies is the proved norm of the operator that is made of it. A tall w is transposed before and after.
 
     Args:
-      w: float32 or float64; W is the same for c w, c > 0, but for under- and overflow of squares.
+      w: (..., m, n), float32 or float64; W is the same for c w, c > 0, but for under- and overflow of squares.
       ridge: > 0.
-      method: how L and L^-1 are found. "products": by blocks, mostly matrix products, without LAPACK, for whose hanging
-        on CPUs see `cayley`. "lapack": the linear algebra library of the device. "auto": products on CPUs.
+      method: how L and L^-1 are found. "products": by blocks, mostly matrix products, without LAPACK, which can hang on
+        CPUs. "lapack": the linear algebra library of the device. "auto": products on CPUs.
     Returns: W, same shape and dtype; 0 for w = 0.
     Error: in spectral norm |W - exact| <= 4 u (m + n) |w|^2 / e, u the unit roundoff: measured, not proved.
     Derivatives: reverse mode, once, with e a constant, as in the paper's code; 2 products of m x m matrices and 3 with
       m x n ones, instead of going back through the factorisation.
     Raises: ValueError for fewer than two axes, ridge <= 0 or another method.
     Source: Hu et al. 2024, arXiv:2310.02513, with the shift of its public code.
+    Example: the singular values 1, 1 become sqrt(1 / 2).
+      >>> w = lipjax.linalg.cholesky_orthogonalize(jnp.eye(2), ridge=1.0)
+      >>> (w @ w.T).round(3).tolist()
+      [[0.5, 0.0], [0.0, 0.5]]
     """
     if w.ndim < 2 or not ridge > 0 or method not in ("auto", "products", "lapack"):
         raise ValueError(

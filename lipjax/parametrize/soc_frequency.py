@@ -72,8 +72,15 @@ def exponential_blocks(
 def exponential_response(kernel: Float[Array, "kh kw i c"], size: tuple[int, int]) -> Complex[Array, "h f c c"]:
     """The frequency response of exp(A), A the circular convolution with a skew kernel: unitary at every frequency.
 
-    Args, errors, source: as `exponential_blocks`.
+    Args:
+      kernel: HWIO (kh, kw, c, c), odd sides, a `conv.skew_kernel` (unchecked).
+      size: (h, w) of the images.
     Returns: (h, w // 2 + 1, c, c) on the half grid of `jnp.fft.rfft2`, for `conv.apply_response`.
+    Raises, source: as `exponential_blocks`.
+    Example: all entries of a 1 x 1 response lie on the unit circle.
+      >>> kernel = lipjax.conv.skew_kernel(jnp.array([0.0, 0.0, 1.0]).reshape(1, 3, 1, 1))
+      >>> abs(lipjax.parametrize.soc.exponential_response(kernel, (1, 4))).ravel().round(4).tolist()
+      [1.0, 1.0, 1.0]
     """
     return _dft.unpack(*exponential_blocks(kernel, size), size)
 

@@ -29,10 +29,15 @@ def power_iteration(
       adjoint: y -> A^T y.
       v: start vector, any nonzero norm; one that A maps to zero is kept as it is.
       num_iters: number of steps, >= 0.
-    Returns: (sigma, v): sigma <= |A| before rounding, differentiable with respect to what `apply` closes over with v
+    Returns: (sigma, v): sigma <= |A| up to rounding, differentiable with respect to what `apply` closes over with v
       held constant (so d sigma / dA = u v^T at convergence; 0 where A v = 0); v of norm 1, without gradient.
     Raises: ValueError if num_iters is negative.
     Source: Miyato et al. 2018, arXiv:1802.05957, with v detached.
+    Example:
+      >>> a = jnp.diag(jnp.array([3.0, 4.0]))
+      >>> sigma, v = lipjax.spectral.power_iteration(lambda v: a @ v, lambda y: a.T @ y, jnp.ones(2), 50)
+      >>> f"{sigma:.4f}"
+      '4.0000'
     """
     if num_iters < 0:
         raise ValueError(f"power_iteration: expected num_iters >= 0, got {num_iters}")
@@ -65,10 +70,18 @@ def norm_estimate(
 ) -> tuple[Float[Array, ""], Float[Array, "..."]]:
     """Differentiable estimate of a linear operator's norm, `operator.estimate`: no bound, it may be low.
 
-    Args: v: in_shape of the operator, any nonzero start vector. num_iters: steps, >= 0.
+    Args:
+      operator: one of lipjax.operators whose norm is not known beforehand.
+      v: in_shape of the operator, any nonzero start vector.
+      num_iters: steps of power iteration, >= 0.
     Returns: (sigma, v): scalar; unit vector to start from next time, without gradient.
     Raises: ValueError if num_iters is negative, and for what has no `estimate`: arrays, and maps whose norm is known.
     Source: as `power_iteration`.
+    Example:
+      >>> operator = lipjax.operators.Dense(jnp.diag(jnp.array([3.0, 4.0])))
+      >>> sigma, v = lipjax.spectral.norm_estimate(operator, jnp.ones(2), 50)
+      >>> f"{sigma:.4f}"
+      '4.0000'
     """
     check_operator(operator, "norm_estimate", "power_iteration")
     if not hasattr(operator, "estimate"):

@@ -1,0 +1,90 @@
+"""Public functions say what they take, with shapes and units, and show an example that runs as it stands.
+
+Examples may use `jax`, `jnp`, `np` and `lipjax` without importing them, and hold in float32 and in float64.
+"""
+
+import doctest
+import inspect
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lipjax
+
+FUNCTIONS = (
+    *(f"linalg.{name}" for name in ("expm_skew", "cayley", "cholesky_orthogonalize")),
+    *(f"conv.{name}" for name in ("conv2d", "skew_kernel", "frequency_response", "apply_response", "space_to_depth")),
+    *(f"parametrize.soc.{name}" for name in ("exponential", "exponential_response")),
+    *(f"activations.{name}" for name in ("maxmin", "householder", "householder2")),
+    *(f"pooling.{name}" for name in ("projection_pool", "max_pool_pairs")),
+    *(f"spectral.{name}" for name in ("norm_bound", "norm_estimate", "power_iteration")),
+    *(f"certify.{name}" for name in ("certified_radius", "mlp_radius", "certified_accuracy")),
+    *(f"losses.{name}" for name in ("cross_entropy", "emma", "margin", "gloro", "trades", "crm", "crm_max")),
+    "losses.certificate_regularization",
+)
+GLOBALS = {"jax": jax, "jnp": jnp, "np": np, "lipjax": lipjax}
+FIELD = re.compile(r"^  (\w[\w, ]*):", re.MULTILINE)
+
+
+def look_up(name):
+    found = lipjax
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def block(text, heading):
+    """What a docstring says below a line `heading:`, up to the next line that is not indented; "" without it."""
+    found = re.search(rf"^{heading}:\n((?:  .*\n?|\n)+)", text, re.MULTILINE)
+    return found.group(1) if found else ""
+
+
+def complaints(function):
+    """What the docstring of a function lacks."""
+    text = inspect.getdoc(function) or ""
+    wanted = [name for name in inspect.signature(function).parameters if name != "self"]
+    said = {name.strip() for names in FIELD.findall(block(text, "Args")) for name in names.split(",")}
+    missing = [f"a line in Args: for {name}" for name in wanted if name not in said]
+    missing += [f"no argument {name}" for name in said if name not in wanted]
+    missing += [] if re.search(r"^Returns:", text, re.MULTILINE) else ["Returns:"]
+    return missing + ([] if doctest.DocTestParser().get_examples(text) else ["an example"])
+
+
+def failures(name, text):
+    """The report of the examples in a docstring that do not give what they say; "" if all do."""
+    test = doctest.DocTestParser().get_doctest(text, dict(GLOBALS), name, None, None)
+    report = []
+    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=report.append)
+    return "".join(report)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_public_function_says_what_it_takes(name):
+    assert complaints(look_up(name)) == []
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_an_example_gives_what_it_says(name, precision):
+    assert failures(name, inspect.getdoc(look_up(name))) == ""
+
+
+def test_a_missing_line_and_a_wrong_example_are_noticed():
+    def halve(x, y):
+        """Halves.
+
+        Args:
+          x: a number.
+          z: nothing.
+        Example:
+          >>> 4 / 2
+          3.0
+        """
+
+    assert complaints(halve) == ["a line in Args: for y", "no argument z", "Returns:"]
+    assert "Expected:\n    3.0\nGot:\n    2.0" in failures("halve", inspect.getdoc(halve))
+    assert "an example" in complaints(lambda x: x)
+    halve.__doc__ = halve.__doc__.replace("Example:\n          >>>", "Example: >>>")  # doctest passes over it
+    assert "an example" in complaints(halve)
