@@ -77,8 +77,13 @@ def layers(frozen: FrozenNetwork, images: np.ndarray) -> tuple[list[str], dict[s
             norm, grid = (math.prod(values) + residual for values in zip(*norms, strict=True))
             attained = max(local_norm(op, image) for image in x) if residual else norm
             method = row.method if not residual else f"1 + ({row.parts[0].method})"
-            gaps = [row.bound / norm - 1, row.bound / grid - 1, estimates[name] / norm - 1, row.bound / attained - 1]
-            cells = [name, row.type, method, f"{row.bound:.6f}", f"{norm:.6f}", *(f"{100 * g:+.4f} %" for g in gaps)]
+            gaps = [
+                row.claimed / norm - 1,
+                row.claimed / grid - 1,
+                estimates[name] / norm - 1,
+                row.claimed / attained - 1,
+            ]
+            cells = [name, row.type, method, f"{row.claimed:.6f}", f"{norm:.6f}", *(f"{100 * g:+.4f} %" for g in gaps)]
             rows.append(cells)
             converged[name] = norm
         elif norms:

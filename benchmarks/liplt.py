@@ -240,7 +240,7 @@ def tightness_values(cvxpy, layers, data, low: float) -> dict[str, float]:
     weights, slope = [w for w, _ in layers], (low, 1.0)
     pairwise, report = bounds.liplt_bound([operators.Dense(w) for w in weights], slope)
     pairs = ~np.eye(len(pairwise), dtype=bool)
-    norms = [operators.Dense(w).bound().value for w in weights[:-1]]
+    norms = [operators.Dense(w).bound().proved for w in weights[:-1]]
     sampled, sampled_pairs = sampled_lower_bound(layers, data, low)
     small = sum(len(w) for w in weights[:-1]) <= FLAGS.max_hidden
     values = {
@@ -384,7 +384,7 @@ def bound() -> None:
     )
     estimates = [float(norm) for norms in found.norms for norm in norms]
     rows = [
-        [f"{row.start} to {row.end}", f"{row.bound:.6g}", f"{row.bound / norm - 1:.1e}", row.method]
+        [f"{row.start} to {row.end}", f"{row.claimed:.6g}", f"{row.claimed / norm - 1:.1e}", row.method]
         for row, norm in zip(report.chains, estimates, strict=True)
     ]
     print_table(["chain", "proved", "above the estimate", "method"], rows)

@@ -136,7 +136,7 @@ def bound(w1: np.ndarray | Array, w2: np.ndarray | Array, class_: int, rival: in
     rows = np.sqrt(negative[used])[:, None] * w1[used]
     # Each entry of diag(sqrt(w^-)) W1 is rounded three times; 2^-500 covers what underflows.
     frobenius = math.sqrt(float(np.sum(rows**2)))
-    norm = (spectral.matrix_norm_bound(rows).value + gamma(8) * frobenius) * (1 + gamma(8)) + 2.0**-500
+    norm = (spectral.matrix_norm_bound(rows).proved + gamma(8) * frobenius) * (1 + gamma(8)) + 2.0**-500
     return math.nextafter(norm * norm / 4, math.inf)
 
 

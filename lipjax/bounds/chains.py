@@ -94,7 +94,7 @@ def _dense_bound(maps: Sequence[HostMap], side: int, other: int) -> spectral.Nor
     parallel_map(fill, _chunks(maps, side))
     found = spectral.matrix_norm_bound(matrix)
     error = _finite(frobenius(errors))
-    value = float_up(Fraction(found.value) + Fraction(error))
+    value = float_up(Fraction(found.proved) + Fraction(error))
     details = {"side": side, "composition_error": error}
     return spectral.NormBound(value, "Cholesky of the Gram matrix of the dense composition", details)
 
@@ -265,7 +265,7 @@ def circular_bound(ops: Sequence[Conv]) -> spectral.NormBound | None:
     if not math.isfinite(error):
         return None
     found = spectral.conv_norm_bound(kernel, ops[0].in_shape, strides, "CIRCULAR")
-    value = float_up(Fraction(found.value) + Fraction(error))
+    value = float_up(Fraction(found.proved) + Fraction(error))
     return spectral.NormBound(value, f"composed circular kernel; {found.method}", found.details | {"error": error})
 
 

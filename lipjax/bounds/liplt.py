@@ -165,5 +165,5 @@ def margin_liplt_bound(network: Network, *, max_rows: int = _MAX_ROWS) -> tuple[
     check_rounding()
     pairwise, report = liplt_proof.LipLTBound(_network_path(network)).outputs(max_rows)
     with np.errstate(over="ignore"):
-        scale = network.normalize.bound().value
+        scale = network.normalize.bound().proved
         return np.where(pairwise == 0, 0.0, np.nextafter(pairwise * scale, np.inf)), report

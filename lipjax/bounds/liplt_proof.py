@@ -36,23 +36,26 @@ class ChainBound:
 
     Attributes:
       start, end: names of layers; start "input" for the first.
-      bound, method, details: as of an operator. For products of bounds, details["estimate"] is a power iteration's
-        lower estimate: bound / estimate - 1 is at most how loose the product is.
+      claimed ("bound" in files), method, details: as of an operator. For products of bounds, details["estimate"] is a
+        power iteration's lower estimate: claimed / estimate - 1 is at most how loose the product is.
     """
 
     start: str
     end: str
-    bound: float
+    claimed: float
     method: str
     details: dict
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerConstant:
-    """Proved Lipschitz constant from the input to what an activation acts on, and the product of norms up to there."""
+    """Proved Lipschitz constant from the input to what an activation acts on, and the product of norms up to there.
+
+    "bound" in files is what is `claimed` here.
+    """
 
     name: str
-    bound: float
+    claimed: float
     product: float
 
 
@@ -107,7 +110,7 @@ def _operator_norm(name: str, op) -> Fraction:
         raise NotCertifiable(f"{name}: no proved Lipschitz bound is known for a {type(op).__name__}.") from error
     except ValueError as error:
         raise NotCertifiable(f"{name} ({type(op).__name__}): {error}") from error
-    return Fraction(found.claim)
+    return Fraction(found.claimed)
 
 
 def _group(name: str, ops: Sequence, shape) -> tuple[Fraction, HostMap | None]:
@@ -139,7 +142,7 @@ def _piece(step: Step) -> _Piece:
         through = host_map.weighted_sum(maps[2] or zero if skip else zero, float(a), both)
         composed = _proved(chain_proofs.composition_bound, [through])
         if composed is not None:
-            norm = min(norm, Fraction(composed.value))
+            norm = min(norm, Fraction(composed.proved))
         through = dataclasses.replace(through, norm=float_up(norm))
     return _Piece(step, norm, through, a, b, top, inner, outer, skip)
 
@@ -211,8 +214,8 @@ class LipLTBound:
             for split in range(j + 1, k):
                 if not self.pieces[self.acts[split - 1]].step.is_plain:
                     continue
-                value = float_up(Fraction(found[j, split].bound) * Fraction(found[split, k].bound))
-                if value < found[j, k].bound:
+                value = float_up(Fraction(found[j, split].claimed) * Fraction(found[split, k].claimed))
+                if value < found[j, k].claimed:
                     parts = f"{_PRODUCT} of the bounds to and from {self._name(split)}"
                     details = {"split": self._name(split)}
                     found[j, k] = ChainBound(self._name(j), self._name(k), value, parts, details)
@@ -247,13 +250,13 @@ class LipLTBound:
         maps = self._maps(j, k)
         if composed is None and maps is not None:
             composed = _proved(chain_proofs.composition_bound, maps)
-        if composed is None or spectral.with_room(composed.value) >= value:
+        if composed is None or spectral.with_room(composed.proved) >= value:
             return best
-        return ChainBound(best.start, best.end, spectral.with_room(composed.value), composed.method, composed.details)
+        return ChainBound(best.start, best.end, spectral.with_room(composed.proved), composed.method, composed.details)
 
     def _constants(self) -> None:
         """m_k of every activation, and the Lipschitz constants of the path up to after the last one, and to its end."""
-        chains = {pair: Fraction(chain.bound) for pair, chain in self.chains.items()}
+        chains = {pair: Fraction(chain.claimed) for pair, chain in self.chains.items()}
         self.constants: list[Fraction] = []
         self.reach = Fraction(1)
         p, k = Fraction(1), 0
@@ -339,7 +342,7 @@ class LipLTBound:
             known = [entry for entry in rows if entry is not None]
             pairwise = self._sum([_pair_bounds(*entry) for entry in known])
             per_class = self._sum([host_map.row_norms(u) + e for u, e in known])
-            norms = [np.array(spectral.matrix_norm_bound(u).value + host_map.frobenius(e)) for u, e in known]
+            norms = [np.array(spectral.matrix_norm_bound(u).proved + host_map.frobenius(e)) for u, e in known]
             total = float(self._sum(norms))
         if last is not None:
             # From the features after the last activation on, the map is linear: b plays no part.
@@ -347,7 +350,7 @@ class LipLTBound:
             pairwise = np.minimum(pairwise, _times(self.reach, _pair_bounds(*last)) * upwards)
             lengths = host_map.row_norms(last[0]) + last[1]
             per_class = np.minimum(per_class, _times(self.reach, lengths) * upwards)
-            norm = np.array(spectral.matrix_norm_bound(last[0]).value + host_map.frobenius(last[1]))
+            norm = np.array(spectral.matrix_norm_bound(last[0]).proved + host_map.frobenius(last[1]))
             total = min(total, float(_times(self.reach, norm) * upwards))
         # Without rows the whole constant serves: sqrt(2) of it for a difference of two outputs.
         total = min(total, float(self.end))

@@ -123,26 +123,33 @@ class LayerBound:
     """Proved Lipschitz bound of one operator: its name, type, value, the method of proof and the method's details.
 
     Attributes:
-      bound: what everything is computed from, and `checker` proves again: sigma, with room for that proof's rounding.
-      sigma: what was proved; None if unknown.
+      claimed: what certificates state, everything is computed from and `checker` proves again: `proved`, with room
+        for the rounding of that proof. "bound" in files.
+      proved: the bound as it was proved; None if unknown. "sigma" in files.
     """
 
     name: str
     type: str
-    bound: float
+    claimed: float
     method: str
     details: dict
-    sigma: float | None = None
+    proved: float | None = None
+
+    @staticmethod
+    def from_row(row: dict) -> "LayerBound":
+        """The bound that a row of a certificate states: a dict with name, type, bound, method, details and sigma."""
+        return LayerBound(*(row[key] for key in ("name", "type", "bound", "method", "details")), row.get("sigma"))
 
     @property
     def parts(self) -> "list[LayerBound]":
         """Those of a `Residual`'s operators, in order; none for other operators."""
-        return [LayerBound(f"{self.name}/{i}", **part) for i, part in enumerate(self.details.get("parts", ()))]
+        parts = enumerate(self.details.get("parts", ()))
+        return [LayerBound.from_row({"name": f"{self.name}/{i}", **part}) for i, part in parts]
 
     @property
     def norms(self) -> float | tuple[float, ...]:
-        """`bound`; of a `Residual` those of its operators, with which errors pass through them."""
-        return tuple(part.bound for part in self.parts) if "parts" in self.details else self.bound
+        """`claimed`; of a `Residual` those of its operators, with which errors pass through them."""
+        return tuple(part.claimed for part in self.parts) if "parts" in self.details else self.claimed
 
 
 def operator_bounds(network: Network) -> list[LayerBound]:
@@ -160,18 +167,18 @@ def operator_bounds(network: Network) -> list[LayerBound]:
             raise NotCertifiable(f"{name}: no proved Lipschitz bound is known for an operator of type {kind}.")
         try:
             found = op.bound()
-            if not isinstance(found, spectral.NormBound) or not np.isfinite(found.value):
+            if not isinstance(found, spectral.NormBound) or not np.isfinite(found.proved):
                 raise NotCertifiable(f"expected a finite proved bound, got {found!r}.")
-            claim = float(found.claim)
+            claimed = float(found.claimed)
         except ValueError as error:
             raise NotCertifiable(f"{name} ({kind}): {error}") from error
-        rows.append(LayerBound(name, kind, claim, found.method, found.details, float(found.value)))
+        rows.append(LayerBound(name, kind, claimed, found.method, found.details, float(found.proved)))
     return rows
 
 
 def product_bound(rows: list[LayerBound]) -> float:
     """Upper bound of the product of proved bounds: rounded up at every multiplication that is not by 0 or 1."""
-    factors = [row.bound for row in rows if row.bound != 1.0]
+    factors = [row.claimed for row in rows if row.claimed != 1.0]
     if 0.0 in factors:
         return 0.0
     total = 1.0

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -109,14 +110,20 @@ def certify_radii(predictions: np.ndarray, margins: np.ndarray, radii: np.ndarra
     return Certificate(predictions, rivals, margins[rows, rivals], np.minimum(radii[rows, rivals], sys.float_info.max))
 
 
+def _file_row(row: Any) -> dict:
+    """A proved number as files hold it: "bound" is what `claimed` is in Python, "sigma" what `proved` is."""
+    keys = {"claimed": "bound", "proved": "sigma"}
+    return {keys.get(name, name): value for name, value in dataclasses.asdict(row).items()}
+
+
 def layer_rows(rows, estimates: dict[str, float]) -> list[dict]:
     """The per-layer table of a certificate: bound, method, details, and gap = bound / estimate - 1 where known."""
     table = []
     for row in rows:
-        entry = dataclasses.asdict(row)
+        entry = _file_row(row)
         if row.name in estimates:
             entry["estimate"] = estimates[row.name]
-            entry["gap"] = row.bound / estimates[row.name] - 1 if estimates[row.name] > 0 else None
+            entry["gap"] = row.claimed / estimates[row.name] - 1 if estimates[row.name] > 0 else None
         table.append(entry)
     return table
 
@@ -128,7 +135,7 @@ def liplt_rows(report) -> dict | None:
     """
     if report is None:
         return None
-    return {name: [dataclasses.asdict(row) for row in getattr(report, name)] for name in ("layers", "chains")}
+    return {name: [_file_row(row) for row in getattr(report, name)] for name in ("layers", "chains")}
 
 
 def image_rows(certificate: Certificate, labels=None) -> list[dict]:

@@ -87,11 +87,11 @@ def _advance(op, row: LayerBound, local: Local, at: _Values) -> _Values:
         errors = at.errors + end.errors + local.absolute + local.relative * both
         return _Values(total, error64, _inside(errors + local.sums * (at.length + at.distances), both))
     length, distances = at.length, at.distances
-    errors = row.bound * at.errors + local.absolute + local.relative * length + local.slope * distances
+    errors = row.claimed * at.errors + local.absolute + local.relative * length + local.slope * distances
     if isinstance(op, SUMS):
         options = local.inner, local.bias, local.leaves, local.whole
         errors += np.asarray(errors_at_images(op, *options, at.x, distances[0]))
-    x, error64 = propagate(op, row.bound, at.error64, at.x)
+    x, error64 = propagate(op, row.claimed, at.error64, at.x)
     return _Values(x, error64, _inside(errors, local.offset + local.gain * (length + distances)))
 
 
@@ -162,8 +162,8 @@ class _Analysis:
         """`spread` and `lipschitz` behind an operator, from those in front of it."""
         if not local.parts:
             self._limit(local.gain, lipschitz + spread)
-            spread = ((row.bound + local.slope) * spread + local.slope * lipschitz) * ENLARGEMENT32
-            return spread, lipschitz * row.bound * ENLARGEMENT32
+            spread = ((row.claimed + local.slope) * spread + local.slope * lipschitz) * ENLARGEMENT32
+            return spread, lipschitz * row.claimed * ENLARGEMENT32
         inner, through = spread, lipschitz
         for part, own in zip(row.parts, local.parts, strict=True):
             inner, through = self._follow(part, own, inner, through)

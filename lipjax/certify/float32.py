@@ -187,7 +187,8 @@ def _(op: operators.Conv, row: LayerBound, terms: int) -> Local:
 def _(op: operators.ConvExponential, row: LayerBound, terms: int) -> Local:
     terms, size = math.prod(op.kernel.shape[:3]), _taps(op.kernel)
     # The certificate may rest on a norm that is twice this one, with whose exponential errors grow.
-    norm = min(row.details["skew_norm"], size, operators.Conv(op.kernel, op.in_shape, padding=op.padding).bound().value)
+    plain = operators.Conv(op.kernel, op.in_shape, padding=op.padding)
+    norm = min(row.details["skew_norm"], size, plain.bound().proved)
     local, lost = gamma32(terms + 16), 16 * LEAST_NORMAL32 * terms * math.sqrt(2 * math.prod(op.in_shape))
     # Of exact partial sums, and of what they leave out of the whole series, whose functions are at most 1.
     length, tail = 1.0, norm / (op.num_terms + 1)
@@ -206,7 +207,7 @@ def _(op: operators.ConvExponential, row: LayerBound, terms: int) -> Local:
 
 @_local.register
 def _(op: operators.CircularConv, row: LayerBound, terms: int) -> Local:
-    (h, w, channels), norm = op.in_shape, row.bound
+    (h, w, channels), norm = op.in_shape, row.claimed
     squares = [np.sum(np.square(op.fixed), (1, 2)), 2 * np.sum(np.square(op.paired), (1, 2, 3))]
     size = math.sqrt(float(np.max(np.concatenate(squares)))) * ENLARGEMENT32 + 2.0**-400
     sides = (h * w,) if h * w <= _dft.DENSE else (w, 2 * h)
@@ -303,7 +304,7 @@ class HeadConstants:
             return
         hidden = head.w1.shape[0]
         rows, lengths = (np.array([length_bound(row) for row in w]) for w in (head.w1, head.w2))
-        norm, product = spectral.matrix_norm_bound(head.w1).claim, head.w2 @ head.w1
+        norm, product = spectral.matrix_norm_bound(head.w1).claimed, head.w2 @ head.w1
         through = np.array([length_bound(row) for row in product])
         through += gamma(hidden + 3) * length_bound(head.w1) * lengths
         # With slopes in (0, 1), half of W1^T w and half of something no longer than |W1| |w|.

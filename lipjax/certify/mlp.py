@@ -37,7 +37,7 @@ class MLPCertifier:
         """
         self._lipschitz = head.pairwise_bound()
         self._w1, self._b1, self._w2, self._b2 = head.exact_arrays()
-        self._norm = spectral.matrix_norm_bound(self._w1).claim
+        self._norm = spectral.matrix_norm_bound(self._w1).claimed
         self._rows = _length(self._w1) * ENLARGEMENT + _TINY
         self._frobenius = float(_length(self._rows[None])[0]) * ENLARGEMENT + _TINY
         largest = np.stack([np.maximum(self._w2 - row, 0.0).max(axis=1) for row in self._w2])

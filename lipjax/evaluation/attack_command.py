@@ -34,9 +34,8 @@ def read_claims(workdir: pathlib.Path) -> tuple[dict, Certificate, np.ndarray, l
         margins = np.array([-np.inf if row["margin"] is None else row["margin"] for row in rows], np.float64)
         radii = np.array([row["radius"] for row in rows], np.float64)
         lipschitz = np.array(document["margin_lipschitz"], np.float64)
-        names = ("name", "type", "bound", "method", "details")
-        layers = [LayerBound(**{name: row[name] for name in names}) for row in document["layers"]]
-        numbers = [row.bound for row in layers]
+        layers = [LayerBound.from_row(row) for row in document["layers"]]
+        numbers = [row.claimed for row in layers]
         if not rows or any(a.dtype.kind != "i" or (a < 0).any() or (a >= len(lipschitz)).any() for a in ints):
             raise ValueError("expected images with classes")
         if not (radii >= 0).all() or not (lipschitz >= 0).all() or lipschitz.shape != (len(lipschitz),) * 2:

@@ -108,7 +108,7 @@ def whole_bound(head, rows: list[bounds.LayerBound]) -> float | None:
         return None
     total = bounds.product_bound(rows)
     for matrix in factors:
-        total = math.nextafter(total * spectral.matrix_norm_bound(np.asarray(matrix)).value, math.inf)
+        total = math.nextafter(total * spectral.matrix_norm_bound(np.asarray(matrix)).proved, math.inf)
     return total
 
 
@@ -119,7 +119,7 @@ def logits_and_errors(network: FrozenNetwork, points: np.ndarray, batch_size: in
     if isinstance(head, LinearHead):
         constants = np.linalg.norm(head.matrix, axis=1)
     else:  # softplus is 1-Lipschitz
-        constants = np.linalg.norm(head.w2, axis=1) * spectral.matrix_norm_bound(np.asarray(head.w1)).value
+        constants = np.linalg.norm(head.w2, axis=1) * spectral.matrix_norm_bound(np.asarray(head.w1)).proved
     return logits, (constants * (1 + 1e-9) * error[:, None] + own) * (1 + 1e-9)
 
 

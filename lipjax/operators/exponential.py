@@ -101,13 +101,13 @@ class ConvExponential(Linear):
             "(kh o, kw i)": kernel.transpose(0, 3, 1, 2).reshape(kh * c, kw * c),
         }
         for name, matrix in reshapes.items():
-            norm = Fraction(spectral.matrix_norm_bound(matrix).value)
+            norm = Fraction(spectral.matrix_norm_bound(matrix).proved)
             yield verified.float_up(root * norm), f"sqrt(kh kw) times the norm of the kernel as {name}", {}
         padding = self.padding
         if padding != "CIRCULAR":
             padding = conv.explicit_padding((kh, kw), padding)
         found = spectral.conv_norm_bound(kernel, self.in_shape, 1, padding)
-        yield found.value, found.method, found.details
+        yield found.proved, found.method, found.details
 
     def rounding_error(self, x):
         """A number that depends on the kernel, times the norm of each image (docs/soundness.md)."""

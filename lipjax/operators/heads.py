@@ -166,7 +166,7 @@ class MLPHead:
         lengths, frobenius = np.sqrt(np.sum(w2**2, axis=1)), math.sqrt(np.sum(np.sum(w1**2, axis=1)))
         error = gamma(w1.shape[0] + 3) * frobenius * lengths * ENLARGEMENT + 2.0**-400
         distances = distance_bounds(w2)
-        sigma = spectral.matrix_norm_bound(w1).claim
+        sigma = spectral.matrix_norm_bound(w1).claimed
         total = distance_bounds(through) + error[:, None] + error + sigma * distances
         # With room for the rounding errors of another product W2 W1.
         return np.where(distances > 0, total / 2 * (1 + gamma(8)) * (1 + float(ROOM)), 0.0)

@@ -55,7 +55,7 @@ class Residual:
             if not hasattr(op, "bound"):
                 raise NotCertifiable(f"operator {i}: no proved Lipschitz bound is known for one of type {kind}.")
             found = op.bound()
-            claims = {"type": kind, "bound": float(found.claim), "sigma": float(found.value)}
+            claims = {"type": kind, "bound": float(found.claimed), "sigma": float(found.proved)}
             parts.append({**claims, "method": found.method, "details": found.details})
         # Of the claims, so that the checker's proofs of them carry over.
         product = math.prod((Fraction(part["bound"]) for part in parts), start=Fraction(1))

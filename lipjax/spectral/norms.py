@@ -43,21 +43,21 @@ class NormBound:
     """A proved upper bound of a spectral norm.
 
     Attributes:
-      value: the bound; at least the norm of the stored operator in exact arithmetic.
+      proved: the bound; at least the norm of the stored operator in exact arithmetic.
       method: how it was proved.
       details: what was verified (JSON-serialisable): side of the matrices, their number, grid, `shift` and `slack`
         (of the squared norm, in units of 4^exponent).
     """
 
-    value: float
+    proved: float
     method: str
     details: dict[str, Any]
 
     @property
-    def claim(self) -> float:
-        """What a certificate states: the value, and ROOM above it unless the value is exact by its method."""
-        exact = self.method.startswith("exact") or (self.method == SUPREMUM and self.value == 1)
-        return self.value if exact else with_room(self.value)
+    def claimed(self) -> float:
+        """What a certificate states: the proved value, or ROOM above it unless it is exact by its method."""
+        exact = self.method.startswith("exact") or (self.method == SUPREMUM and self.proved == 1)
+        return self.proved if exact else with_room(self.proved)
 
 
 def with_room(value: float) -> float:
@@ -95,7 +95,7 @@ def matrix_norm_bound(matrix: Num[np.ndarray, "*batch m n"] | Num[Array, "*batch
     Raises: ValueError for an array that is empty or has fewer than two axes; NotCertifiable (a ValueError) for numbers
       that double precision does not hold exactly, for entries that are not finite, for a norm beyond the float64
       range, while JAX traces (`jit`), and where this process does not round to nearest.
-    Example: matrix_norm_bound(np.array([[3, 0], [0, 4]])).value is 4 or slightly more.
+    Example: matrix_norm_bound(np.array([[3, 0], [0, 4]])).proved is 4 or slightly more.
     Source: Rump, Verification of positive definiteness, BIT 46 (2006); docs/soundness.md, section 1.
     """
     checked = _checked(matrix, max(2, np.ndim(matrix)), "matrix_norm_bound", or_complex=True)
@@ -103,7 +103,7 @@ def matrix_norm_bound(matrix: Num[np.ndarray, "*batch m n"] | Num[Array, "*batch
         return _matrix_norm_bound(checked)
     lead = checked.shape[:-2]
     bounds = [_matrix_norm_bound(member) for member in checked.reshape(-1, *checked.shape[-2:])]
-    largest = max(range(len(bounds)), key=lambda i: bounds[i].value)
+    largest = max(range(len(bounds)), key=lambda i: bounds[i].proved)
     index = [int(i) for i in np.unravel_index(largest, lead)]
     return dataclasses.replace(bounds[largest], details=bounds[largest].details | {"index": index})
 
@@ -331,4 +331,4 @@ def norm_bound(operator: Any) -> float:
     bound = getattr(operator, "bound", None)
     if bound is None:
         raise NotCertifiable(f"{type(operator).__name__} has no bound() method: no norm bound is proved for it")
-    return bound().value
+    return bound().proved

@@ -76,4 +76,4 @@ def randomised(ops, seed):
 
 
 def host_maps(ops):
-    return [host_map.host_map(op, op.bound().value) for op in ops]
+    return [host_map.host_map(op, op.bound().proved) for op in ops]

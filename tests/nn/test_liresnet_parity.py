@@ -42,7 +42,7 @@ def test_stem_convolution_and_its_norm():
     grad = jax.grad(lambda k: op(k).estimate(converged, 1)[0])(kernel)
     assert relative(grad, hwio(z["output/lipschitz_grad/weight"])) < PARITY
     # The proved bound lies above the dense SVD, and close.
-    assert 0 <= op(kernel).bound().value / float(z["output/lipschitz_exact"]) - 1 < 1e-8
+    assert 0 <= op(kernel).bound().proved / float(z["output/lipschitz_exact"]) - 1 < 1e-8
     assert relative(op(kernel).estimate(start, 1)[0], z["output/lipschitz_10"]) > 1e-4  # control
 
 
@@ -82,7 +82,7 @@ def test_stack_lipschitz_estimate_and_its_gradients(stack):
     grads = jax.grad(lambda w, g: product(w, g, converged, 1)[0], (0, 1))(weights, gamma)
     assert relative(grads[0], hwio(z["output/lipschitz_grad/weights"])) < PARITY
     assert relative(grads[1], z["output/lipschitz_grad/gamma"][:, :, 0, 0, 0]) < PARITY
-    bounds = [block(weights[i], gamma[i]).bound().value for i in range(3)]
+    bounds = [block(weights[i], gamma[i]).bound().proved for i in range(3)]
     slack = np.array(bounds) / z["output/layer_norms_exact"] - 1
     assert (slack >= 0).all() and (slack < 1e-8).all()
 

@@ -84,7 +84,7 @@ def test_head_without_normalisation():
 def test_every_operator_is_bounded_above_its_estimate(variables):
     network = tiny().apply(variables, method="build")
     sigmas, _ = bounds.norm_estimates(network, variables[COLLECTION]["vectors"], 300)
-    rows = {row.name: row.bound for row in bounds.operator_bounds(jax.tree.map(np.asarray, network))}
+    rows = {row.name: row.claimed for row in bounds.operator_bounds(jax.tree.map(np.asarray, network))}
     for name, sigma in sigmas.items():
         assert float(sigma) * (1 - 1e-5) <= rows[name] <= float(sigma) * 1.02
 

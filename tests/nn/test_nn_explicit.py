@@ -126,7 +126,7 @@ def test_layers_that_have_trained_are_frozen_in_float64_and_orthogonal():
             values = np.linalg.svd(np.asarray(jax.tree.map(jnp.asarray, op)(x)).reshape(len(x), -1), compute_uv=False)
             assert values.max() < 1 + 1e-12, name
             assert (values.min() > 1 - 1e-7) == (name != "overlapping/linear"), name
-            assert values.max() * (1 - 1e-13) <= rows[name].sigma <= values.max() * (1 + 1e-8), name
+            assert values.max() * (1 - 1e-13) <= rows[name].proved <= values.max() * (1 + 1e-8), name
     assert frozen.certify(images).radii.max() > 0
 
 

@@ -48,14 +48,14 @@ def test_shares_of_the_bounds_of_pairs_are_not_above_those_stated():
 
 
 def test_bounds_of_the_example_of_orthogonal_networks():
-    (line,) = re.findall(r"max\(row.sigma .*", (DOCS / "orthogonal.md").read_text())
+    (line,) = re.findall(r"max\(row.proved .*", (DOCS / "orthogonal.md").read_text())
     sigma, bound = (float(number) for number in re.findall(r"1 \+ ([0-9.e-]+)", line))
     shape = (8, 8, 1)
     options = {"depth": 6, "num_blocks": 3, "width": 8, "padding": "CIRCULAR", "train_terms": None, "eval_terms": None}
     model = LipConvnet(shape, 10, **options)
     rows = lipjax.freeze(model, model.init(jax.random.key(0), jnp.zeros((1, *shape)))).lipschitz_report()
-    assert 0.5 * sigma < max(row.sigma for row in rows) - 1 <= sigma
-    assert 0.9 * bound < max(row.bound for row in rows) - 1 <= bound
+    assert 0.5 * sigma < max(row.proved for row in rows) - 1 <= sigma
+    assert 0.9 * bound < max(row.claimed for row in rows) - 1 <= bound
 
 
 def test_the_recursion_of_liplt_takes_moduli_of_mean_slopes():
@@ -74,7 +74,7 @@ def test_the_recursion_of_liplt_takes_moduli_of_mean_slopes():
         return first, a * norm(weights[1] @ weights[0]) + b * norm(weights[1]) * first
 
     assert "|a|^(k-1)" in (DOCS / "liplt.md").read_text()
-    stated = [row.bound for row in report.layers]
+    stated = [row.claimed for row in report.layers]
     product = norm(weights[1]) * norm(weights[0])
     np.testing.assert_allclose(stated[1], min(constants(abs(a))[1], product), rtol=1e-6)
     assert constants(a)[1] < 0.9 * stated[1]

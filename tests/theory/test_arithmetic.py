@@ -149,21 +149,21 @@ def test_the_blas_is_named():
 
 
 HOLDERS = {
-    "Dense": lambda a: operators.Dense(a).bound().value,
-    "Conv": lambda a: operators.Conv(a[None, None], (2, 2, 3)).bound().value,
+    "Dense": lambda a: operators.Dense(a).bound().proved,
+    "Conv": lambda a: operators.Conv(a[None, None], (2, 2, 3)).bound().proved,
     "norm_bound": lambda a: spectral.norm_bound(operators.Dense(a)),
     "LinearHead": lambda a: operators.LinearHead(a, np.zeros(3)).pairwise_bound()[0, 1],
     "MLPHead w1": lambda a: operators.MLPHead(a, np.zeros(3), np.ones((2, 3)), np.zeros(2)).pairwise_bound()[0, 1],
     "MLPHead w2": lambda a: operators.MLPHead(np.ones((3, 3)), np.zeros(3), a, np.zeros(3)).pairwise_bound()[0, 1],
-    "Normalize": lambda a: operators.Normalize(np.zeros(3), a[0], (3,)).bound().value,
+    "Normalize": lambda a: operators.Normalize(np.zeros(3), a[0], (3,)).bound().proved,
     "CircularConv": lambda a: operators.CircularConv.from_blocks(a[None], np.zeros((0, 2, 3, 3)), (1, 1, 3)).bound(),
-    "ConvExponential": lambda a: operators.ConvExponential((a - a.T)[None, None], (2, 2, 3), 3).bound().value,
-    "Householder": lambda a: operators.Householder(a[:2, :1] / abs(a[:2, :1]), (2,)).bound().value,
+    "ConvExponential": lambda a: operators.ConvExponential((a - a.T)[None, None], (2, 2, 3), 3).bound().proved,
+    "Householder": lambda a: operators.Householder(a[:2, :1] / abs(a[:2, :1]), (2,)).bound().proved,
     "liplt_bound": lambda a: bounds.liplt_bound([operators.Dense(a), operators.Dense(a)])[0][0, 1],
     "curvature, w1": lambda a: curvature.bound(a, np.ones((2, 3)) * [[1], [2]], 0, 1),
     "curvature, w2": lambda a: curvature.bound(np.ones((3, 3)), a, 0, 1),
     "conv_norm_bound": lambda a: (
-        inspect.unwrap(spectral.conv_norm_bound)(a[None, None], (2, 2, 3), 1, "CIRCULAR").value
+        inspect.unwrap(spectral.conv_norm_bound)(a[None, None], (2, 2, 3), 1, "CIRCULAR").proved
     ),
 }
 # Words of the message where they are not the key.
@@ -227,14 +227,14 @@ def test_matrices_in_batches_and_of_integers():
     batch = RNG.normal(size=(2, 3, 4, 5)) * np.array([1.0, 5.0, 2.0])[:, None, None]
     norms = np.linalg.norm(batch, 2, axis=(2, 3))
     found = spectral.matrix_norm_bound(batch)
-    assert norms.max() <= found.value <= norms.max() * (1 + 1e-8)
+    assert norms.max() <= found.proved <= norms.max() * (1 + 1e-8)
     assert norms[tuple(found.details["index"])] == norms.max()
     assert "index" not in spectral.matrix_norm_bound(batch[0, 0]).details
-    assert spectral.matrix_norm_bound(np.zeros((2, 3, 3))).value == 0
+    assert spectral.matrix_norm_bound(np.zeros((2, 3, 3))).proved == 0
     whole = np.array([[3, 0], [0, -4]])
     for dtype in (int, np.int8, np.uint8):
         found = spectral.matrix_norm_bound(whole.astype(dtype) if dtype is not np.uint8 else abs(whole).astype(dtype))
-        assert 4 <= found.value <= 4 * (1 + 1e-9)
+        assert 4 <= found.proved <= 4 * (1 + 1e-9)
     with pytest.raises(NotCertifiable, match="up to 2"):
         spectral.matrix_norm_bound(np.array([[2**53 + 1]]))
     with pytest.raises(ValueError, match="none empty"):

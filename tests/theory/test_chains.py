@@ -32,9 +32,9 @@ def test_compositions_are_bounded_by_what_they_are(name):
     ops = randomised(CHAINS[name], 6)
     exact = norm(dense(ops))
     found = chains.composition_bound(host_maps(ops))
-    assert exact <= found.value <= exact * (1 + 1e-8)
+    assert exact <= found.proved <= exact * (1 + 1e-8)
     backwards = chains.composition_bound([m.transposed for m in reversed(host_maps(ops))])
-    assert backwards.value == pytest.approx(exact, rel=1e-8)
+    assert backwards.proved == pytest.approx(exact, rel=1e-8)
     assert chains.lower_estimate(host_maps(ops), 400) == pytest.approx(exact, rel=1e-3)
 
 
@@ -45,7 +45,7 @@ def test_banded_gram_matrices_give_the_same(name, monkeypatch):
     exact = norm(dense(ops))
     found = chains.composition_bound(host_maps(ops))
     assert "banded" in found.method
-    assert exact <= found.value <= exact * (1 + 1e-4)
+    assert exact <= found.proved <= exact * (1 + 1e-4)
 
 
 def test_banded_factorisations_refuse_a_shift_below_the_norm():
@@ -73,7 +73,7 @@ def test_composed_circular_kernels_give_the_norm():
     ops = randomised(CHAINS["circular"], 9)
     exact = norm(dense(ops))
     found = chains.circular_bound(ops)
-    assert exact <= found.value <= exact * (1 + 1e-6)
+    assert exact <= found.proved <= exact * (1 + 1e-6)
     chain = [*ops, Flatten((2, 2, 2)), Dense(np.eye(3, 8))]
     _, report = bounds.liplt_bound(chain)
     assert any("composed circular kernel" in row.method for row in report.chains)
@@ -85,9 +85,9 @@ def test_a_composed_zero_padded_chain_is_not_its_symbol():
     right[0, :, 0, 0], left[0, :, 0, 0] = (0, 1, 1), (1, -1, 0)
     ops = [Conv(right, (1, 6, 1)), Conv(left, (1, 6, 1))]
     exact = norm(dense(ops))
-    symbol = spectral.conv_norm_bound(chains._composed(right, left, (1, 1)), (1, 6, 1), 1, "CIRCULAR").value
+    symbol = spectral.conv_norm_bound(chains._composed(right, left, (1, 1)), (1, 6, 1), 1, "CIRCULAR").proved
     found = chains.composition_bound(host_maps(ops))
-    assert exact <= found.value <= exact * (1 + 1e-9)
+    assert exact <= found.proved <= exact * (1 + 1e-9)
     assert abs(symbol - exact) > 1e-3
 
 
@@ -100,8 +100,8 @@ def scalings(*exponents, padding="ZERO"):
 def test_numbers_that_underflow_on_the_way_are_covered(entries, exponents, monkeypatch):
     monkeypatch.setattr(chains, "_DENSE_ENTRIES", entries)
     found = chains.composition_bound(host_maps(scalings(*exponents)))
-    assert found.value >= 2.0 ** max(sum(exponents), -1074)
-    assert chains.circular_bound(scalings(*exponents, padding="CIRCULAR")).value >= 2.0 ** max(sum(exponents), -1074)
+    assert found.proved >= 2.0 ** max(sum(exponents), -1074)
+    assert chains.circular_bound(scalings(*exponents, padding="CIRCULAR")).proved >= 2.0 ** max(sum(exponents), -1074)
     _, report = bounds.liplt_bound([Dense(np.full((1, 1), 2.0**e)) for e in exponents], (1.0, 1.0))
     assert report.total >= 2.0 ** max(sum(exponents), -1074)
 
@@ -111,7 +111,7 @@ def test_numbers_that_overflow_on_the_way_have_no_proof(entries, monkeypatch):
     monkeypatch.setattr(chains, "_DENSE_ENTRIES", entries)
     for exponents in ((99,) * 6, (99,) * 11):
         try:
-            assert chains.composition_bound(host_maps(scalings(*exponents))).value >= 2.0 ** sum(exponents)
+            assert chains.composition_bound(host_maps(scalings(*exponents))).proved >= 2.0 ** sum(exponents)
         except (NotCertifiable, OverflowError) as error:
             assert isinstance(error, NotCertifiable)
     rng = np.random.default_rng(21)
@@ -144,7 +144,7 @@ def test_bands_of_any_geometry(geometry, monkeypatch):
         x = m.apply(x)
     exact = norm(x.reshape(27, -1))
     found = chains.composition_bound(maps)
-    assert "banded" in found.method and exact <= found.value <= exact * (1 + 1e-4)
+    assert "banded" in found.method and exact <= found.proved <= exact * (1 + 1e-4)
     # nothing outside of the band
     matrix = x.reshape(27, -1).T
     if matrix.shape[0] > matrix.shape[1]:

@@ -51,7 +51,7 @@ def checked(operator):
         fields["in_shape"] = list(operator.in_shape)
         fields["strides"] = list(conv.stride_pair(operator.strides))
     found = checker.OPERATORS[type(operator).__name__](fields)
-    found.claim = Fraction(operator.bound().claim)
+    found.claim = Fraction(operator.bound().claimed)
     return found
 
 

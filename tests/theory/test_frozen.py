@@ -179,7 +179,7 @@ def test_report_names_every_layer(model_and_variables):
     assert {row.name for row in rows if row.type in ("Conv", "Dense")} == set(estimates)
     for row in rows:
         if row.name in estimates:
-            assert estimates[row.name] <= row.bound <= estimates[row.name] * 1.05
+            assert estimates[row.name] <= row.claimed <= estimates[row.name] * 1.05
 
 
 def test_save_and_load_give_the_same_certificate(tmp_path, model_and_variables):

@@ -96,11 +96,11 @@ def test_proved_constants_of_the_golden_network():
     exact = golden()
     excess = off_diagonal(pairwise) / off_diagonal(exact["output/liplt_pairwise_exact"]) - 1
     assert (excess >= 0).all() and (excess < 1e-6).all()
-    rows = np.array([row.bound for row in report.layers]) / exact["output/liplt_m_exact"] - 1
+    rows = np.array([row.claimed for row in report.layers]) / exact["output/liplt_m_exact"] - 1
     assert (rows > -1e-13).all() and (rows < 1e-6).all()
     assert 0 <= report.total / exact["output/liplt_global_exact"] - 1 < 1e-6
     assert 0 <= report.product / exact["output/naive_global_exact"] - 1 < 1e-6
     excess = report.per_class / exact["output/liplt_per_class_exact"] - 1
     assert (excess > -1e-13).all() and (excess < 1e-6).all()
-    assert len(report.chains) == 10 and all(row.bound <= row.product for row in report.layers)
+    assert len(report.chains) == 10 and all(row.claimed <= row.product for row in report.layers)
     assert (np.diag(pairwise) == 0).all() and (pairwise == pairwise.T).all()

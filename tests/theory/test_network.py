@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lipjax import bounds, operators
+from lipjax.certify import certificate
 from lipjax.network import make_network
 
 
@@ -120,3 +121,18 @@ def test_product_bound_is_rounded_up():
     assert product > 1 + 3 * 2.0**-52 and product <= 1 + 8 * 2.0**-52
     assert bounds.product_bound([bounds.LayerBound("a", "Bias", 1.0, "", {})] * 5) == 1.0
     assert bounds.product_bound([bounds.LayerBound("a", "Dense", 0.0, "", {}), *rows]) == 0.0
+
+
+def test_rows_in_files_keep_their_keys():
+    part = {"type": "Dense", "bound": 2.5, "sigma": 2.0, "method": "m", "details": {}}
+    row = bounds.LayerBound("block", "Residual", 3.5, "sum", {"parts": [part]}, 3.0)
+    (stated,) = certificate.layer_rows([row], {"block": 1.75})
+    assert list(stated) == ["name", "type", "bound", "method", "details", "sigma", "estimate", "gap"]
+    assert (stated["bound"], stated["sigma"], stated["gap"]) == (3.5, 3.0, 1.0)
+    assert bounds.LayerBound.from_row(stated) == row and row.norms == (2.5,) and row.parts[0].proved == 2.0
+    chain = bounds.ChainBound("input", "act", 1.25, "m", {})
+    report = bounds.LipLTReport((bounds.LayerConstant("act", 1.5, 2.0),), (chain,), None, 1.0, 1.0, "rows")
+    assert certificate.liplt_rows(report) == {
+        "layers": [{"name": "act", "bound": 1.5, "product": 2.0}],
+        "chains": [{"start": "input", "end": "act", "bound": 1.25, "method": "m", "details": {}}],
+    }

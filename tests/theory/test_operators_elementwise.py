@@ -120,7 +120,7 @@ def test_slopes_lie_in_the_interval_and_fill_it(name):
         slopes = [(f - g) / (a - b) for (a, f), (b, g) in zip(*values, strict=True)]
         assert all(low <= slope <= high for slope in slopes)
         assert min(slopes) - low < 1e-12 and high - max(slopes) < 1e-4  # so that no smaller interval would do
-    assert op.bound().value == spectral.norm_bound(op) == max(abs(low), abs(high))
+    assert op.bound().proved == spectral.norm_bound(op) == max(abs(low), abs(high))
     assert f"{high:g}" in op.bound().method
 
 
@@ -219,7 +219,7 @@ def test_a_frozen_network_of_them_certifies_and_comes_back(tmp_path):
     frozen = elementwise_network()
     activations = [row for row in frozen.lipschitz_report() if row.type not in ("Normalize", "Dense", "Bias")]
     assert [row.type for row in activations] == [type(make((5,))).__name__ for make in MAKE.values()]
-    assert [row.bound for row in activations] == [0.25 if name == "Sigmoid" else 1.0 for name in MAKE]
+    assert [row.claimed for row in activations] == [0.25 if name == "Sigmoid" else 1.0 for name in MAKE]
     rng = np.random.default_rng(4)
     x = rng.uniform(size=(20, 5))
     certificate = frozen.certify(x)

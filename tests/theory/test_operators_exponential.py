@@ -82,12 +82,12 @@ def test_spectrum_and_bound_against_dense_matrices(geometry, num_terms):
     norm = np.abs(thetas).max()
     # The kernel has norm 2 / sqrt(kh kw) as a matrix: that bounds J, and nothing more was needed for p = 12.
     assert norm * (1 - 1e-13) <= found.details["skew_norm"] <= 2 * (1 + 1e-9)
-    assert values[0] * (1 - 1e-13) <= found.value
+    assert values[0] * (1 - 1e-13) <= found.proved
     if num_terms == 5:
         # J's own norm was bounded too, so that only its embedding is lost: the modulus at the true norm is close.
-        assert found.value <= 1.0048 and found.details["skew_norm"] <= norm * 1.5 + 1e-12
+        assert found.proved <= 1.0048 and found.details["skew_norm"] <= norm * 1.5 + 1e-12
     else:
-        assert found.value == 1.0
+        assert found.proved == 1.0
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES[:2] + GEOMETRIES[-2:], ids=str)
@@ -115,8 +115,8 @@ def test_a_constant_kernel_attains_the_factor_and_the_bound(norm, stretches):
     found = op.bound()
     assert true <= found.details["skew_norm"] <= true * (1 + 1e-9)
     gain = np.linalg.norm(dense(op, op.in_shape), 2)
-    assert gain * (1 - 1e-13) <= found.value <= max(gain, 1.0) * (1 + 1e-8)
-    assert (found.value > 1.0) == stretches == (gain > 1 + 1e-6)
+    assert gain * (1 - 1e-13) <= found.proved <= max(gain, 1.0) * (1 + 1e-8)
+    assert (found.proved > 1.0) == stretches == (gain > 1 + 1e-6)
 
 
 def test_each_bound_of_the_generator_serves_where_it_is_least():
@@ -153,7 +153,7 @@ def test_the_four_reshaped_norms_of_a_skew_kernel_are_two():
 
 def test_the_promise_does_not_reach_the_bound():
     op = make((4, 4), (3, 3), norm=15.0, nonexpansive=True)
-    assert op.bound().value == dataclasses.replace(op, nonexpansive=False).bound().value > 1.1
+    assert op.bound().proved == dataclasses.replace(op, nonexpansive=False).bound().proved > 1.1
 
 
 @pytest.mark.parametrize("scale", [1e-200, 1e-310, 0.0])
@@ -161,8 +161,8 @@ def test_tiny_kernels(scale):
     op = make((4, 4), (3, 3), num_terms=12)
     tiny = dataclasses.replace(op, kernel=jnp.asarray(np.asarray(op.kernel) * scale))
     x = jnp.ones((1, 4, 4, 2))
-    assert tiny.bound().value == 1.0
-    five = dataclasses.replace(tiny, num_terms=5).bound().value
+    assert tiny.bound().proved == 1.0
+    five = dataclasses.replace(tiny, num_terms=5).bound().proved
     assert five == (1.0 if scale == 0 else math.nextafter(1, 2))
     assert 0 < float(tiny.rounding_error(x)[0]) < 1e-12
     np.testing.assert_array_equal(np.asarray(tiny(x)), np.asarray(x))
@@ -177,7 +177,7 @@ def test_kernels_without_a_proof_are_refused():
     kernel[0, 1, 1, 0] = np.nextafter(kernel[0, 1, 1, 0], 9)
     with pytest.raises(NotCertifiable, match="bit for bit skew"):
         dataclasses.replace(op, kernel=kernel).bound()
-    assert op.bound().value == 1.0  # control
+    assert op.bound().proved == 1.0  # control
 
 
 def exact_series(matrix, x, num_terms):

@@ -62,7 +62,7 @@ def test_the_estimate_converges_to_the_proved_bound_from_below(name, key):
     kept = operators.Conv(grid.kernel, op.in_shape, op.strides, op.padding)
     norms = [norm_of(kept, size(grid, g), t) for g, t in grid.variants]
     assert float(late) <= min(norms) * (1 + 1e-12) and float(late) == pytest.approx(min(norms), rel=1e-5)
-    assert min(norms) * (1 - 1e-12) <= bound.value <= min(norms) * (1 + 1e-8)
+    assert min(norms) * (1 - 1e-12) <= bound.proved <= min(norms) * (1 + 1e-8)
     true = norm_of(op, op.in_shape[:2], None)
     assert all(true <= norm * (1 + 1e-12) for norm in norms)
     assert vectors.shape == grid.in_shape
@@ -83,7 +83,7 @@ def test_the_zero_padded_estimate_stays_below_the_bound(key):
     op = make("3x3")
     start = jax.random.normal(key, op.in_shape)
     sigma, _ = estimate(op, start, 2000)
-    assert float(estimate(op, start, 1)[0]) < float(sigma) < 0.98 * op.bound().value
+    assert float(estimate(op, start, 1)[0]) < float(sigma) < 0.98 * op.bound().proved
 
 
 def test_the_gradient_is_that_of_the_norm(key):
@@ -98,7 +98,7 @@ def test_the_gradient_is_that_of_the_norm(key):
     slope = float(jnp.vdot(jax.jit(jax.grad(value))(op.kernel), direction))
     step = 1e-4
     ends = [
-        operators.Conv(op.kernel + t * direction, op.in_shape, op.strides, op.padding).bound().value
+        operators.Conv(op.kernel + t * direction, op.in_shape, op.strides, op.padding).bound().proved
         for t in (-step, step)
     ]
     assert slope == pytest.approx((ends[1] - ends[0]) / (2 * step), rel=1e-4)
@@ -146,7 +146,7 @@ def test_a_network_on_the_grid(key):
     assert {name: v.shape[0] for name, v in vectors.items()} == {"block/0": 8, "centred": 8, "conv": 8}
     on, _ = product(grid, vectors, 1000)
     off, _ = product(network, bounds.init_vectors(network, key), 1000)
-    proved = 2 * (1 + convs[0].bound().value) * convs[1].bound().value * convs[2].bound().value
+    proved = 2 * (1 + convs[0].bound().proved) * convs[1].bound().proved * convs[2].bound().proved
     assert float(off) < 0.97 * proved and float(on) <= proved < float(on) * (1 + 1e-4)
 
 

@@ -244,7 +244,7 @@ def test_a_half_turn_of_a_degenerate_sector_is_not_taken_for_it():
 def test_bound_is_1_and_shapes_follow(name):
     angles = [jnp.linspace(0.0, 3.0, 3)] * len(CASES[name][1])
     op = build(name, angles, (4, 5, 6))
-    assert op.bound().value == 1.0 and spectral.norm_bound(op) == 1.0
+    assert op.bound().proved == 1.0 and spectral.norm_bound(op) == 1.0
     x = jax.random.normal(jax.random.key(0), (2, 4, 5, 6))
     assert op(x).shape == (2, *op.out_shape) and op.out_shape[-1] == (3 if "Pool" in name else 6)
     assert op.rounding_error(x).shape == (2,)
@@ -282,7 +282,7 @@ def test_directions_without_a_proof_are_refused(name):
     # No values while tracing: only the shape is looked at, and nothing is proved.
     jax.eval_shape(lambda v: with_directions(v), jnp.zeros(good.shape))
     with pytest.raises(NotCertifiable, match=f"{name}: {field}.*tracing"):
-        jax.eval_shape(lambda v: with_directions(v).bound().value, jnp.zeros(good.shape))
+        jax.eval_shape(lambda v: with_directions(v).bound().proved, jnp.zeros(good.shape))
 
 
 def test_a_frozen_network_of_them_certifies_and_comes_back(tmp_path):
@@ -293,7 +293,7 @@ def test_a_frozen_network_of_them_certifies_and_comes_back(tmp_path):
     ops += [("MaxMin", operators.MaxMin((4,))), ("MaxPoolPairs", operators.MaxPoolPairs((4,)))]
     head = operators.LinearHead(jnp.asarray(rng.normal(size=(3, 2))), jnp.asarray(rng.normal(size=3)))
     frozen = FrozenNetwork(jax.tree.map(np.asarray, make_network(ops, head)))
-    assert all(row.bound == 1 for row in frozen.lipschitz_report())
+    assert all(row.claimed == 1 for row in frozen.lipschitz_report())
     np.testing.assert_allclose(frozen.margin_lipschitz(), head.pairwise_bound(), rtol=1e-15)  # rounded upwards
     x = rng.uniform(size=(20, 8))
     certificate = frozen.certify(x)

@@ -32,7 +32,7 @@ def test_shapes_and_lengths(op, key):
         assert float(jnp.sum(op(one) ** 2)) == float(jnp.sum(one**2))  # 1 is attained
     else:
         np.testing.assert_allclose(after, before, rtol=1e-14)
-    assert op.bound().value == 1.0
+    assert op.bound().proved == 1.0
     assert op.rounding_error(x).shape == (5,) and not np.asarray(op.rounding_error(x)).any()
     leaves, tree = jax.tree.flatten(op)
     assert leaves == [] and jax.tree.unflatten(tree, []).out_shape == op.out_shape

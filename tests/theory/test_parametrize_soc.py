@@ -152,7 +152,7 @@ def test_bounds_of_the_second_papers_layers_lie_above_dense_norms(fast_layer):
         assert float(z["output/J_norm_dense"]) <= found.details["skew_norm"] * (1 + 1e-12)
         # These maps have at most 4096 values: the dense operator itself was bounded.
         assert found.details["skew_norm"] <= float(z["output/J_norm_dense"]) * (1 + 1e-8)
-        assert float(z[f"output/S{num_terms}_norm_dense"]) <= found.value * (1 + 1e-12) < 1.005
+        assert float(z[f"output/S{num_terms}_norm_dense"]) <= found.proved * (1 + 1e-12) < 1.005
 
 
 @pytest.mark.parametrize("kernel_shape", [(3, 3, 4, 4), (1, 1, 5, 5), (5, 3, 2, 2)])
@@ -290,9 +290,9 @@ def test_training_a_layer_in_single_precision_keeps_its_promise(key):
         values.append(float(value))
     assert values[-1] < values[0] - 1e-3 and vectors["u1"].dtype == jnp.float32
     kernel, _ = kernel_of(raw, vectors, 0)
-    assert ConvExponential(kernel, (5, 5, 6), 12).bound().value == 1.0
+    assert ConvExponential(kernel, (5, 5, 6), 12).bound().proved == 1.0
     norms = [norm for norm, *_ in ConvExponential(kernel, (5, 5, 6), 12)._skew_norm_bounds(np.asarray(kernel, float))]
     assert 0.7 * 3 * 0.99 < min(norms[:2]) < 0.7 * 3 * 1.05
     # Without the normalisation the same raw kernel may have any norm.
     free = ConvExponential(conv.skew_kernel(raw) * 10, (5, 5, 6), 12)
-    assert free.bound().value > 1.0
+    assert free.bound().proved > 1.0

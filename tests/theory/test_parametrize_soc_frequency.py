@@ -50,7 +50,7 @@ def test_the_response_is_the_exponential_of_the_convolution_whatever_its_norm(si
     np.testing.assert_allclose(found, scipy.linalg.expm(a), atol=1e-12)
     unitary = np.einsum("hwji,hwjk->hwik", np.asarray(response).conj(), np.asarray(response))
     np.testing.assert_allclose(unitary, np.broadcast_to(np.eye(3), unitary.shape), atol=1e-13)
-    assert 1 <= CircularConv(np.asarray(response), (*size, 3)).bound().value < 1 + 1e-12
+    assert 1 <= CircularConv(np.asarray(response), (*size, 3)).bound().proved < 1 + 1e-12
 
 
 @pytest.mark.parametrize("num_terms", [1, 2, 3, 4, 5, 6, 9, 12, 14])
@@ -152,7 +152,7 @@ def test_orthogonality_survives_gradient_steps_and_a_zero_kernel_is_the_identity
         raw = step(raw)
     assert float(loss(raw)) < 0.9 * first  # control: the steps went somewhere
     blocks = soc_frequency.exponential_blocks(conv.skew_kernel(raw), size)
-    assert 1 <= CircularConv.from_blocks(*(np.asarray(b) for b in blocks), (*size, 3)).bound().value < 1 + 1e-13
+    assert 1 <= CircularConv.from_blocks(*(np.asarray(b) for b in blocks), (*size, 3)).bound().proved < 1 + 1e-13
 
 
 def test_a_1x1_layer_of_the_papers_code():

@@ -89,7 +89,7 @@ def test_dense_bounds_are_never_below(examples, record_testsuite_property):
 
     def check(op):
         matrix, exponent = integers(op.matrix)
-        found.append(looseness(op.bound().value, squared_gain(matrix), power(exponent)))
+        found.append(looseness(op.bound().proved, squared_gain(matrix), power(exponent)))
 
     search(check, dense_operators(), examples)
     record_testsuite_property("looseness, dense", max(found))
@@ -101,7 +101,7 @@ def test_convolution_bounds_are_never_below(examples, record_testsuite_property)
 
     def check(op):
         matrix, exponent = conv_matrix(op)
-        found.append(looseness(op.bound().value, squared_gain(matrix), power(exponent)))
+        found.append(looseness(op.bound().proved, squared_gain(matrix), power(exponent)))
 
     search(check, convolutions(), examples)
     record_testsuite_property("looseness, convolution", max(found))
@@ -164,7 +164,7 @@ def test_frequency_bounds_are_never_below(examples, record_testsuite_property):
     found = []
 
     def check(op):
-        bound = op.bound().value
+        bound = op.bound().proved
         blocks = [(block, np.zeros_like(block)) for block in op.fixed] + [tuple(pair) for pair in op.paired]
         slack = []
         for real, imaginary in blocks:
@@ -211,7 +211,7 @@ def test_truncated_exponentials_are_never_below(examples, record_testsuite_prope
             images.append(skew @ images[-1])
         image = sum(images[j] * (math.factorial(p) // math.factorial(j) << (j - p) * exponent) for j in range(p + 1))
         gain = Fraction(int(sum(image * image)), int(sum(v * v)))
-        found.append(looseness(op.bound().value, gain, power(p * exponent) / math.factorial(p)))
+        found.append(looseness(op.bound().proved, gain, power(p * exponent) / math.factorial(p)))
 
     search(check, exponentials(), examples)
     record_testsuite_property("looseness, exponential", max(found))
@@ -245,7 +245,7 @@ def test_residual_bounds_are_never_below(examples, record_testsuite_property):
         branch = (b * slopes) @ a
         least = min(exponent, 0)
         matrix = branch * 2 ** (exponent - least) + np.eye(len(branch), dtype=int).astype(object) * 2**-least
-        found.append(looseness(op.bound().value, squared_gain(matrix), power(least)))
+        found.append(looseness(op.bound().proved, squared_gain(matrix), power(least)))
 
     search(check, residuals(), examples)
     record_testsuite_property("looseness, residual, median", float(np.median(found)))
@@ -422,7 +422,7 @@ def test_parameters_that_are_no_numbers_are_never_bounded(bad):
         (operators.ProjectionPool(np.ones((2, 1)), (2,)), "direction"),
     ]
     for op, field in cases:
-        assert math.isfinite(op.bound().value)
+        assert math.isfinite(op.bound().proved)
         broken = np.array(getattr(op, field))
         broken.flat[0] = bad
         object.__setattr__(op, field, broken)

@@ -90,7 +90,7 @@ def hostile_matrices():
 def test_matrix_bound_against_40_digits(name, matrix, scale):
     matrix = matrix * scale
     truth = exact_norm(matrix)
-    bound = spectral.matrix_norm_bound(matrix).value
+    bound = spectral.matrix_norm_bound(matrix).proved
     assert mpmath.mpf(bound) >= truth
     # Sides below 10: the first excess, 2^-40 of the squared norm, and rounding of about 10^2 u.
     assert mpmath.mpf(bound) <= truth * (1 + 1e-12)
@@ -100,7 +100,7 @@ def test_matrix_bound_against_40_digits(name, matrix, scale):
 def test_scales_at_the_ends_of_the_range(scale):
     matrix = np.array([[1.0, 2.0], [0.0, 3.0]]) * scale
     truth = exact_norm(matrix)
-    bound = mpmath.mpf(spectral.matrix_norm_bound(matrix).value)
+    bound = mpmath.mpf(spectral.matrix_norm_bound(matrix).proved)
     assert truth <= bound <= truth * (1 + 1e-12) + mpmath.mpf(5e-324)
 
 
@@ -114,14 +114,14 @@ def test_matrix_bound_slack(shape, kind):
     elif kind == "near identity":
         matrix = matrix + np.eye(*shape)
     norm, error = svd_norm(matrix)
-    assert norm - error <= spectral.matrix_norm_bound(matrix).value <= norm * (1 + 1e-8)
+    assert norm - error <= spectral.matrix_norm_bound(matrix).proved <= norm * (1 + 1e-8)
 
 
 def test_complex_matrix_of_512():
     rng = np.random.default_rng(4)
     matrix = rng.normal(size=(300, 200)) + 1j * rng.normal(size=(300, 200))
     norm, error = svd_norm(matrix)
-    assert norm - error <= spectral.matrix_norm_bound(matrix).value <= norm * (1 + 1e-9)
+    assert norm - error <= spectral.matrix_norm_bound(matrix).proved <= norm * (1 + 1e-9)
 
 
 def test_a_shift_below_the_norm_is_refused():
@@ -145,7 +145,7 @@ def test_a_poor_guess_still_gives_a_bound(monkeypatch):
     norm, _ = svd_norm(matrix)
     for factor in (0.5, 0.999, 1 - 1e-6, 1 - 1e-10):
         monkeypatch.setattr(verified, "_guess", lambda gram, f=factor: f * np.linalg.eigvalsh(gram)[-1])
-        bound = spectral.matrix_norm_bound(matrix).value
+        bound = spectral.matrix_norm_bound(matrix).proved
         # Growth by 16, then four bisections of the logarithm: the excess is at most 16^(1/16) = 1.19 times the gap.
         assert norm * (1 - 1e-13) <= bound <= norm * (1 + (1 / factor - 1) * 1.2 + 2e-8)
 
@@ -188,11 +188,11 @@ def test_bad_input_raises():
 
 
 def test_zero_operators_are_zero():
-    assert spectral.matrix_norm_bound(np.zeros((3, 5))).value == 0.0
-    assert spectral.conv_norm_bound(np.zeros((3, 3, 2, 2)), (4, 4, 2), 1, "CIRCULAR").value == 0.0
-    assert spectral.conv_norm_bound(np.zeros((3, 3, 2, 2)), (4, 4, 2), 1, ((1, 1), (1, 1))).value == 0.0
+    assert spectral.matrix_norm_bound(np.zeros((3, 5))).proved == 0.0
+    assert spectral.conv_norm_bound(np.zeros((3, 3, 2, 2)), (4, 4, 2), 1, "CIRCULAR").proved == 0.0
+    assert spectral.conv_norm_bound(np.zeros((3, 3, 2, 2)), (4, 4, 2), 1, ((1, 1), (1, 1))).proved == 0.0
     # A kernel of ones whose outputs (at 1 and -2, stride 3) never meet the only pixel.
-    assert spectral.conv_norm_bound(np.ones((1, 1, 2, 2)), (1, 1, 2), 3, ((2, 2), (0, 0))).value == 0.0
+    assert spectral.conv_norm_bound(np.ones((1, 1, 2, 2)), (1, 1, 2), 3, ((2, 2), (0, 0))).proved == 0.0
 
 
 def test_details_are_json_and_results_repeat():
@@ -261,17 +261,17 @@ def test_conv_bound_against_dense_svd(geometry, kind, monkeypatch):
     kernel = hostile_kernel(kind, shape)
     norm, error = svd_norm(dense_matrix(kernel, size, strides, padding))
     arguments = (kernel, (*size, shape[2]), strides, padding)
-    tight = spectral.conv_norm_bound(*arguments).value
+    tight = spectral.conv_norm_bound(*arguments).proved
     # Wrapped taps may cancel: rounding is relative to the sum of the taps' norms, not to the norm of their sum.
     total = np.linalg.norm(kernel, axis=(2, 3)).sum()
     assert norm - error <= tight <= math.sqrt(norm**2 * (1 + 1e-11) + 1e-13 * total**2)
     monkeypatch.setattr(norms, "_DENSE_SIDE", 0)
     embedded = spectral.conv_norm_bound(*arguments)
-    assert norm - error <= embedded.value
+    assert norm - error <= embedded.proved
     # No embedding exceeds the triangle inequality over taps; circulants are exact.
-    assert embedded.value <= total * (1 + 1e-9)
+    assert embedded.proved <= total * (1 + 1e-9)
     if padding == "CIRCULAR":
-        assert embedded.value == tight
+        assert embedded.proved == tight
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-160, 1e150])
@@ -281,7 +281,7 @@ def test_conv_bound_scales(scale, padding, monkeypatch):
     norm, error = svd_norm(dense_matrix(kernel, (5, 5), (1, 1), padding))
     for side in (4096, 0):
         monkeypatch.setattr(norms, "_DENSE_SIDE", side)
-        value, plain = (spectral.conv_norm_bound(kernel * s, (5, 5, 2), 1, padding).value for s in (scale, 1.0))
+        value, plain = (spectral.conv_norm_bound(kernel * s, (5, 5, 2), 1, padding).proved for s in (scale, 1.0))
         assert norm * (1 - 1e-15) - error <= value / scale
         assert value / scale == pytest.approx(plain, rel=1e-11)
 
@@ -290,7 +290,7 @@ def test_idle_taps_do_not_hide_the_others():
     # On one pixel only the centre acts. Scaled together with its neighbours it would underflow, and the bound be 0.
     kernel = np.full((3, 3, 1, 1), 1e300)
     kernel[1, 1] = 1e-300
-    bound = spectral.conv_norm_bound(kernel, (1, 1, 1), 1, ((1, 1), (1, 1))).value
+    bound = spectral.conv_norm_bound(kernel, (1, 1, 1), 1, ((1, 1), (1, 1))).proved
     assert 1e-300 <= bound <= 1e-300 * (1 + 1e-12)
 
 
@@ -318,7 +318,7 @@ def test_twist_makes_a_smoothing_kernel_tight():
     kernel, h = np.ones((3, 1, 1, 1)), 5000
     bound = spectral.conv_norm_bound(kernel, (h, 1, 1), 1, ((1, 1), (0, 0)))
     truth = 1 + 2 * math.cos(math.pi / (h + 1))
-    assert truth * (1 - 1e-15) <= bound.value <= truth * (1 + 1e-12)
+    assert truth * (1 - 1e-15) <= bound.proved <= truth * (1 + 1e-12)
     assert bound.details["twist"] == [1, 0]
     assert truth * (1 + 1e-12) < 3  # what the untwisted grid gives
 
@@ -347,13 +347,13 @@ def test_response_bound_against_the_spatial_operator():
             full = np.fft.ifft(y, axis=0)  # irfft along the last axis drops the imaginary part: the projection
             columns.append(np.fft.irfft(full, n=w, axis=1).reshape(-1))
         norm, error = svd_norm(np.array(columns).T)
-        bound = spectral.response_norm_bound(response, (h, w)).value
+        bound = spectral.response_norm_bound(response, (h, w)).proved
         assert norm - error - 1e-14 <= bound <= norm * (1 + 1e-11)
         unprojected = max(np.linalg.norm(r, 2) for row in response for r in row)
         assert bound <= unprojected * (1 + 1e-11)
     with pytest.raises(ValueError, match="w // 2"):
         spectral.response_norm_bound(np.ones((4, 4, 1, 1), complex), (4, 4))
-    assert spectral.response_norm_bound(np.zeros((4, 3, 1, 1), complex), (4, 4)).value == 0.0
+    assert spectral.response_norm_bound(np.zeros((4, 3, 1, 1), complex), (4, 4)).proved == 0.0
 
 
 def test_norm_bound_and_estimate_dispatch():
