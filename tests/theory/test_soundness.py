@@ -133,17 +133,17 @@ def test_bounds_for_all_sizes_are_never_below(examples, monkeypatch, record_test
     def check(op):
         bound, (matrix, exponent) = op.bound(), conv_matrix(op)
         squared = squared_gain(matrix)
-        looseness(bound.value, squared, power(exponent))
+        looseness(bound.proved, squared, power(exponent))
         methods.append(bound.method)
         if bound.method != EVERYWHERE:
             return
-        found.append(bound.value)
+        found.append(bound.proved)
         padding = op.padding if isinstance(op.padding, str) else [list(pair) for pair in op.padding]
         fields = {"kernel": op.kernel, "in_shape": list(op.in_shape), "padding": padding, "strides": [op.strides] * 2}
         axes = checker.Conv(fields).axes
         assert checker.conv_below(op.kernel, axes, bound.method, bound.details, Fraction(bound.claim))
-        ratio = math.sqrt(float(squared * power(exponent) ** 2 / Fraction(bound.value) ** 2))
-        below = Fraction(bound.value) * Fraction(ratio) * (1 - Fraction(1, 2**30))
+        ratio = math.sqrt(float(squared * power(exponent) ** 2 / Fraction(bound.proved) ** 2))
+        below = Fraction(bound.proved) * Fraction(ratio) * (1 - Fraction(1, 2**30))
         assert not checker.conv_below(op.kernel, axes, bound.method, bound.details, below)
 
     search(check, orthogonal_convolutions(), examples)

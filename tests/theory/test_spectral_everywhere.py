@@ -80,9 +80,9 @@ def test_one_bound_holds_for_all_maps(name, monkeypatch):
                 continue  # on so small a map some taps meet nothing but padding
             bound = op.bound()
             assert bound.method == spectral.EVERYWHERE and "every size" in bound.method
-            found.append(bound.value)
+            found.append(bound.proved)
             if size != (40, 60):
-                assert bound.value >= dense_norm(op) * (1 - 1e-14)
+                assert bound.proved >= dense_norm(op) * (1 - 1e-14)
     # Another low padding may spread the pixels of a window over more blocks, which rounds otherwise.
     assert len(found) >= 6 and max(found) <= min(found) * (1 + 1e-12)
     assert scale <= found[0] <= scale * (1 + 1e-11)
@@ -147,10 +147,10 @@ def test_what_is_not_close_enough_is_bounded_as_before(noise):
     if noise >= 1e-9:
         assert spectral.EVERYWHERE not in (bound.method, around.method)
     top = symbol_norms(kernel).max()
-    assert around.value >= np.linalg.norm(np.fft.fft2(kernel, (12, 16), axes=(0, 1)), 2, axis=(2, 3)).max() * (
+    assert around.proved >= np.linalg.norm(np.fft.fft2(kernel, (12, 16), axes=(0, 1)), 2, axis=(2, 3)).max() * (
         1 - 1e-14
     )
-    assert bound.value <= max(top * (1 + 1e-6), 1 + 2.0**-30)
+    assert bound.proved <= max(top * (1 + 1e-6), 1 + 2.0**-30)
 
 
 def test_kernels_of_single_precision_and_tiny_maps_are_bounded_as_before():
@@ -159,14 +159,14 @@ def test_kernels_of_single_precision_and_tiny_maps_are_bounded_as_before():
     assert spectral.conv_norm_bound(rounded, (20, 20, 4), 1, ZERO).method != spectral.EVERYWHERE
     # The border takes a part of the norm away; a dense operator of 16 inputs costs nothing.
     tiny = spectral.conv_norm_bound(kernel, (2, 2, 4), 1, ZERO)
-    assert "dense" in tiny.method and tiny.value <= 1 + 1e-11
+    assert "dense" in tiny.method and tiny.proved <= 1 + 1e-11
     one = spectral.conv_norm_bound(kernel, (1, 1, 4), 1, ZERO)
-    assert "only block tap" in one.method and one.value < 1 - 1e-2
+    assert "only block tap" in one.method and one.proved < 1 - 1e-2
     # Nor is a kernel as a whole looked at where the map meets only some of its taps.
     wide = np.zeros((9, 1, 4, 4))
     wide[0], wide[4] = 5.0, np.eye(4)
     bound = spectral.conv_norm_bound(wide, (2, 400, 4), 1, ((4, 4), (0, 0)))
-    assert bound.method != spectral.EVERYWHERE and 1 <= bound.value < 1 + 1e-9
+    assert bound.method != spectral.EVERYWHERE and 1 <= bound.proved < 1 + 1e-9
 
 
 # -- the checker ------------------------------------------------------------------------------------------------------
@@ -187,9 +187,9 @@ def test_the_checker_proves_these_claims_and_none_below(name, padding):
     bound, axes = op.bound(), axes_of(op)
     assert bound.method == spectral.EVERYWHERE == checker.EVERYWHERE
     norm = symbol_norms(kernel).max() if strides == 1 else 1.0
-    for claim, proved in ((bound.claim, True), (norm * (1 - 1e-12), False), (0.0, False), (-1.0, False)):
+    for claim, proved in ((bound.claimed, True), (norm * (1 - 1e-12), False), (0.0, False), (-1.0, False)):
         assert checker.conv_below(kernel, axes, bound.method, bound.details, Fraction(claim)) == proved
-    assert bound.claim <= norm * (1 + 1e-9)
+    assert bound.claimed <= norm * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
