@@ -138,7 +138,7 @@ class LayerBound:
     @staticmethod
     def from_row(row: dict) -> "LayerBound":
         """The bound that a row of a certificate states: a dict with name, type, bound, method, details and sigma."""
-        return LayerBound(*(row[key] for key in ("name", "type", "bound", "method", "details")), row.get("sigma"))
+        return LayerBound(row["name"], row["type"], row["bound"], row["method"], row["details"], row.get("sigma"))
 
     @property
     def parts(self) -> "list[LayerBound]":
