@@ -141,7 +141,7 @@ def test_bounds_for_all_sizes_are_never_below(examples, monkeypatch, record_test
         padding = op.padding if isinstance(op.padding, str) else [list(pair) for pair in op.padding]
         fields = {"kernel": op.kernel, "in_shape": list(op.in_shape), "padding": padding, "strides": [op.strides] * 2}
         axes = checker.Conv(fields).axes
-        assert checker.conv_below(op.kernel, axes, bound.method, bound.details, Fraction(bound.claim))
+        assert checker.conv_below(op.kernel, axes, bound.method, bound.details, Fraction(bound.claimed))
         ratio = math.sqrt(float(squared * power(exponent) ** 2 / Fraction(bound.proved) ** 2))
         below = Fraction(bound.proved) * Fraction(ratio) * (1 - Fraction(1, 2**30))
         assert not checker.conv_below(op.kernel, axes, bound.method, bound.details, below)
