@@ -25,7 +25,7 @@ lint: $(VENV)/.lipjax-dev
 $(VENV)/.python:
 	@usable='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'; \
 	if $(PY) -c "$$usable" 2>/dev/null; then touch $@; exit 0; fi; \
-	for python in $(PYTHON) python3 python3.13 python3.12 python3.11 python; do \
+	for python in $(PYTHON) python3.14 python3.13 python3.12 python3 python3.11 python; do \
 	  if "$$python" -c "$$usable" 2>/dev/null; then \
 	    echo "Making $(VENV) with $$("$$python" --version)."; \
 	    "$$python" -m venv --clear $(VENV) && touch $@ && exit 0; \
@@ -45,12 +45,12 @@ $(VENV)/.lipjax-dev: $(VENV)/.lipjax requirements-dev.txt
 	@$(PIP) -r requirements-dev.txt
 	@touch $@
 
-# The requirement files again, from pyproject.toml; one version per package, the newest that serves Python 3.11.
-COMPILE = $(PY) -m uv pip compile pyproject.toml --universal --python-version 3.11 --fork-strategy fewest \
+# The requirement files again, from pyproject.toml: for each Python the newest versions that serve it, by markers.
+COMPILE = $(PY) -m uv pip compile pyproject.toml --universal --python-version 3.11 --fork-strategy requires-python \
   --no-header --no-annotate --no-emit-index-url --quiet
 lock: $(VENV)/.lipjax
 	@$(PIP) uv
-	@head -n 1 requirements.txt > $(VENV)/lock && $(COMPILE) --upgrade >> $(VENV)/lock && mv $(VENV)/lock requirements.txt
+	@head -n 1 requirements.txt > $(VENV)/lock && $(COMPILE) --extra train --upgrade >> $(VENV)/lock && mv $(VENV)/lock requirements.txt
 	@for extra in dev cuda tpu; do \
 	  { head -n 2 requirements-$$extra.txt; \
 	    $(COMPILE) --extra $$extra --constraints requirements.txt | grep -vxFf requirements.txt; } > $(VENV)/lock \

@@ -5,13 +5,18 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable
-
-from rich.console import Console
+from typing import Any
 
 import lipjax
 from lipjax import checker, streams
 from lipjax.attacks import METHODS, OBJECTIVES
-from lipjax.errors import UserError, run_command
+from lipjax.errors import MissingExtra, UserError, run_command
+
+
+def _console(soft_wrap: bool = True) -> Any:
+    from rich.console import Console  # here, because `lipjax check` needs none of the packages that training needs
+
+    return Console(soft_wrap=soft_wrap, highlight=False)
 
 
 def run_directories(workdir: str) -> list[pathlib.Path]:
@@ -32,7 +37,7 @@ def certify(arguments) -> None:
     from lipjax.files import write_json
     from lipjax.training.config import load_config, validate
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = _console()
     directories, found = run_directories(arguments.workdir), []
     for directory in directories:
         config, seed = load_config(directory)
@@ -58,7 +63,7 @@ def report(arguments) -> None:
     """Writes an HTML page about every certified run in a directory."""
     from lipjax.evaluation.html.page import write_reports
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = _console()
     for path in write_reports(run_directories(arguments.workdir)):
         console.print(f"Written to {path}", markup=False)
 
@@ -69,7 +74,7 @@ def attack(arguments) -> None:
     from lipjax.evaluation.attack_files import print_findings
     from lipjax.training.config import load_config, validate
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = _console()
     fields = {"attack": "method", "attack_images": "num_images"}
     fields |= {f"attack_{name}": name for name in ("objective", "steps", "restarts", "targets", "queries")}
     for directory in run_directories(arguments.workdir):
@@ -91,7 +96,7 @@ def plan(arguments, overrides: list[str]) -> None:
     from lipjax.plan.command import read_config, run_plans
 
     config = read_config(arguments.config, overrides)
-    console = Console(soft_wrap=True, highlight=False)
+    console = _console()
     run_plans(config, arguments.topology.split(","), arguments.images_per_chip, console)
 
 
@@ -111,7 +116,7 @@ def predict(arguments) -> None:
         if len(runs) > 1:
             raise UserError(f"{directory} holds {len(runs)} runs: name one of them, such as {runs[0]}.")
         directory = runs[0]
-    print_predictions(predict_files(directory, arguments.files), Console(soft_wrap=True, highlight=False))
+    print_predictions(predict_files(directory, arguments.files), _console())
 
 
 def compare(arguments) -> None:
@@ -119,11 +124,12 @@ def compare(arguments) -> None:
     from lipjax.evaluation.compare import print_comparison, read_compared
 
     runs = [read_compared(directory) for workdir in arguments.workdirs for directory in run_directories(workdir)]
-    print_comparison(runs, Console(highlight=False))
+    print_comparison(runs, _console(soft_wrap=False))
 
 
 def train(arguments: list[str]) -> int:
     """Trains, certifies and reports; has flags of its own."""
+    import lipjax.training  # first, because it says which packages are missing
     from lipjax.command import main as train_main
 
     return train_main(arguments)
@@ -137,7 +143,14 @@ def prepare(arguments: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _main(sys.argv[1:] if argv is None else argv)
+    except MissingExtra as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+
+
+def _main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="lipjax", description="Proved robustness certificates of image classifiers.")
     parser.add_argument("--version", action="version", version=f"lipjax {lipjax.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")

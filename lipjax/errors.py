@@ -1,5 +1,6 @@
 """The errors that users meet: a mistake in what they gave, a claim that cannot be proved, and one that is false."""
 
+import importlib.util
 import sys
 from collections.abc import Callable
 
@@ -15,6 +16,21 @@ class UserError(ValueError):
 
 class NotCertifiable(ValueError):
     """A layer or network has no proved bound; the message names the layer and the reason."""
+
+
+class MissingExtra(ModuleNotFoundError, UserError):
+    """A package that a bare `pip install lipjax` leaves out, and the extra that brings it."""
+
+
+def require_extra(extra: str, *packages: str) -> None:
+    """Raises: MissingExtra naming `extra` unless all `packages` that it brings are installed. Imports none."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise MissingExtra(
+            f"This part of lipjax needs {', '.join(missing)}, which a bare installation leaves out: "
+            f"pip install 'lipjax[{extra}]'.",
+            name=missing[0],
+        )
 
 
 class Refuted(RuntimeError):
@@ -44,7 +60,7 @@ def run_command(command: Callable[[], object], interrupted: str) -> int:
         return 0
 
 
-__all__ = ["NotCertifiable", "Refuted", "UserError", "run_command"]
+__all__ = ["MissingExtra", "NotCertifiable", "Refuted", "UserError", "require_extra", "run_command"]
 
 
 def __dir__() -> list[str]:

@@ -1,5 +1,12 @@
 """Flax Linen modules that own parameters and build operators; no maths of their own."""
 
+from lipjax.errors import require_extra
+
+try:
+    import flax  # noqa: F401
+except ModuleNotFoundError:
+    require_extra("train", "flax")
+
 from lipjax.nn.cholesky import CholeskyConv, CholeskyDense, CholeskyStack
 from lipjax.nn.explicit import AOC, BCOP, RKO, OrthoLinear
 from lipjax.nn.layers import (

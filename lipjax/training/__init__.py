@@ -2,6 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+from lipjax.errors import require_extra
+
+require_extra("train", "absl", "flax", "ml_collections", "optax", "orbax", "rich")
+
 if TYPE_CHECKING:
     from lipjax.training.trained import load_trained
 
