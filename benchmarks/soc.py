@@ -98,7 +98,7 @@ def training_step(shape, batch: int, *, num_terms: int | None, form: str, paddin
             c_out,
             num_terms=num_terms,
             padding=padding,
-            norm_bound=NORM,
+            promised_norm=NORM,
             form=form,
             train=True,
             batch_size=batch,
@@ -165,8 +165,8 @@ def compare_forms() -> None:
         side, c_in, c_out, k = shape
         m = max(c_in, c_out)
         args = (side, side), m, c_in, c_out, (k, k), batch
-        chosen = soc_frequency.choose_form(*args, num_terms=num_terms, norm_bound=NORM)
-        costs = soc_frequency.form_costs(*args, num_terms=num_terms, norm_bound=NORM)
+        chosen = soc_frequency.choose_form(*args, num_terms=num_terms, promised_norm=NORM)
+        costs = soc_frequency.form_costs(*args, num_terms=num_terms, promised_norm=NORM)
         spatial = 6 * terms * batch * (side * k * m) ** 2 / 1e9
         forms = [form for form in costs if form != "spatial" or spatial <= FLAGS.max_spatial_gflop]
         found = medians({form: training_step(shape, batch, num_terms=num_terms, form=form) for form in forms})

@@ -13,19 +13,19 @@ from jaxtyping import Array, Float
 from lipjax.operators import Centered, Contraction, Leaf, Normalize, Residual
 from lipjax.operators.base import Linear
 
-PRECISIONS = ("float32", "bfloat16")
+ACTIVATION_PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Application:
     """How a training step applies a network: what is kept between its layers. Nothing changes but rounding.
 
     A layer is a run of operators whose names agree up to the "/".
 
     Attributes:
-      precision: of activations, one of PRECISIONS: "float32" keeps the precision of the network's arrays. With
-        "bfloat16" linear maps multiply bfloat16 numbers and round their result once, and the other operators compute in
-        the precision of the network's arrays and round once.
+      precision: of activations, one of ACTIVATION_PRECISIONS: "float32" keeps the precision of the network's arrays.
+        With "bfloat16" linear maps multiply bfloat16 numbers and round their result once, and the other operators
+        compute in the precision of the network's arrays and round once.
       remat: number of consecutive layers rematerialised as one group (only its input is stored); 0 stores every
         activation.
       scan: whether layers that differ in nothing but the numbers in their arrays, one after the other, are one loop.
@@ -73,20 +73,20 @@ class Network:
         return self.features_and_means(x)[0]
 
     def features_and_means(
-        self, x: Float[Array, "b ..."], plan: Plan = Plan()
+        self, x: Float[Array, "b ..."], application: Application = Application()
     ) -> tuple[Float[Array, "b d"], dict[str, Array]]:
         """`features`, and the means of this batch that operators of a training step subtracted, by operator name.
 
-        Both are in the precision of normalised pixels, whatever the plan.
+        Both are in the precision of normalised pixels, whatever the application.
         """
         x, means = self.normalize(x), {}
         wide = x.dtype
-        narrow = jnp.bfloat16 if plan.precision == "bfloat16" else wide
+        narrow = jnp.bfloat16 if application.precision == "bfloat16" else wide
         x = x.astype(narrow)
         apply = functools.partial(_apply, narrow=narrow, wide=wide)
-        if plan.remat:
+        if application.remat:
             apply = jax.checkpoint(apply)
-        for start, length, count in _pieces(self, plan):
+        for start, length, count in _pieces(self, application):
             groups = [self.ops[i : i + length] for i in range(start, start + length * count, length)]
             if count == 1:
                 x, found = apply(x, groups[0])
@@ -123,7 +123,7 @@ def _apply(x, ops, *, narrow, wide):
     return x, means
 
 
-def _pieces(network: Network, plan: Plan) -> list[tuple[int, int, int]]:
+def _pieces(network: Network, application: Application) -> list[tuple[int, int, int]]:
     """What is applied at a time: (first operator, operators in a group, groups); several groups are equal: a loop."""
     layers = [
         [i for i, _ in part]
@@ -134,7 +134,7 @@ def _pieces(network: Network, plan: Plan) -> list[tuple[int, int, int]]:
         leaves, structure = jax.tree.flatten([network.ops[i] for i in layer])
         return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
-    pieces, single, size = [], [], max(plan.remat, 1)
+    pieces, single, size = [], [], max(application.remat, 1)
 
     def close():
         for i in range(0, len(single), size):
@@ -143,7 +143,7 @@ def _pieces(network: Network, plan: Plan) -> list[tuple[int, int, int]]:
 
     for _, equal in itertools.groupby(layers, kind):
         run = list(equal)
-        count = len(run) // size if plan.scan else 0
+        count = len(run) // size if application.scan else 0
         if count > 1:
             close()
             pieces.append((run[0][0], len(run[0]) * size, count))
@@ -208,7 +208,7 @@ def _check_part(name: str, part) -> None:
         raise ValueError(f"{name}: {error}") from error
 
 
-__all__ = ["Network", "Plan", "check_network", "make_network"]
+__all__ = ["Application", "Network", "check_network", "make_network"]
 
 
 def __dir__() -> list[str]:

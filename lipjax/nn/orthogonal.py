@@ -76,7 +76,7 @@ class SOC(nn.Module):
             self.features,
             num_terms=self.train_terms if train else self.eval_terms,
             padding=self.padding,
-            norm_bound=None if self.scale is None else self.kernel_size * self.scale,
+            promised_norm=None if self.scale is None else self.kernel_size * self.scale,
             form=self.form,
             train=train,
             batch_size=self.batch_size,

@@ -19,7 +19,7 @@ def operators_of(
     *,
     num_terms: int | None,
     padding: str = "ZERO",
-    norm_bound: float | None = None,
+    promised_norm: float | None = None,
     form: str = "auto",
     train: bool = False,
     batch_size: int = 128,
@@ -38,7 +38,8 @@ def operators_of(
     Args:
       kernel: HWIO, skew, m = max(in_shape[-1], features).
       num_terms: the highest power p of the series; None for the exponential itself, which needs circular padding.
-      norm_bound: a number that the norm of A does not exceed in training, or None if nothing is known. Forms without
+      promised_norm: a number that the norm of A does not exceed in training (a promise made of a scale found by power
+        iteration, not a proof), or None if nothing is known. Forms without
         a matrix function then compute exp(A) by as many terms as reach 1e-6.
       other_terms: num_terms where the layer is built otherwise (in training, or out of it); 0: nowhere. Only what is
         nonexpansive by both promises to be, so that the same norms are estimated everywhere.
@@ -60,8 +61,8 @@ def operators_of(
             f"got form {form!r} and num_terms {num_terms}: take padding 'CIRCULAR' for the others."
         )
     terms = num_terms
-    if num_terms is None and norm_bound is not None:
-        terms = series.terms_for(norm_bound, 1e-6)
+    if num_terms is None and promised_norm is not None:
+        terms = series.terms_for(promised_norm, 1e-6)
     if padding == "ZERO":
         form = "spatial"
     elif form == "auto" and train:
@@ -74,13 +75,13 @@ def operators_of(
             (kernel.shape[0], kernel.shape[1]),
             batch_size * num_devices,
             num_terms=num_terms,
-            norm_bound=norm_bound,
+            promised_norm=promised_norm,
             num_devices=num_devices,
         )
     elif form == "auto" or (not train and (form == "series" or num_terms is None)):
         form = "response"
     everywhere = {num_terms} if other_terms == 0 else {num_terms, other_terms}
-    nonexpansive = all(_is_nonexpansive(number, norm_bound) for number in everywhere)
+    nonexpansive = all(_is_nonexpansive(number, promised_norm) for number in everywhere)
     if form == "response":
         fixed, paired = soc_frequency.exponential_blocks(kernel, (h, w), num_terms, out_channels=features)
         blocks = fixed[..., :c], paired[..., :c]
@@ -97,9 +98,9 @@ def operators_of(
     return ops if features == m else [*ops, operators.CropChannels((h, w, m), features)]
 
 
-def _is_nonexpansive(num_terms: int | None, norm_bound: float | None) -> bool:
-    """Whether exp(A), or its series, counts as such in training estimates, if |A| <= norm_bound (None: unknown)."""
-    return num_terms is None or (norm_bound is not None and series.gain_bound(num_terms, norm_bound) <= _GAIN)
+def _is_nonexpansive(num_terms: int | None, promised_norm: float | None) -> bool:
+    """Whether exp(A), or its series, counts as such in training estimates, if |A| <= promised_norm (None: unknown)."""
+    return num_terms is None or (promised_norm is not None and series.gain_bound(num_terms, promised_norm) <= _GAIN)
 
 
 def orthonormal_rows(skew: Float[Array, "n n"], num_rows: int, num_terms: int | None) -> Float[Array, "k n"]:

@@ -220,7 +220,7 @@ def form_costs(
     batch: int,
     *,
     num_terms: int | None,
-    norm_bound: float | None = None,
+    promised_norm: float | None = None,
     num_devices: int = 1,
 ) -> dict[str, float]:
     """Estimated cost of a training step of one circular SOC layer in each form that can compute its function.
@@ -231,7 +231,7 @@ def form_costs(
 
     Args: as `choose_form`.
     Returns: "spatial", "response" and "series" -> cost in operations of a large matrix product, per device. For
-      num_terms = None the first and the last are there only with a norm_bound.
+      num_terms = None the first and the last are there only with a promised_norm.
     """
     (h, w), c = size, channels
     n, batch = h * w, -(-batch // num_devices)
@@ -250,7 +250,7 @@ def form_costs(
     terms = num_terms
     if num_terms is None:
         costs = {"response": applied + _EXPM_PRODUCTS * product}
-        terms = None if norm_bound is None else terms_for(norm_bound, 1e-6)
+        terms = None if promised_norm is None else terms_for(promised_norm, 1e-6)
     else:
         share = out_channels / c
         whole, partial = _num_products(num_terms, _best_step(num_terms, share))
@@ -272,7 +272,7 @@ def choose_form(
     *,
     num_terms: int | None,
     padding: str = "CIRCULAR",
-    norm_bound: float | None = None,
+    promised_norm: float | None = None,
     num_devices: int = 1,
 ) -> str:
     """The form expected to be fastest in training: all compute the same function, to 1e-5 in float32.
@@ -284,7 +284,7 @@ def choose_form(
       batch: images per step on all devices.
       num_terms: the highest power of the series, or None for the exponential.
       padding: "ZERO" has the spatial form only.
-      norm_bound: a promised bound on the norm of the convolution, or None; with one, forms that have no matrix function
+      promised_norm: a promised bound on the norm of the convolution, or None; with one, forms without a matrix function
         may compute the exponential by a series, to 1e-6.
       num_devices: over which images and frequencies are spread.
     Returns: "spatial" (a convolution per term), "response" (a matrix function per frequency, then one product per
@@ -305,7 +305,7 @@ def choose_form(
         kernel_size,
         batch,
         num_terms=num_terms,
-        norm_bound=norm_bound,
+        promised_norm=promised_norm,
         num_devices=num_devices,
     )
     return min(costs, key=lambda form: costs[form])

@@ -20,7 +20,7 @@ from lipjax.training.optimizer import DECAYED
 from lipjax.training.randaugment import MAX_MAGNITUDE
 from lipjax.training.step import CLASS_WEIGHTS, LIPSCHITZ
 
-PRECISIONS = ("default", "high", "highest")
+MATMUL_PRECISIONS = ("default", "high", "highest")
 
 
 def default_config(
@@ -166,8 +166,18 @@ def validate(config) -> None:
         "different integers in [0, 2**31), such as (0, 1, 2)",
         seeds,
     )
-    _check(config.matmul_precision in PRECISIONS, "matmul_precision", f"one of {PRECISIONS}", config.matmul_precision)
-    _check(config.precision in network.PRECISIONS, "precision", f"one of {network.PRECISIONS}", config.precision)
+    _check(
+        config.matmul_precision in MATMUL_PRECISIONS,
+        "matmul_precision",
+        f"one of {MATMUL_PRECISIONS}",
+        config.matmul_precision,
+    )
+    _check(
+        config.precision in network.ACTIVATION_PRECISIONS,
+        "precision",
+        f"one of {network.ACTIVATION_PRECISIONS}",
+        config.precision,
+    )
     count = config.accumulation
     divides = count >= 1 and config.batch_size % count == 0
     _check(divides, "accumulation", f"a divisor of config.batch_size = {config.batch_size}", count)

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from lipjax import bounds, certify, curvature, losses, spectral
-from lipjax.network import Plan
+from lipjax.network import Application
 from lipjax.nn import COLLECTION, LipschitzModel, advance_means
 from lipjax.operators import MLPHead
 from lipjax.training import augment, sharding
@@ -209,7 +209,7 @@ def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int, class_
     parameters, state and optimizer as they are; metrics["finite"] says where it was.
     """
 
-    build, plan = make_build(model, config, mesh), Plan(config.precision, config.remat, config.scan)
+    build, application = make_build(model, config, mesh), Application(config.precision, config.remat, config.scan)
 
     @sharding.spread_over(mesh)
     def step(state: TrainState, images, labels, schedule):
@@ -225,7 +225,7 @@ def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int, class_
             # The normalisation is no parameter: nothing needs the gradient of the pixels.
             fixed = jax.lax.stop_gradient({"input_mean": network.input_mean, "input_std": network.input_std})
             network = dataclasses.replace(network, **fixed)
-            features, means = network.features_and_means(pixels, plan)
+            features, means = network.features_and_means(pixels, application)
             if config.train_head_only:
                 features = jax.lax.stop_gradient(features)
             logits = network.head(features)

@@ -7,7 +7,7 @@ import pytest
 from training_helpers import equations, quick_compiles, tiny_config  # noqa: F401  quick_compiles is a fixture
 
 from lipjax import conv, operators
-from lipjax.network import Plan, _apply, make_network
+from lipjax.network import Application, _apply, make_network
 from lipjax.training import step as steps
 from lipjax.training.loop import Run
 
@@ -107,7 +107,7 @@ def test_sums_are_float32():
     x = jnp.ones((1, *shape), jnp.float32)
 
     def value(network):
-        features, _ = network.features_and_means(x, Plan("bfloat16"))
+        features, _ = network.features_and_means(x, Application("bfloat16"))
         return jnp.sum(features), features
 
     gradient, features = jax.jit(jax.grad(value, has_aux=True))(network)
@@ -190,7 +190,7 @@ def test_gradients_are_those_of_float32_to_a_few_roundings(scan):
         return jnp.sum(jnp.square(network.features_and_means(x, plan)[0]))
 
     gradient = jax.jit(jax.grad(value), static_argnums=1)
-    one, other = (gradient(network, Plan(precision, scan=scan)) for precision in ("float32", "bfloat16"))
+    one, other = (gradient(network, Application(precision, scan=scan)) for precision in ("float32", "bfloat16"))
     for i in (0, 1, 3, 5):
         a, b = one.ops[i].kernel, other.ops[i].kernel
         # Eight layers of roundings, forward and backward; pairs that are sorted the other way are nearly equal.

@@ -220,7 +220,7 @@ def test_the_cost_model_follows_batch_terms_promises_and_devices():
 
     assert choose(batch=4) == "series" and choose(batch=4096) == "response"
     assert choose(num_terms=None) == "response"  # nothing is promised: no series is the exponential
-    assert choose(num_terms=None, norm_bound=0.5, batch=16) == "series"
+    assert choose(num_terms=None, promised_norm=0.5, batch=16) == "series"
     assert choose(padding="ZERO") == "spatial"
     # Frequencies are spread as images are; but ten of them occupy ten devices at most.
     assert choose(batch=1024) == choose(batch=1024, num_devices=2) == "response"

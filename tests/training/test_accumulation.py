@@ -11,7 +11,7 @@ from training_helpers import equations, quick_compiles, tiny_config  # noqa: F40
 
 from lipjax.errors import UserError
 from lipjax.models import get_model
-from lipjax.network import Plan, _pieces
+from lipjax.network import Application, _pieces
 from lipjax.nn import COLLECTION
 from lipjax.training import sharding
 from lipjax.training import step as steps
@@ -171,21 +171,23 @@ def network_of(model, variables, params):
 
 
 @functools.cache
-def features_means_and_gradients(plan):
+def features_means_and_gradients(application):
     model, variables = build(4, centering=True)
     x = jax.random.uniform(jax.random.key(1), (4, 8, 8, 1))
 
     def value(params):
-        features, means = network_of(model, variables, params).features_and_means(x, plan)
+        features, means = network_of(model, variables, params).features_and_means(x, application)
         return jnp.sum(features**2) + sum(i * jnp.sum(m**2) for i, m in enumerate(means.values())), (features, means)
 
     gradients, (features, means) = jax.jit(jax.grad(value, has_aux=True))(variables["params"])
     return features, means, gradients
 
 
-@pytest.mark.parametrize("plan", [Plan(remat=2), Plan(scan=True), Plan(remat=2, scan=True)], ids=str)
-def test_features_means_and_gradients_do_not_depend_on_the_plan(plan):
-    expected, found = features_means_and_gradients(Plan()), features_means_and_gradients(plan)
+@pytest.mark.parametrize(
+    "application", [Application(remat=2), Application(scan=True), Application(remat=2, scan=True)], ids=str
+)
+def test_features_means_and_gradients_do_not_depend_on_the_plan(application):
+    expected, found = features_means_and_gradients(Application()), features_means_and_gradients(application)
     assert set(found[1]) == {f"block_{i:02d}/linear" for i in range(1, 5)}
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
@@ -199,10 +201,10 @@ def test_the_pieces_of_a_network():
     model, variables = build(5)
     network = jax.eval_shape(lambda params: network_of(model, variables, params), variables["params"])
     single = [(3 * i, 3, 1) for i in range(7)] + [(21, 1, 1), (22, 3, 1)]
-    assert _pieces(network, Plan()) == _pieces(network, Plan(remat=1)) == single
-    assert _pieces(network, Plan(scan=True)) == [single[0], (3, 3, 5), *single[6:]]
-    assert _pieces(network, Plan(remat=4)) == [(0, 12, 1), (12, 10, 1), (22, 3, 1)]
-    assert _pieces(network, Plan(remat=2, scan=True)) == [(0, 3, 1), (3, 6, 2), (15, 6, 1), (21, 4, 1)]
+    assert _pieces(network, Application()) == _pieces(network, Application(remat=1)) == single
+    assert _pieces(network, Application(scan=True)) == [single[0], (3, 3, 5), *single[6:]]
+    assert _pieces(network, Application(remat=4)) == [(0, 12, 1), (12, 10, 1), (22, 3, 1)]
+    assert _pieces(network, Application(remat=2, scan=True)) == [(0, 3, 1), (3, 6, 2), (15, 6, 1), (21, 4, 1)]
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------

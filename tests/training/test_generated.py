@@ -276,7 +276,7 @@ class Broken:
 
 
 def test_a_damaged_record_stops_the_batches():
-    source = generated.RecordSource(prepared.Source(Broken(), "the folder"), SHAPE, CLASSES)
+    source = generated.RecordSource(prepared.Records(Broken(), "the folder"), SHAPE, CLASSES)
     with pytest.raises(UserError, match="the folder is damaged"):
         next(generated.GeneratedDataset(source, {}).batches(4, 0))
 

@@ -284,7 +284,7 @@ def _locked(path: pathlib.Path) -> Iterator[bool]:
 class RecordSource:
     """Encoded images and labels in the array_record files of TFDS, decoded when they are read."""
 
-    records: prepared.Source
+    records: prepared.Records
     image_shape: tuple[int, int, int]
     num_classes: int
 
@@ -322,7 +322,7 @@ def _open_records(path: pathlib.Path, image_shape: tuple[int, int, int], num_cla
         data = builder.as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})
     except Exception as error:  # as above
         raise UserError(f"its files are damaged or not all there ({error})") from error
-    source = RecordSource(prepared.Source(data, str(path)), image_shape, num_classes)
+    source = RecordSource(prepared.Records(data, str(path)), image_shape, num_classes)
     if len(source) == 0:
         raise UserError("it holds no images")
     source.read(np.array([0, len(source) - 1]))

@@ -82,7 +82,7 @@ def import_tfds() -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class Records:
     """The records of one prepared split, by index: `source[i]` is {"image": encoded bytes, "label": int}."""
 
     records: Any
@@ -103,10 +103,10 @@ class Source:
         return [{"image": record["image"], "label": int(record["label"])} for record in found]
 
 
-def open_prepared(name: str, data_dir: pathlib.Path) -> tuple[dict[str, Source], tuple[str, ...]]:
+def open_prepared(name: str, data_dir: pathlib.Path) -> tuple[dict[str, Records], tuple[str, ...]]:
     """Opens train and test of a prepared data set.
 
-    Returns: {"train": Source, "test": Source} and the class names.
+    Returns: {"train": Records, "test": Records} and the class names.
     Raises: UserError if it is not there, of another file format, damaged or incomplete.
     """
     wanted = PREPARED[name]
@@ -126,7 +126,7 @@ def open_prepared(name: str, data_dir: pathlib.Path) -> tuple[dict[str, Source],
             decoders = {"image": tfds.decode.SkipDecoding()}
             for split, stored in (("train", "train"), ("test", wanted.test_split)):
                 if stored in counts:
-                    sources[split] = Source(builder.as_data_source(stored, decoders=decoders), f"{folder} ({stored})")
+                    sources[split] = Records(builder.as_data_source(stored, decoders=decoders), f"{folder} ({stored})")
     except Exception as error:  # as above
         raise damaged(str(folder), error) from error
     if found != FILE_FORMAT:
@@ -153,7 +153,7 @@ def load_prepared(name: str, data_dir: pathlib.Path, *, validation_fraction: flo
     return ArrayDataset(name, train, validation, test, len(names), 255, names)
 
 
-def _read_all(source: Source, wanted: PreparedSet, chunk: int = 1000) -> Split:
+def _read_all(source: Records, wanted: PreparedSet, chunk: int = 1000) -> Split:
     shape = wanted.image_shape
     assert shape is not None, "photographs of any size are streamed, not read into memory"
     images = np.empty((len(source), *shape), np.uint8)
