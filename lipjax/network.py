@@ -157,10 +157,17 @@ def make_network(named_ops, head, input_mean: Any = 0.0, input_std: Any = 1.0) -
     """Makes a `Network` of parts that fit together.
 
     Args:
-      named_ops: (name, operator) pairs in order. head: the last map.
+      named_ops: (name, operator) pairs in order.
+      head: the last map, features to logits.
       input_mean, input_std: numbers or one per channel, pixel units; std > 0. They become arrays of the head's type,
         NumPy's where the head's are.
+    Returns: the Network; called on pixels (b, *in_shape) it gives logits (b, k).
     Raises: ValueError as `check_network`.
+    Example:
+      >>> head = lipjax.operators.LinearHead(jnp.eye(2), jnp.zeros(2))
+      >>> network = lipjax.network.make_network([("dense", lipjax.operators.Dense(2 * jnp.eye(2)))], head)
+      >>> network(jnp.ones((1, 2))).tolist()
+      [[2.0, 2.0]]
     """
     named_ops = list(named_ops)
     mean, std = (_pixel_numbers(a, jax.tree.leaves(head)) for a in (input_mean, input_std))

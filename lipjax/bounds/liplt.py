@@ -50,9 +50,18 @@ def _named(operators: Any) -> list[tuple[str, Any]]:
 
 
 def liplt_vectors(operators: Sequence, key: PRNGKeyArray, slope: Any = (0.0, 1.0)) -> Vectors:
-    """Random unit start vectors for `liplt_estimate`, one per chain: {"0": of those from the input, "1": ...}.
+    """Random unit start vectors for `liplt_estimate`, one per chain.
 
-    Args, raises: as `liplt_estimate`.
+    Args:
+      operators: as in `liplt_estimate`.
+      key: typed PRNG key.
+      slope: as in `liplt_estimate`.
+    Returns: {"0": vectors of the chains from the input, "1": of those from after the first activation, ...}.
+    Raises: as `liplt_estimate`.
+    Example:
+      >>> operators = [lipjax.operators.Dense(jnp.eye(2)), lipjax.operators.Dense(jnp.ones((3, 2)))]
+      >>> sorted(lipjax.bounds.liplt_vectors(operators, jax.random.key(0)))
+      ['0']
     """
     path = liplt_path.make_path(_named(operators), slope)
     return sweeps.init_vectors(path, key, _dtype(operators))
@@ -70,7 +79,8 @@ def liplt_estimate(
     Args:
       operators: linear operators in order, and (i) nothing else: an activation of `slope` stands between every two of
         them; or (ii) their activations, which have a `slope`, and `ResidualBlock`s. Biases may be among them.
-      vectors: as from `liplt_vectors`, or the last call. num_iters: power iterations.
+      vectors: as from `liplt_vectors`, or the last call.
+      num_iters: power iterations, >= 0.
       slope: (alpha, beta): all slopes of the activation; or one such pair for each place.
       max_rows: outputs up to which the differences of outputs are carried back through the network, exactly; beyond, L
         is `fallback`.
@@ -78,6 +88,12 @@ def liplt_estimate(
     Raises: ValueError for alpha > beta and for shapes that do not chain; NotCertifiable for activations that are not
       elementwise. Both name the operator.
     Source: Fazlyab et al. 2023, arXiv:2310.00116 (LipLT).
+    Example: x -> ReLU(x), whose outputs differ by at most sqrt(2) |x - y|.
+      >>> operators = [lipjax.operators.Dense(jnp.eye(2)), lipjax.operators.Dense(jnp.eye(2))]
+      >>> vectors = lipjax.bounds.liplt_vectors(operators, jax.random.key(0))
+      >>> pairwise, rest = lipjax.bounds.liplt_estimate(operators, vectors, 20)
+      >>> f"{pairwise[0, 1]:.3f}"
+      '1.414'
     """
     return _path_estimate(liplt_path.make_path(_named(operators), slope), vectors, num_iters, max_rows)
 
@@ -107,16 +123,24 @@ def _path_estimate(path, vectors: Vectors, num_iters: int, max_rows: int):
 def liplt_bound(
     operators: Sequence, slope: Any = (0.0, 1.0), *, max_rows: int = _MAX_ROWS
 ) -> tuple[np.ndarray, LipLTReport]:
-    """Proved upper bounds of what `liplt_estimate` estimates: never above the product of norms, rounding apart.
+    """Proved upper bounds of what `liplt_estimate` estimates: never above the product of norms, up to rounding.
 
     Norms of chains are those of the dense composition where it fits memory, of the composed kernel where all padding is
     circular, and otherwise the least product of proved norms of their parts: the report says which. Every constant is
     the least of what loop transformation and products prove.
 
-    Args: as `liplt_estimate`; arrays of at most float64.
-    Returns: ((k, k) float64, diagonal 0; the report).
+    Args:
+      operators: as in `liplt_estimate`, their arrays of at most float64.
+      slope: as in `liplt_estimate`.
+      max_rows: as in `liplt_estimate`.
+    Returns: ((k, k) float64, in output units per input unit, diagonal 0; the report).
     Raises: as `liplt_estimate`; NotCertifiable for operators without a proved norm.
     Source: Fazlyab et al. 2023, arXiv:2310.00116; docs/soundness.md, section 12.
+    Example: x -> ReLU(x), whose outputs differ by at most sqrt(2) |x - y|.
+      >>> operators = [lipjax.operators.Dense(np.eye(2)), lipjax.operators.Dense(np.eye(2))]
+      >>> pairwise, report = lipjax.bounds.liplt_bound(operators)
+      >>> bool(2**0.5 <= pairwise[0, 1] < 1.4143)
+      True
     """
     return liplt_proof.LipLTBound(liplt_path.make_path(_named(operators), slope)).outputs(max_rows)
 

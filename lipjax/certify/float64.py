@@ -127,3 +127,9 @@ def check_arithmetic() -> None:
         )
     if not rounds_to_nearest(*computed):
         raise NotCertifiable("XLA does not round to nearest in this process: start a new one, to prove anything.")
+
+
+def host_float64(array) -> np.ndarray:
+    """An array on the host, floats as float64; other types, such as those of keys and counts, are kept."""
+    array = np.asarray(jax.device_get(array))
+    return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array

@@ -17,14 +17,13 @@ import safetensors.numpy
 
 from lipjax import bounds, operators
 from lipjax.certify.certificate import Certificate, certify_margins
-from lipjax.certify.float64 import check_arithmetic, evaluate, float64_on_cpu
+from lipjax.certify.float64 import check_arithmetic, evaluate, float64_on_cpu, host_float64
 from lipjax.certify.layout import arrays_of, entry_of, rebuild
 from lipjax.certify.mlp import MLPCertifier
 from lipjax.errors import NotCertifiable, UserError
 from lipjax.files import write_arrays, write_json
 from lipjax.network import Network, check_network
 from lipjax.numerics import gamma
-from lipjax.spectral.arithmetic import exact_float64
 
 SCHEMA = 1
 FORMAT = "lipjax-frozen-network"
@@ -36,49 +35,17 @@ def _read_only(array) -> np.ndarray:
     return copy.view()  # owns nothing, so that it cannot be made writable again
 
 
-def freeze(model, variables=None, class_names: Sequence[str] | None = None) -> "FrozenNetwork":
-    """Builds the model's network in float64 and takes it to the host; or takes a network as it is.
-
-    Args:
-      model: has `apply(variables, method="build")` that returns a Network, such as any model of lipjax.models; or a
-        `Network`, of NumPy or JAX arrays of any type whose numbers float64 holds, whatever jax_enable_x64 says.
-      variables: the model's parameters and state, on any device and in any float type; none beside a network.
-      class_names: as `FrozenNetwork` keeps them.
-    Raises: ValueError if an array of the result is not finite or not float64, or names do not fit the classes;
-      NotCertifiable naming an array of a network that float64 does not hold.
-    Example: freeze(make_network([("dense", Dense(np.eye(2)))], LinearHead(np.eye(2), np.zeros(2)))).
-    """
-    if isinstance(model, Network):
-        if variables is not None:
-            raise ValueError("A network holds its arrays: freeze(network) takes no variables beside it.")
-        return FrozenNetwork(jax.tree_util.tree_map_with_path(_exact_leaf, model), class_names)
-    if variables is None:
-        raise ValueError(
-            f"freeze({type(model).__name__}, variables) takes the model's variables, too: model.init(...), or "
-            "lipjax.training.load_trained(workdir), gives them."
-        )
-    variables = jax.tree.map(lambda a: _host_float64(a), variables)
-    with float64_on_cpu():
-        # In one program: operation by operation a deep network would compile for minutes.
-        network = jax.jit(lambda v: model.apply(v, method="build"))(jax.tree.map(jnp.asarray, variables))
-        return FrozenNetwork(jax.tree.map(np.asarray, network), class_names)
-
-
-def _exact_leaf(path, leaf) -> np.ndarray:
-    return exact_float64(leaf, f"network{jax.tree_util.keystr(path)}")
-
-
-def _host_float64(array):
-    array = np.asarray(jax.device_get(array))
-    return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
-
-
 class FrozenNetwork:
     """A network of float64 host arrays, the object that a certificate is about.
 
     `frozen(x)` gives logits; `certify` proves radii; `save` and `load` keep it as safetensors and JSON.
     `class_names`: what people call the classes, in their order, or None. No claim is about them: they are saved beside
     the network, and are no part of its hash.
+
+    Example: logits that are the two pixels; the examples of the methods go on from here.
+      >>> head = lipjax.operators.LinearHead(np.eye(2), np.zeros(2))
+      >>> network = lipjax.network.make_network([("dense", lipjax.operators.Dense(np.eye(2)))], head)
+      >>> frozen = lipjax.freeze(network)
     """
 
     def __init__(self, network: Network, class_names: Sequence[str] | None = None):
@@ -141,12 +108,23 @@ class FrozenNetwork:
 
         The product of norms; where all activations are elementwise, the least of that and what LipLT proves.
 
+        Returns: (k, k), diagonal 0; not to be written to.
         Raises: NotCertifiable naming the layer that has no proved bound.
+        Example:
+          >>> bool(2**0.5 <= frozen.margin_lipschitz()[0, 1] < 1.4143)
+          True
         """
         return self._margin_lipschitz
 
     def lipschitz_report(self) -> list[bounds.LayerBound]:
-        """Name, type, proved bound and method of every operator, in order."""
+        """Proved bounds of all operators, for people.
+
+        Returns: a `bounds.LayerBound` of each, in order: name, type, proved bound and method.
+        Raises: NotCertifiable naming the layer that has no proved bound.
+        Example:
+          >>> [(row.name, row.type) for row in frozen.lipschitz_report()]
+          [('input', 'Normalize'), ('dense', 'Dense')]
+        """
         return self._bounds
 
     def liplt_report(self) -> bounds.LipLTReport | None:
@@ -166,7 +144,7 @@ class FrozenNetwork:
             network = jax.tree.map(jnp.asarray, self.network)
             if vectors is None:
                 vectors = bounds.init_vectors(network, jax.random.key(0))
-            vectors = {name: jnp.asarray(_host_float64(v)) for name, v in vectors.items()}
+            vectors = {name: jnp.asarray(host_float64(v)) for name, v in vectors.items()}
             sigmas, _ = jax.jit(bounds.norm_estimates, static_argnums=2)(network, vectors, num_iters)
             return {name: float(sigma) for name, sigma in sigmas.items()}
 
@@ -210,9 +188,16 @@ class FrozenNetwork:
         return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
     def __call__(self, images, batch_size: int = 256) -> np.ndarray:
-        """Logits (n, k) in float64 for pixels (n, *in_shape) in [0, 1], as `certify` computes them.
+        """Logits in float64, as `certify` computes them.
 
+        Args:
+          images: (n, *in_shape), floats in [0, 1].
+          batch_size: images evaluated at a time.
+        Returns: (n, k).
         Raises: UserError for other images.
+        Example:
+          >>> frozen(np.array([[0.75, 0.25]])).tolist()
+          [[0.75, 0.25]]
         """
         # Norms serve the error bounds only.
         unasked = [(0.0,) * len(op.ops) if isinstance(op, operators.Residual) else 0.0 for op in self.network.ops]
@@ -247,9 +232,14 @@ class FrozenNetwork:
     def certify(self, images, batch_size: int = 256) -> Certificate:
         """Proves, for each image, a radius inside which the class computed in exact arithmetic cannot change.
 
-        Args: images: (n, *in_shape), floats in [0, 1]. NaN pixels give radius 0.
-        Returns: Certificate; all rivals are checked; ties and what is not finite give radius 0.
+        Args:
+          images: (n, *in_shape), floats in [0, 1]. NaN pixels give radius 0.
+          batch_size: images evaluated at a time.
+        Returns: Certificate, its radii (n,) in pixel units; all rivals are checked; ties and what is not finite give 0.
         Raises: UserError for images of another shape, type or range; NotCertifiable if a layer has no proved bound.
+        Example: the exact radius is 0.5 / sqrt(2), and the proved one slightly less.
+          >>> bool(0.3535 < frozen.certify(np.array([[0.75, 0.25]])).radii[0] < 0.5 / 2**0.5)
+          True
         """
         logits, features, error, head_error = self._run_with_errors(images, batch_size)
         predicted = np.argmax(logits, axis=1)
@@ -262,14 +252,20 @@ class FrozenNetwork:
         return self._mlp.certify(predicted, margins, features, error, head_margins, lipschitz)
 
     def predict(self, images, batch_size: int = 256) -> tuple[np.ndarray, np.ndarray]:
-        """Classes (n,), from 0, and proved l2 radii (n,) inside which they cannot change: `certify` for services.
+        """Classes, from 0, and proved radii inside which they cannot change: `certify` for services.
 
         Pixels outside [0, 1] are refused as everywhere in this class, though the proof would hold: mostly nobody has
         divided them by 255. NaN pixels, to which `certify` gives radius 0, are refused, too.
 
-        Args: images: (n, *in_shape), float32 or float64 in [0, 1]; of one image, image[None].
+        Args:
+          images: (n, *in_shape), float32 or float64 in [0, 1]; of one image, image[None].
+          batch_size: images evaluated at a time.
+        Returns: (n,) integers; (n,) l2 radii in pixel units.
         Raises: UserError (a ValueError) for other images; NotCertifiable if a layer has no proved bound.
-        Example: classes, radii = FrozenNetwork.load("runs/x/frozen").predict(image[None])
+        Example:
+          >>> classes, radii = frozen.predict(np.array([[0.75, 0.25]]))
+          >>> classes.tolist(), f"{radii[0]:.3f}"
+          ([0], '0.354')
         """
         pixels = self.check_images(images)
         wrong = np.flatnonzero(np.isnan(pixels).any(axis=tuple(range(1, pixels.ndim))))
@@ -328,7 +324,16 @@ class FrozenNetwork:
         return bytes(program.serialize())
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes network.safetensors, then network.json with the hash of both; each appears whole or not at all."""
+        """Writes network.safetensors, then network.json with the hash of both; each appears whole or not at all.
+
+        Args:
+          directory: made where it is missing.
+        Returns: nothing.
+        Example:
+          >>> frozen.save(directory)
+          >>> sorted(os.listdir(directory))
+          ['network.json', 'network.safetensors']
+        """
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         write_arrays(directory / "network.safetensors", self.arrays())
@@ -340,7 +345,14 @@ class FrozenNetwork:
     def load(cls, directory: str | os.PathLike) -> "FrozenNetwork":
         """Reads what `save` wrote.
 
+        Args:
+          directory: that of `save`.
+        Returns: the same network.
         Raises: UserError if a file is missing, damaged, of another format or schema, or the hash does not fit.
+        Example:
+          >>> frozen.save(directory)
+          >>> lipjax.FrozenNetwork.load(directory).sha256() == frozen.sha256()
+          True
         """
         directory = pathlib.Path(directory)
         try:

@@ -44,6 +44,9 @@ class CircularConv(Linear):
       in_shape: (h, w, i).
       nonexpansive: a promise of who made the blocks that the norm is 1 at most; training skips its estimate.
         `bound` does not look at it.
+    Example:
+      >>> lipjax.operators.CircularConv(np.full((4, 3, 8, 16), 1.0 + 0j), (4, 4, 16)).out_shape
+      (4, 4, 8)
     """
 
     fixed: Leaf

@@ -14,7 +14,14 @@ from lipjax.spectral.arithmetic import check_rounding, exact_float64
 
 @operator("matrix", static=())
 class Dense(Linear):
-    """x -> W x on vectors. matrix: (out, in)."""
+    """x -> W x on vectors.
+
+    Attributes:
+      matrix: (out, in).
+    Example:
+      >>> lipjax.operators.Dense(jnp.array([[1.0, 2.0]]))(jnp.ones((1, 2))).tolist()
+      [[3.0]]
+    """
 
     matrix: Leaf
 
@@ -47,7 +54,17 @@ class Dense(Linear):
 
 @operator("kernel", static=("in_shape", "strides", "padding"))
 class Conv(Linear):
-    """Convolution of NHWC images. kernel: HWIO; strides, padding: as in `conv.conv2d`; in_shape: (h, w, c)."""
+    """Convolution of NHWC images.
+
+    Attributes:
+      kernel: HWIO.
+      in_shape: (h, w, c) of the images.
+      strides: as in `conv.conv2d`.
+      padding: as in `conv.conv2d`.
+    Example:
+      >>> lipjax.operators.Conv(jnp.ones((3, 3, 16, 8)), (32, 32, 16), strides=2).out_shape
+      (16, 16, 8)
+    """
 
     kernel: Leaf
     in_shape: tuple[int, ...]

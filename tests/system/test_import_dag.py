@@ -54,7 +54,7 @@ INSIDE = {
         ("certificate", "float32_sums", "float64", "layout", "radius"),
         ("float32", "mlp"),
         ("frozen",),
-        ("deployment", "document"),
+        ("deployment", "document", "freezing"),
     ),
     "nn": (("layers",), ("cholesky", "explicit", "model", "orthogonal")),
     "models": (("convnet", "lipconvnet", "liresnet"),),

@@ -1,10 +1,13 @@
 """Public functions say what they take, with shapes and units, and show an example that runs as it stands.
 
-Examples may use `jax`, `jnp`, `np` and `lipjax` without importing them, and hold in float32 and in float64.
+Examples may use `jax`, `jnp`, `np` and `lipjax` without importing them, and hold with x64 on and off. Those of the
+methods of FrozenNetwork go on from the example of the class, with `os` and an empty `directory`.
 """
 
+import dataclasses
 import doctest
 import inspect
+import os
 import re
 
 import jax
@@ -24,6 +27,15 @@ FUNCTIONS = (
     *(f"certify.{name}" for name in ("certified_radius", "mlp_radius", "certified_accuracy")),
     *(f"losses.{name}" for name in ("cross_entropy", "emma", "margin", "gloro", "trades", "crm", "crm_max")),
     "losses.certificate_regularization",
+    *(f"bounds.{name}" for name in ("init_vectors", "margin_lipschitz_estimate", "margin_lipschitz_bound")),
+    *(f"bounds.{name}" for name in ("liplt_vectors", "liplt_estimate", "liplt_bound")),
+    *("network.make_network", "freeze"),
+    *(f"FrozenNetwork.{name}" for name in ("__call__", "certify", "predict", "margin_lipschitz", "lipschitz_report")),
+    *(f"FrozenNetwork.{name}" for name in ("save", "load")),
+)
+CLASSES = (
+    *(f"operators.{name}" for name in ("Dense", "Conv", "ConvExponential", "CircularConv")),
+    "FrozenNetwork",
 )
 GLOBALS = {"jax": jax, "jnp": jnp, "np": np, "lipjax": lipjax}
 FIELD = re.compile(r"^  (\w[\w, ]*):", re.MULTILINE)
@@ -53,9 +65,9 @@ def complaints(function):
     return missing + ([] if doctest.DocTestParser().get_examples(text) else ["an example"])
 
 
-def failures(name, text):
+def failures(name, text, names=GLOBALS):
     """The report of the examples in a docstring that do not give what they say; "" if all do."""
-    test = doctest.DocTestParser().get_doctest(text, dict(GLOBALS), name, None, None)
+    test = doctest.DocTestParser().get_doctest(text, dict(names), name, None, None)
     report = []
     doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=report.append)
     return "".join(report)
@@ -66,9 +78,22 @@ def test_a_public_function_says_what_it_takes(name):
     assert complaints(look_up(name)) == []
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_an_example_gives_what_it_says(name, precision):
-    assert failures(name, inspect.getdoc(look_up(name))) == ""
+@pytest.mark.parametrize("name", CLASSES)
+def test_an_operator_says_what_it_holds(name):
+    found = look_up(name)
+    said = FIELD.findall(block(inspect.getdoc(found), "Attributes"))
+    assert said == [field.name for field in dataclasses.fields(found)] if dataclasses.is_dataclass(found) else not said
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, *CLASSES])
+def test_an_example_gives_what_it_says(name, precision, tmp_path):
+    text = inspect.getdoc(look_up(name))
+    assert doctest.DocTestParser().get_examples(text)
+    names = GLOBALS
+    if name.startswith("FrozenNetwork."):  # they go on from the example of the class
+        text = f"{inspect.getdoc(lipjax.FrozenNetwork)}\n\n{text}"
+        names = GLOBALS | {"directory": tmp_path, "os": os}
+    assert failures(name, text, names) == ""
 
 
 def test_a_missing_line_and_a_wrong_example_are_noticed():
