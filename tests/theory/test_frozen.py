@@ -438,7 +438,7 @@ def test_a_proof_on_another_device_is_refused(model_and_variables, monkeypatch):
         with jax.enable_x64(True), jax.default_device(jax.devices()[1]):
             yield
 
-    for module in ("frozen", "_float64"):
-        monkeypatch.setattr(f"lipjax.{module}.float64_on_cpu", elsewhere)
+    for module in ("frozen", "float64"):
+        monkeypatch.setattr(f"lipjax.certify.{module}.float64_on_cpu", elsewhere)
     with pytest.raises(NotCertifiable, match="Certificates are computed on"):
         frozen.certify(np.full((2, 8, 8, 1), 0.5))
