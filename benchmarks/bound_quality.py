@@ -1,4 +1,4 @@
-"""How far proved bounds are from what is true: of every layer of trained networks, and of the whole.
+"""The gap between proved bounds and what is true: of every layer of trained networks, and of the whole.
 
 Run: python benchmarks/bound_quality.py --workdir=DIR --workdir=OTHER
      DIR: a certified run of train.py. Prints tables in Markdown; docs/bound_quality.md says what they mean.

@@ -1,4 +1,4 @@
-"""How tight and how fast the proved bounds are.
+"""Tightness and speed of the proved bounds.
 
 Run: python benchmarks/bounds.py
      small hostile operators against dense float64 SVDs

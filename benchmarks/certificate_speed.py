@@ -1,4 +1,4 @@
-"""How long a certificate takes, and its independent check: side by side in one process.
+"""Time that a certificate takes, and its independent check: side by side in one process.
 
 Run: python benchmarks/certificate_speed.py
      LiResNet L12W512, mostly its bounds; then cifar10_liresnet_small, 10,000 images. Many minutes, on a quiet machine

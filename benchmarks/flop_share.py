@@ -1,4 +1,4 @@
-"""What share of a plain matrix product's speed a training step reaches, and what the Lipschitz estimate costs in it.
+"""The share of a plain matrix product's speed that a training step reaches, and the cost of its Lipschitz estimate.
 
 Run: XLA_FLAGS=--xla_force_host_platform_device_count=2 python benchmarks/flop_share.py \
          --config=configs/liresnet.py:cifar10

@@ -32,7 +32,7 @@ def lanczos_norm(op) -> float:
 
 
 def grid_norm(op: Circulants) -> float:
-    """The least norm of a convolution's circulants: what its proof states, but for rounding."""
+    """The least norm of a convolution's circulants: what its proof states, up to rounding."""
     with float64_on_cpu():
         op, norms = jax.tree.map(jnp.asarray, op), []
         for grid, twist in op.variants:

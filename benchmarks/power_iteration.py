@@ -1,4 +1,4 @@
-"""What certificates by power iteration claim, beside what is proved, and one of them broken by an explicit input.
+"""Claims of certificates by power iteration, beside what is proved, and one of them broken by an explicit input.
 
 Run: python benchmarks/power_iteration.py --workdir=runs/demo
      the stored network of a run, certified by estimates of a few iterations, as is usual, and by proof

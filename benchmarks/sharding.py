@@ -1,4 +1,4 @@
-"""What a training step does without images, on one device and on eight: operations per device, and what travels.
+"""The work of a training step that needs no images, on one device and on eight: operations per device, and traffic.
 
 Run: python benchmarks/sharding.py [--cases=cayley,soc] [--devices=8] [--model=1]
 Nothing is run: the compiled programs of parametrisation, norm estimates and their gradients are read. "share" is that

@@ -30,12 +30,12 @@ def _mesh_axes() -> tuple[tuple[str, ...], int]:
 
 
 def num_devices() -> int:
-    """How many devices share the work; 1 if it is not divided."""
+    """The number of devices that share the work; 1 if it is not divided."""
     return _mesh_axes()[1]
 
 
 def by_columns(shape: tuple[int, ...]) -> bool:
-    """Whether matrices (b, ..., m, n) are divided by columns: there are too few, and n is large enough."""
+    """True if matrices (b, ..., m, n) are divided by columns: there are too few, and n is large enough."""
     devices = num_devices()
     if devices == 1 or 0 in shape or shape[-1] % (PANEL * devices):
         return False

@@ -147,7 +147,7 @@ def householder2(
 def householder2_directions(
     theta0: Float[Array, " half"], theta1: Float[Array, " half"], theta2: Float[Array, " half"]
 ) -> Float[Array, "3 2 half"]:
-    """What `fold_sectors` takes to compute `householder2`: (cos, sin) of half of each angle, clipped to [0, 2 pi]."""
+    """Directions for `fold_sectors`: (cos, sin) of half of each angle of `householder2`, clipped to [0, 2 pi]."""
     theta0, theta1, theta2 = (clip_angle(theta, 2 * math.pi) for theta in (theta0, theta1, theta2))
     above = (False, True)
     return jnp.stack([half_angle(theta0), half_angle(theta1, above), half_angle(theta2, above)])

@@ -69,7 +69,7 @@ class Network:
         return Normalize(self.input_mean, self.input_std, self.in_shape)
 
     def features(self, x: Float[Array, "b ..."]) -> Float[Array, "b d"]:
-        """What the head sees, for pixels x."""
+        """The features that the head sees, for pixels x."""
         return self.features_and_means(x)[0]
 
     def features_and_means(

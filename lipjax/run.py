@@ -1,4 +1,4 @@
-"""What train.py does: all seeds of a config, trained, certified and reported."""
+"""The work of train.py: trains, certifies and reports all seeds of a config."""
 
 import json
 import os

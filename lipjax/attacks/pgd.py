@@ -94,7 +94,7 @@ _FUNCTIONS = (
 
 
 def _objective(name, logits, labels, targets):
-    """What an attack ascends: (b,). name: out of OBJECTIVES, or its place there, which may be traced."""
+    """The objective that an attack ascends: (b,). name: out of OBJECTIVES, or its place there, which may be traced."""
     if isinstance(name, str):
         return _FUNCTIONS[OBJECTIVES.index(name)](logits, labels, targets)
     return jax.lax.switch(name, _FUNCTIONS, logits, labels, targets)

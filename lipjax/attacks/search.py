@@ -66,7 +66,7 @@ class _Attempt:
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
-    """How images are attacked."""
+    """Settings of an attack on images."""
 
     num_steps: int
     method: str

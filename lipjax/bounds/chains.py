@@ -270,7 +270,7 @@ def circular_bound(ops: Sequence[Conv]) -> spectral.NormBound | None:
 
 
 def _sum_of_tap_norms(kernel: np.ndarray) -> float:
-    """At least the norm of a circular convolution, but for rounding: the sum of the Frobenius norms of its taps."""
+    """At least the norm of a circular convolution, up to rounding: the sum of the Frobenius norms of its taps."""
     largest = float(np.abs(kernel).max())
     if largest == 0 or not math.isfinite(largest):
         return largest
@@ -288,7 +288,7 @@ def _composed(first: np.ndarray, second: np.ndarray, strides: tuple[int, int]) -
 
 
 def lower_estimate(maps: Sequence[HostMap], num_iters: int = 60) -> float:
-    """The norm by power iteration: not above it but for rounding. For judging bounds."""
+    """The norm by power iteration: not above it up to rounding. For judging bounds."""
     v = np.random.default_rng(0).normal(size=(1, *maps[0].in_shape))
     value = 0.0
     with np.errstate(over="ignore", invalid="ignore"):

@@ -22,7 +22,7 @@ _MAX_ROWS = 100
 
 
 class LipLTEstimate(NamedTuple):
-    """What `liplt_estimate` finds besides the pairwise constants; estimates, perhaps low.
+    """Everything that `liplt_estimate` finds besides the pairwise constants; estimates, perhaps low.
 
     Attributes:
       constants: (n,) m_k, from the input to what activation k acts on.
@@ -156,7 +156,7 @@ def _network_path(network: Network) -> tuple[liplt_path.Step, ...]:
 
 
 def has_liplt(network: Network) -> bool:
-    """Whether LipLT applies: linear operators, elementwise activations, at least one, and a linear head."""
+    """True if LipLT applies: linear operators, elementwise activations, at least one, and a linear head."""
     try:
         return any(step.block is not None for step in _network_path(network))
     except ValueError:

@@ -52,7 +52,7 @@ class Step(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the piece is an activation and nothing else: then a and b are factors of norms."""
+        """True if the piece is an activation and nothing else: then a and b are factors of norms."""
         block = self.block
         return block is not None and block.inner == () and block.outer == () and block.skip is None
 
@@ -69,7 +69,7 @@ def check_slope(slope, name: str) -> tuple[float, float]:
 
 
 def is_linear(op) -> bool:
-    """Whether LipLT may take the operator as a linear map."""
+    """True if LipLT may take the operator as a linear map."""
     return isinstance(op, (Linear, *REORDERINGS))
 
 

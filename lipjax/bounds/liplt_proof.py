@@ -61,7 +61,7 @@ class LayerConstant:
 
 @dataclasses.dataclass(frozen=True)
 class LipLTReport:
-    """How the constants came about.
+    """A report of how the constants were proved.
 
     Attributes:
       layers: one row per activation, in order.
@@ -152,7 +152,7 @@ def _zeros(shape):
 
 
 def _proved(prove: Callable[[Any], spectral.NormBound | None], chain: Any) -> spectral.NormBound | None:
-    """What `prove` finds, or None where it has no proof."""
+    """The result of `prove`, or None where it has no proof."""
     try:
         return prove(chain)
     except NotCertifiable:

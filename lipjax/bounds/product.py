@@ -26,7 +26,7 @@ Vectors = dict[str, Float[Array, "..."]]
 
 
 def _needs_estimate(op) -> bool:
-    """Whether training estimates the operator's norm; a parametrisation may promise that it is at most 1."""
+    """True if training estimates the operator's norm; a parametrisation may promise that it is at most 1."""
     return hasattr(op, "estimate") and not getattr(op, "nonexpansive", False)
 
 

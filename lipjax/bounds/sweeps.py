@@ -190,7 +190,7 @@ def reach(path: Sequence[Step], constants: Sequence, dtype):
 def output_rows(path: Sequence[Step], rows: Array, all_starts: bool) -> list[Array]:
     """Rows of the output, carried back to every start: entry s is (k, n_s), what the chain from start s does to them.
 
-    Exact but for rounding: no iteration. all_starts: False for the last start alone.
+    Exact up to rounding: no iteration. all_starts: False for the last start alone.
     """
     found: list[Array] = []
     shape, dtype = path[-1].out_shape, rows.dtype

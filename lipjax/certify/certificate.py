@@ -35,7 +35,7 @@ class Minorants:
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """What is proved for each of n images.
+    """Predictions, margins and radii that are proved for n images.
 
     Attributes:
       predictions: (n,) the class reported.
@@ -54,7 +54,7 @@ class Certificate:
     minorants: Minorants | None = None
 
     def take(self, rows: np.ndarray) -> "Certificate":
-        """What is proved for some of the images, without minorants."""
+        """The certificate of some of the images, without minorants."""
         return Certificate(self.predictions[rows], self.rivals[rows], self.margins[rows], self.radii[rows])
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What float32 changes: a proved bound on |float32 logit - exact logit|, and the gap that is measured.
+"""Errors of float32 deployments: a proved bound on |float32 logit - exact logit|, and the gap that is measured.
 
 A certificate speaks of exact arithmetic on the frozen float64 arrays. A machine that evaluates the network in float32
 has an error of its own, which is reported beside the claim, never inside it. docs/soundness.md, section 13, says which
@@ -68,7 +68,7 @@ class _Values:
 
     @property
     def distances(self) -> np.ndarray:
-        """How far the two evaluations may be from each other: (2, b)."""
+        """The largest distance of the two evaluations from each other: (2, b)."""
         return self.errors + np.asarray(self.error64)
 
 
@@ -136,7 +136,7 @@ class _Evaluation:
 
     @property
     def distances(self) -> np.ndarray:
-        """How far the features of the two evaluations may be from each other: (n, 2)."""
+        """The largest distance of the features of the two evaluations from each other: (n, 2)."""
         return self.error64[:, None] + self.error32
 
 
@@ -299,7 +299,7 @@ def deployment_report(
     labels=None,
     pixel_max: int | None = None,
 ) -> dict:
-    """What to say about float32 beside a certificate, JSON-ready.
+    """The entry about float32 beside a certificate, JSON-ready.
 
     Args: images: those of the certificate. radii: pixel units, at which to compare the two kinds of claims. labels:
       (n,), for the accuracies. pixel_max: images are whole numbers, divided by this batch by batch; None: floats in

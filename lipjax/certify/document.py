@@ -47,7 +47,7 @@ def draw(indices: np.ndarray, count: int) -> np.ndarray:
 
 
 def sample_arrays(certificate: Certificate, indices: np.ndarray, pixels: np.ndarray, labels) -> dict[str, np.ndarray]:
-    """What images.safetensors holds: `indices` of rows, their uint8 pixels, labels, and minorants of an MLP head."""
+    """Arrays of images.safetensors: `indices` of rows, their uint8 pixels, labels, and minorants of an MLP head."""
     arrays = {
         "indices": np.asarray(indices, np.int64),
         "pixels": np.ascontiguousarray(pixels[indices]),

@@ -1,4 +1,4 @@
-"""What every operator and head adds in binary32: bounds that hold for every input (docs/soundness.md, section 13)."""
+"""Errors that operators and heads add in binary32: bounds that hold for every input (docs/soundness.md, section 13)."""
 
 import dataclasses
 import functools

@@ -95,7 +95,7 @@ def _convolve(op, x, kernel):
 
 
 def _terms(op):
-    """How many products reach each value of a convolution, without those with zeros of the padding or the kernel."""
+    """Number of products in each value of a convolution, without those with zeros of the padding or the kernel."""
     return _convolve(op, jnp.ones((1, *op.in_shape)), (op.kernel != 0).astype(jnp.float64))
 
 

@@ -109,7 +109,7 @@ def _sums_and_products(a, b, c, d):
 
 
 def check_arithmetic() -> None:
-    """What `check_rounding` tests of NumPy, and the same of XLA; about a millisecond.
+    """Tests of NumPy what `check_rounding` tests, and the same of XLA; about a millisecond.
 
     Raises: NotCertifiable if this process does not compute as docs/soundness.md assumes.
     """

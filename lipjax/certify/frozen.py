@@ -128,11 +128,11 @@ class FrozenNetwork:
         return self._bounds
 
     def liplt_report(self) -> bounds.LipLTReport | None:
-        """How LipLT's constants came about; None for networks that it does not take."""
+        """The report of how LipLT's constants were proved; None for networks that it does not take."""
         return None if self._liplt is None else self._liplt[1]
 
     def head_report(self) -> dict | None:
-        """What radii by an MLP head rest on: the bound of |W1| and the curvatures that were needed; None for others."""
+        """The basis of radii by an MLP head: the bound of |W1| and the curvatures that were needed; None for others."""
         return self._mlp.document() if isinstance(self.network.head, operators.MLPHead) else None
 
     def norm_estimates(self, vectors: dict | None = None, num_iters: int = 200) -> dict[str, float]:

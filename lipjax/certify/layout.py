@@ -1,4 +1,4 @@
-"""How a frozen network lies in files: what of an operator are arrays, what is its layout, and both made one again."""
+"""The form of a frozen network in files: operators as arrays and a layout, and made of both again."""
 
 import dataclasses
 from typing import Any

@@ -45,7 +45,7 @@ class MLPCertifier:
         self._fine: dict[tuple[int, int], float] = {}
 
     def document(self) -> dict:
-        """What a certificate says about the head: the bound of |W1|, and all exact curvatures that were needed."""
+        """The entry of a certificate about the head: the bound of |W1|, and all exact curvatures that were needed."""
         return {"norm": self._norm, "curvatures": [[*pair, self._fine[pair]] for pair in sorted(self._fine)]}
 
     def certify(

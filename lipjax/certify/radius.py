@@ -53,7 +53,7 @@ def certified_radius(logits: Float[Array, "b k"], lipschitz: Float[Array, "i j"]
 
 
 def minorant_radius(value, gradient, step, curvature, xp: Any):
-    """How far around a function is positive, by its quadratic minorant at another point.
+    """The radius of a ball in which a function is positive, by its quadratic minorant at another point.
 
     If D has second derivatives above -m in every direction, then D(y) >= Q(y) = D(b) + g.(y - b) - m/2 |y - b|^2, with
     g = grad D(b). Q is positive in a ball around b + g/m, and a = b - s is as far from its boundary as

@@ -19,7 +19,7 @@ from lipjax.training.loop import Run
 
 
 def read_claims(workdir: pathlib.Path) -> tuple[dict, Certificate, np.ndarray, list[LayerBound]]:
-    """What certificate.json claims: the document, the certificate, the (k, k) Lipschitz constants, the layers' bounds.
+    """Claims of certificate.json: the document, the certificate, the (k, k) Lipschitz constants, the layers' bounds.
 
     Raises: UserError if the file is missing, damaged or of another format.
     """

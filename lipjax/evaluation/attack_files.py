@@ -1,4 +1,4 @@
-"""What attacks leave in a run's directory: of each image the strongest one found, from one attack to the next."""
+"""Files that attacks leave in a run's directory: the strongest attack on each image, from one attack to the next."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ class Images:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """What adversarial.npz holds, of one frozen network and one data set.
+    """The contents of adversarial.npz, about one frozen network and one data set.
 
     Attributes:
       index: (n,), places in the data set of all images that were ever attacked, ascending.
@@ -86,7 +86,7 @@ class Kept:
 
 
 def read_kept(workdir: pathlib.Path, frozen_sha256: str, data_sha256: str, in_shape, console: Console) -> Kept | None:
-    """What earlier attacks found; None without a file, or if it is about another network, other data, or damaged."""
+    """Findings of earlier attacks; None without a file, or if it is about another network, other data, or damaged."""
     path = workdir / KEPT
     if not path.exists():
         return None
@@ -120,7 +120,7 @@ def read_kept(workdir: pathlib.Path, frozen_sha256: str, data_sha256: str, in_sh
 
 @dataclasses.dataclass(frozen=True)
 class Attacked:
-    """What is known after an attack. Nothing of it is on disk yet.
+    """The findings after an attack. Nothing of it is on disk yet.
 
     Attributes:
       rows: (n,), which of the certified images were attacked, now or before. images, certificate: of these.
@@ -189,7 +189,7 @@ def attack_images(
 
 
 def _keep(kept: Kept | None, part: Images, findings: Findings, description: dict | None) -> Kept:
-    """What is to be kept: the findings, and what was kept of images that are not certified now."""
+    """Everything that is to be kept: the findings, and what was kept of images that are not certified now."""
     attack = findings.attack
     found = np.flatnonzero(attack.found_by >= 0)
     texts = [json.dumps(way, sort_keys=True) for way in attack.ways]

@@ -21,7 +21,7 @@ def class_report(
     num_classes: int,
     names: Sequence[str] | None = None,
 ) -> dict:
-    """What report.json says about classes.
+    """The entry of report.json about classes.
 
     Args:
       predictions, labels, proved: (n,), of each image: classes, and the certified radius.

@@ -31,7 +31,7 @@ _LIPSCHITZ_STEPS, _LIPSCHITZ_BATCH = 30, 128
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How a run is attacked: `attacks.attack_l2` explains the fields."""
+    """Settings of the attacks on a run: `attacks.attack_l2` explains the fields."""
 
     radii: tuple[float, ...]
     steps: int
@@ -50,7 +50,7 @@ class Settings:
         return renamed | {name: getattr(self, name) for name in names}
 
     def described(self) -> dict[str, Any]:
-        """What of this was used: for files, and for people who read these."""
+        """The settings that were used, for files and for people who read them."""
         found: dict[str, Any] = {"method": self.method}
         if self.method in ("apgd", "pgd"):
             found["objective"] = self.objective
@@ -79,7 +79,7 @@ def make_settings(options, seed: int) -> Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What an attack found that did not refute anything.
+    """The findings of an attack that refuted nothing.
 
     Attributes:
       attack: the nearest image of another class than the reported one, in float32: found now, or known before.
@@ -130,7 +130,7 @@ def _column(values: np.ndarray, images: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """What earlier attacks left about images: the nearest points of other classes, and `Findings.inside`."""
+    """The findings of earlier attacks about images: the nearest points of other classes, and `Findings.inside`."""
 
     attack: AttackResult
     inside: np.ndarray
@@ -210,7 +210,7 @@ class _Subject:
         return AttackResult(np.full(len(self.pixels), np.inf), self.pixels, np.full(len(self.pixels), -1))
 
     def again(self, known: AttackResult) -> AttackResult:
-        """What was known, as far as the network still says so: files are not believed."""
+        """The earlier findings that the network still confirms: files are not believed."""
         distances = np.full(len(self.pixels), np.inf)
         rows = np.flatnonzero(known.found_by >= 0)
         if len(rows):

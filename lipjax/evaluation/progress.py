@@ -1,4 +1,4 @@
-"""How far long work has come and how much time is left: a bar in a terminal, elsewhere a few lines."""
+"""Progress of long work and the time left: a bar in a terminal, elsewhere a few lines."""
 
 import contextlib
 import time

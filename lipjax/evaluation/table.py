@@ -1,4 +1,4 @@
-"""What a run ends with: the table in the terminal, report.json and certified_accuracy.png."""
+"""The results that a run ends with: the table in the terminal, report.json and certified_accuracy.png."""
 
 import pathlib
 from typing import Any
@@ -19,7 +19,7 @@ NOT_ATTACKED = "not attacked"
 
 
 def part_of(count: int, total: int | None) -> str:
-    """How many images a line is about: "50 of 359", or "all 359"; total None: unknown, as in older files."""
+    """The number of images that a line is about: "50 of 359", or "all 359"; total None: unknown, as in older files."""
     if total is None:
         return f"{count}"
     return f"all {total}" if count == total else f"{count} of {total}"
@@ -142,7 +142,7 @@ def print_table(report: dict, console: Console | None = None) -> None:
 
 
 def float32_line(found: dict) -> str:
-    """What `deployment.deployment_report` found, or why nothing, in one sentence."""
+    """A sentence about what `deployment.deployment_report` found, or why it found nothing."""
     if "error" in found:
         return f"Nothing is proved for the float32 program: {found['error']}"
     bound, gap, ball = found["bound"]["largest"], found["gap"]["largest"], found["ball"]

@@ -63,7 +63,7 @@ def expm_skew(a: Inexact[Array, "*batch n n"]) -> Inexact[Array, "*batch n n"]:
 
 @jax.jit
 def _is_skew(a):
-    """Whether a + a^H is at most 1e-3 times the largest entry; yes for NaN, which the result then shows."""
+    """True if a + a^H is at most 1e-3 times the largest entry; yes for NaN, which the result then shows."""
     departure = jnp.max(jnp.abs(a + jnp.conj(a.mT)), initial=0.0)
     return ~(departure > 1e-3 * jnp.max(jnp.abs(a), initial=0.0))
 

@@ -1,6 +1,6 @@
 """Orthogonal layers with an explicit kernel: ordinary convolutions and dense maps, whose norms are proved as such.
 
-A training step counts their norms as 1, which they do not exceed (but for rounding), converged or not; evaluation
+A training step counts their norms as 1, which they do not exceed (up to rounding), converged or not; evaluation
 estimates them and certification proves them as those of any `operators.Conv` or `Dense`. The vectors of norm estimates
 that scale raw arrays are state: they advance where a training step builds, and only there.
 """

@@ -44,7 +44,7 @@ OPERATORS = {
         Tanh,
     )
 }
-"""What a frozen network may be made of, by type name: what a saved one can be rebuilt from."""
+"""The operators that a frozen network may be made of, by type name: a saved one is rebuilt from them."""
 
 HEADS = {cls.__name__: cls for cls in (LinearHead, MLPHead)}
 

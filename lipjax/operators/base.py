@@ -15,7 +15,7 @@ Leaf = Any
 
 
 def _check_fields(op, arrays: tuple[str, ...], static: tuple[str, ...]) -> None:
-    """What all constructors check: arrays are arrays, in_shape is a tuple of sizes (lists become one).
+    """The checks of all constructors: arrays are arrays, in_shape is a tuple of sizes (lists become one).
 
     Raises: ValueError naming class and field.
     """
@@ -92,7 +92,7 @@ def check_input(operator, x) -> None:
 
 
 class Linear:
-    """What linear operators share: the estimate of the norm by power iteration on A^T A."""
+    """Base of linear operators: the estimate of the norm by power iteration on A^T A."""
 
     def _map(self, x, precision) -> Any: ...
     def _adjoint(self, y, precision) -> Any: ...

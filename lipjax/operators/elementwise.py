@@ -15,7 +15,7 @@ from lipjax.operators.softplus import SIGMOID_ERROR, TANH_ERROR, sigmoid, softpl
 
 
 class Elementwise:
-    """What these activations share: their shapes, and the bound by their slopes."""
+    """Base of these activations: their shapes, and the bound by their slopes."""
 
     in_shape: tuple[int, ...]
     slope = (0.0, 1.0)

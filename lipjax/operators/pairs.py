@@ -19,7 +19,7 @@ from lipjax.spectral.arithmetic import exact_float64
 
 
 class _Pairs(Isometric):
-    """What operators on pairs of channels share: an even number of them."""
+    """Base of operators on pairs of channels: an even number of them."""
 
     def __post_init__(self):
         if self.in_shape[-1] % 2:

@@ -1,4 +1,4 @@
-"""What networks are made of in a training step alone. None has a `bound`: a network with one of them is refused."""
+"""Operators of networks in a training step alone. None has a `bound`: a network with one of them is refused."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from lipjax.operators.base import operator
 
 
 class _Around:
-    """What operators around another map share."""
+    """Base of operators around another map."""
 
     map: Any
 

@@ -41,7 +41,7 @@ def compose(first: Kernel, second: Float[Array, "lh lw o p"]) -> Float[Array, "m
 
 
 def projectors(columns: Float[Array, "*batch c r"]) -> Float[Array, "*batch c c"]:
-    """Q Q^T, symmetric but for rounding."""
+    """Q Q^T, symmetric up to rounding."""
     return _spread.gathered(_spread.product(columns, jnp.swapaxes(columns, -1, -2)))
 
 
@@ -142,12 +142,12 @@ def matrices(name: str, raw: Float[Array, "..."]) -> Float[Array, "*batch m n"]:
 
 
 def needs_vectors(name: str, shape: tuple[int, ...], method: str) -> bool:
-    """Whether an array is scaled by an estimate of its norm."""
+    """True if an array is scaled by an estimate of its norm."""
     return bjorck.needs_vectors(method) and not (name == "columns" and _is_single(shape))
 
 
 def _is_single(shape: tuple[int, ...]) -> bool:
-    """Whether columns (n, c, r) are divided by their length + 1e-8 instead, as the original does where c // 2 is 1."""
+    """True if columns (n, c, r) are divided by their length + 1e-8 instead, as the original does where c // 2 is 1."""
     return shape[-1] == 1 and shape[-2] < 4
 
 

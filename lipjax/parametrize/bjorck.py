@@ -19,14 +19,14 @@ Vectors = dict[str, Any]
 """u (..., m) and v (..., n): what estimates norms of matrices (..., m, n); empty for methods without an estimate."""
 
 METHODS = ("bjorck", "qr", "exp", "cholesky")
-"""How a matrix is orthogonalised (`orthogonalize`)."""
+"""The ways to orthogonalise a matrix (`orthogonalize`)."""
 
 NUM_ITERS = 12
 """Steps of Björck's iteration, as in the code of AOC; that of BCOP takes 20."""
 
 
 class Scaling(NamedTuple):
-    """How a matrix X is divided by u^T X v: parity needs these details where the iteration does not converge.
+    """Details of dividing a matrix X by u^T X v: parity needs these details where the iteration does not converge.
 
     epsilon: added to u^T X v. floor: added to the length of a vector, whenever it is kept and whenever it is read.
     constant: whether the gradient takes the divisor as a constant.
@@ -170,7 +170,7 @@ def iterate(matrix: Float[Array, "*batch m n"], num_iters: int = NUM_ITERS) -> F
 
 
 def needs_vectors(method: str) -> bool:
-    """Whether a method divides by an estimate of the norm first; the results of the others do not depend on scales.
+    """True if a method divides by an estimate of the norm first; the results of the others do not depend on scales.
 
     Raises: ValueError for a method out of `METHODS`.
     """
@@ -182,7 +182,7 @@ def needs_vectors(method: str) -> bool:
 def orthogonalize(
     matrix: Float[Array, "*batch m n"], vectors: Vectors, method: str = "bjorck", num_iters: int = NUM_ITERS
 ) -> Float[Array, "*batch m n"]:
-    """Matrices with nearly orthonormal columns (m >= n) or rows (m < n), of norm 1 at most but for rounding.
+    """Matrices with nearly orthonormal columns (m >= n) or rows (m < n), of norm 1 at most up to rounding.
 
     Args:
       matrix: X, float32 or float64.

@@ -1,6 +1,6 @@
 """Cholesky parametrisation: nearly orthogonal dense matrices and convolutions of patches, from unconstrained arrays.
 
-Contractive, not orthogonal: their norms are below 1 but for rounding, and what certifies is the proved norm.
+Contractive, not orthogonal: their norms are below 1 up to rounding, and what certifies is the proved norm.
 Source: Hu et al. 2024, arXiv:2310.02513.
 """
 

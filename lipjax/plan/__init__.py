@@ -1,4 +1,4 @@
-"""What a training step needs of chips that are not here: memory, operations, traffic and time."""
+"""The needs of a training step on chips that are not here: memory, operations, traffic and time."""
 
 from lipjax.errors import require_extra
 

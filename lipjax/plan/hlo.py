@@ -1,4 +1,4 @@
-"""What one device does in a compiled program, read from the program's text: products, convolutions and collectives."""
+"""The work of one device in a compiled program, read from its text: products, convolutions and collectives."""
 
 import collections
 import dataclasses
@@ -110,7 +110,7 @@ class Program:
                         self._run(callee, repeats)
 
     def _length(self, loop: Instruction) -> int | None:
-        """How often a loop runs: as the text says, or the limit of its condition: JAX's loops count from 0 by 1."""
+        """Number of times that a loop runs: as stated, or the limit of its condition: JAX's loops count from 0 by 1."""
         if stated := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
             return int(stated[1])
         condition = re.search(r"\bcondition=%?([\w.-]+)", loop.rest)
@@ -220,7 +220,7 @@ def _bytes(shape: str) -> int:
 
 
 def _group(kind: str, rest: str, num_devices: int) -> int:
-    """How many devices take part together: replica_groups as lists, as an iota, or as axes of a mesh."""
+    """The number of devices that take part together: replica_groups as lists, as an iota, or as axes of a mesh."""
     if kind == "collective-permute":
         return 2 if re.search(r"source_target_pairs=\{\{", rest) else 1
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):

@@ -54,7 +54,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a config's training step needs on a topology.
+    """The needs of a config's training step on a topology.
 
     Attributes:
       hosts: that feed it with images. compiler: what compiled the step. stand_in: whether for other devices than the
@@ -258,7 +258,7 @@ def make_plan(config: Any, topology: Topology, devices: list | None = None) -> P
 
 
 def _overflow(message: str) -> str:
-    """What a compiler says about memory that does not suffice; "" if its error is another one."""
+    """The message of a compiler about memory that does not suffice; "" if its error is another one."""
     if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
         return ""
     found = re.search(r"Used [\d.]+[KMGT]? of [\d.]+[KMGT]? \w+", message)

@@ -115,7 +115,7 @@ def _notes(plans: list[Plan]) -> list[str]:
 
 
 def advice(plan: Plan, config) -> str:
-    """What does not fit, and the settings that would change it, those that help most first."""
+    """Sentences about what does not fit, and the settings that would change it, those that help most first."""
     chip = plan.topology.chip
     capacity = f" of {chip.memory / GIB:.1f}" if chip is not None else ""
     need = plan.overflow if plan.memory is None else f"{plan.memory.total / GIB:.2f} GiB{capacity}"

@@ -1,4 +1,4 @@
-"""What the public functions of `spectral` say of an argument of the wrong kind."""
+"""Errors of the public functions of `spectral` about arguments of the wrong kind."""
 
 from typing import Any
 

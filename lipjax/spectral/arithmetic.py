@@ -1,4 +1,4 @@
-"""What every proof takes for granted, tested before it is made: rounding to nearest, and numbers that float64 holds.
+"""Tests of what every proof takes for granted: rounding to nearest, and numbers that float64 holds.
 
 Docs: docs/soundness.md, section 0.
 """
@@ -47,7 +47,7 @@ _SMALL_PRODUCTS = _doubles("0x1p-1023", "0x1p-1074", "0x1p-1073")
 
 
 def rounds_to_nearest(sums: Any, products: Any) -> bool:
-    """Whether these are what `operands` add up and multiply to when rounded to nearest."""
+    """True if these are what `operands` add up and multiply to when rounded to nearest."""
     return np.array_equal(sums, _SUMS[2]) and np.array_equal(products, _PRODUCTS[2])
 
 

@@ -191,7 +191,7 @@ def rank_members(family: GramFamily) -> tuple[np.ndarray, float]:
 
 
 def is_below(family: GramFamily, order: np.ndarray, shift: float) -> bool:
-    """Whether floating Cholesky factorisations of every shift I - G_f complete, tried in the given order."""
+    """True if floating Cholesky factorisations of every shift I - G_f complete, tried in the given order."""
     return all(_verify(family.grams(chunk), shift) is not None for chunk in family.chunks(order))
 
 

@@ -13,7 +13,7 @@ from lipjax.training.config import load_config
 
 
 def best_meta(directory: str | os.PathLike) -> dict:
-    """What the best checkpoint of a run says about itself. Raises: UserError if there is none."""
+    """The metadata of the best checkpoint of a run. Raises: UserError if there is none."""
     with _checkpointer(directory) as checkpointer:
         return checkpointer.meta(checkpointer.best_step())
 

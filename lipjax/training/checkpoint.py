@@ -46,7 +46,7 @@ for _name in ("absl", "asyncio"):
 
 
 def _of_closed_loop(error: BaseException | None, trace: TracebackType | None) -> bool:
-    """Whether an error is one of those that TensorStore prints after a failed save, when Orbax's loop is closed."""
+    """True for an error such as TensorStore prints after a failed save, when Orbax's loop is closed."""
     return isinstance(error, RuntimeError) and trace is not None and trace.tb_frame.f_code.co_name == _FROM_THREADS
 
 

@@ -1,4 +1,4 @@
-"""What a run is checked for: parts of a config that do not fit each other, and values that are not finite."""
+"""Checks of a run: parts of a config that do not fit each other, and values that are not finite."""
 
 import jax
 from jax.sharding import Mesh

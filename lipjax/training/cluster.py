@@ -256,7 +256,7 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID",
 
 
 def _launched() -> int:
-    """How many processes a launcher says it started. A shell inside an allocation of SLURM has not all of these."""
+    """Number of processes that a launcher started. A shell inside an allocation of SLURM has not all of these."""
     if all(name in os.environ for name in _SLURM):
         return int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ["SLURM_NTASKS"]))
     if _OPEN_MPI in os.environ:

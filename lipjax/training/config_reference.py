@@ -1,4 +1,4 @@
-"""What every field of a config is, read from the comments of `config.default_config`: --help and docs/config.md.
+"""The meaning of every field of a config, read from the comments of `config.default_config`: --help and docs/config.md.
 
 Run: python -m lipjax.training.config_reference > docs/config.md
 """

@@ -25,7 +25,7 @@ def write_digests(step: Path) -> None:
 
 
 def damage_of(step: Path) -> str | None:
-    """What is wrong with a saved step, by its digests; None if nothing is.
+    """A sentence about what is wrong with a saved step, by its digests; None if nothing is.
 
     Raises: UserError if its files cannot be read for a reason that lies elsewhere.
     """

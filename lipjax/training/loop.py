@@ -102,7 +102,7 @@ class Run:
         self._initialise = jax.jit(lambda: sharding.gathered(initialise(), self.mesh), out_shardings=self.shardings)
 
     def __str__(self) -> str:
-        """What is trained, for people."""
+        """A line for people about what is trained."""
         count = sum(leaf.size for leaf in jax.tree.leaves(self.abstract_state.params))
         sizes = ", ".join(f"{self.dataset.size(split)} {split}" for split in ("train", "validation", "test"))
         devices = self.mesh.devices.flat
@@ -115,7 +115,7 @@ class Run:
 
     @functools.cached_property
     def data_identity(self) -> dict:
-        """What says that a data set is the same: fingerprints of its splits, or their sizes and seed if streamed."""
+        """The identity of a data set: fingerprints of its splits, or their sizes and seed if streamed."""
         if isinstance(self.dataset, StreamDataset):
             split = {split: [self.dataset.size(split), self.seed] for split in ("train", "validation")}
             return split | {"test": self.dataset.size("test")}

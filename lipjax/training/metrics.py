@@ -204,7 +204,7 @@ def _keep_until(path: Path, last_step: int, console: Console) -> None:
 
 
 def validation_metrics(workdir: str | os.PathLike[str], step: int) -> dict[str, float] | None:
-    """What metrics.jsonl says about the validation split at a step; None if it says nothing, or is not there.
+    """The entry of metrics.jsonl about the validation split at a step; None if it says nothing, or is not there.
 
     Lines that are no JSON are passed over: this number is for people, and no claim rests on it.
     """

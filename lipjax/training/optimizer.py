@@ -99,7 +99,7 @@ def lookahead(
 
 
 def slow_parameters(params: Any, opt_state: Any) -> Any:
-    """What Lookahead would evaluate: its slow parameters, once it has synchronised; else the parameters."""
+    """Parameters for Lookahead to evaluate: its slow parameters, once it has synchronised; else the parameters."""
     if not isinstance(opt_state, LookaheadState):
         return params
     synchronised = any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(opt_state.slow))  # they start at zero

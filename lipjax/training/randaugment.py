@@ -154,7 +154,7 @@ def _equalize(x):
 
 
 def _histogram(x: Int[Array, "b h w c"]) -> Int[Array, "b c 256"]:
-    """How often each value occurs in each channel of each image.
+    """The number of times that each value occurs in each channel of each image.
 
     By products of one-hot matrices of the upper and the lower four bits, which are exact at any precision and fast
     where additions to random places are not.

@@ -67,7 +67,7 @@ def batch_sharded(mesh: Mesh) -> NamedSharding:
 
 
 def spec_of(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """How an array of a train state is stored: its largest axis that the axis "model" divides, if it is large.
+    """The sharding of an array of a train state: its largest axis that the axis "model" divides, if it is large.
 
     Parameters and what optimizers keep for them have the same shapes, hence the same parts.
     """

@@ -91,7 +91,7 @@ def preprocess(key: jax.Array, images: jax.Array, config_data, pixel_max: int) -
 
 
 def views(key: jax.Array, images, labels, config_data, pixel_max: int, mesh: Mesh):
-    """What a step trains on, (pixels, labels), made of a uint8 batch and its labels or of pairs (real, generated).
+    """Images for a step to train on, (pixels, labels): of a uint8 batch and its labels or of pairs (real, generated).
 
     Real and generated images are augmented apart. On each device the real ones come first.
     """
@@ -163,7 +163,7 @@ def _per_example_loss(config, network, lip, logits, labels, constants, schedule)
 
 
 def make_build(model, config, mesh: Mesh):
-    """What a training step does without images: (params, lip) -> ((network, constants), lip), to be differentiated.
+    """Makes the part of a training step without images: (params, lip) -> ((network, constants), lip), differentiable.
 
     constants: as `estimate_constants`. Parameters come in the parts that they are stored in; all that goes out is whole
     on every device. What it takes to make it is divided over the devices.
@@ -185,7 +185,7 @@ def make_build(model, config, mesh: Mesh):
 
 
 def balanced_weights(labels, num_classes: int) -> np.ndarray:
-    """What an image of each class counts for, (k,) float32, so that all classes count alike: n / (k n_class).
+    """The weight of an image of each class, (k,) float32, so that all classes count alike: n / (k n_class).
 
     Args: labels: (n,), of the training images, over which the mean of the weights is 1. Classes without one get 0.
     """

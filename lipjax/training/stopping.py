@@ -33,7 +33,7 @@ class Preempted(BaseException):
 
 
 class Stop:
-    """What a training asks after each step: whether to save and stop.
+    """Answers, after each training step, whether to save and stop.
 
     Attributes: by: the name of the signal. code: the exit code.
     """
@@ -83,7 +83,7 @@ def _installed(handlers: Mapping[int, Callable[[int, Any], object]]) -> Iterator
 
 
 def _service() -> bool:
-    """Whether JAX's preemption service has taken over SIGTERM, which all processes heed in their next training step."""
+    """True if JAX's preemption service has taken over SIGTERM, which all processes heed in their next training step."""
     return distributed.global_state.preemption_sync_manager is not None and not _trained.is_set()
 
 

@@ -1,4 +1,4 @@
-"""What a run has trained, as a model and its variables."""
+"""Loads what a run has trained, as a model and its variables."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""What the tests of the data sets share: configs, made-up archives, and the checks that replace published ones."""
+"""Shared by the tests of the data sets: configs, made-up archives, and the checks that replace published ones."""
 
 import dataclasses
 import io

@@ -1,4 +1,4 @@
-"""What the tests of MLP heads share: the golden heads, random ones, and an attack on a head alone."""
+"""Shared by the tests of MLP heads: the golden heads, random ones, and an attack on a head alone."""
 
 import functools
 import pathlib

@@ -1,4 +1,4 @@
-"""What the tests of training share: made-up data, a tiny config, one trained run, quick compiles."""
+"""Shared by the tests of training: made-up data, a tiny config, one trained run, quick compiles."""
 
 import atexit
 import functools

@@ -1,4 +1,4 @@
-"""The part of an HTML report about classes: their accuracies, and which are taken for which."""
+"""The part of an HTML report about classes: their accuracies, and which are mistaken for which."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""What an HTML report is about: the files that certify and attack leave in a run's directory, read and checked."""
+"""The data of an HTML report: the files that certify and attack leave in a run's directory, read and checked."""
 
 import dataclasses
 import json
@@ -344,5 +344,5 @@ def _class_names(frozen: FrozenNetwork | None, certificate: dict, at_least: int)
 
 
 def finite(value: Any) -> TypeGuard[float]:
-    """Whether a JSON value is a number."""
+    """True for a JSON value that is a number."""
     return isinstance(value, int | float) and math.isfinite(value)

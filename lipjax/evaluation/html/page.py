@@ -118,7 +118,7 @@ def _title(run: CertifiedRun) -> str:
 
 
 def _described(run: CertifiedRun) -> str:
-    """What was trained, in a sentence, from the fields that this config has."""
+    """A sentence about what was trained, from the fields that this config has."""
     config = run.certificate["config"]
     model, loss = config.get("model", {}), config.get("loss", {})
     said = [f"{name} {model[name]}" for name in ("depth", "width", "layer", "activation", "head") if name in model]
@@ -255,7 +255,7 @@ def _card(run: CertifiedRun, index, row, image, radius, point, distance) -> Mark
 
 
 def _attack(run: CertifiedRun) -> Markup | None:
-    """What attack.json says about attempts to break certificates and bounds."""
+    """The section about attempts to break certificates and bounds, from attack.json."""
     if run.attack_notes is None:
         return None
     gate, search = run.attack_notes["gate"], run.attack_notes["lipschitz"]

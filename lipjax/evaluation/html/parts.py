@@ -1,4 +1,4 @@
-"""What pages are made of: escaped tags, tables, inline SVG and PNG images, numbers rounded to the safe side."""
+"""Building blocks of pages: escaped tags, tables, inline SVG and PNG images, numbers rounded to the safe side."""
 
 import base64
 import decimal
@@ -184,7 +184,7 @@ def down(value: float, digits: int = 4) -> str:
 
 
 def figure(name: str, alternative: str, caption: str, draw: Callable[[Any], None]) -> Markup:
-    """What `draw` puts on matplotlib axes, as inline SVG with a text alternative.
+    """A figure that `draw` puts on matplotlib axes, as inline SVG with a text alternative.
 
     Args: name: unlike those of the page's other figures. alternative: the content in words.
     """

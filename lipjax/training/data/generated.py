@@ -42,7 +42,7 @@ class Source(Protocol):
 
 
 def num_generated(config: Any) -> int:
-    """How many of the config.batch_size images of a step are generated; the others are real."""
+    """The number of the config.batch_size images of a step are generated; the others are real."""
     return config.data.generated.per_batch if config.data.generated.path else 0
 
 
@@ -95,7 +95,7 @@ class GeneratedDataset:
 
 @dataclasses.dataclass(frozen=True)
 class _Steps:
-    """What Grain reads ahead: the batch of a step is the element of that number."""
+    """The source that Grain reads ahead from: the batch of a step is the element of that number."""
 
     read: Any
 

@@ -150,7 +150,7 @@ def _alike(read: list[ReadImage], files: list[pathlib.Path], root: pathlib.Path,
 
 
 def _ignored(paths: list[pathlib.Path], root: pathlib.Path) -> str:
-    """What was not read, in words: files counted by the ends of their names, folders by name."""
+    """A sentence about what was not read: files counted by the ends of their names, folders by name."""
     folders = [path for path in paths if path.is_dir()]
     kinds = collections.Counter(path.suffix.lower() or "without an ending" for path in paths if not path.is_dir())
     said = []

@@ -1,4 +1,4 @@
-"""What the user's own images are, found without reading all of them: for configs that are sized by them."""
+"""Size and number of the user's own images, found without reading all of them: for configs that are sized by them."""
 
 import dataclasses
 import pathlib
