@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, Complex, Float, Inexact
+from jaxtyping import Array, Float, Inexact
 
 from lipjax import _spread
 from lipjax.linalg import cholesky
@@ -188,49 +188,36 @@ def _newton_schulz(v: Parts) -> Parts:
     return add(v, product(v, half))
 
 
-@functools.partial(jax.jit, static_argnames="method")
-def cayley(w: Inexact[Array, "*batch m n"], *, method: str = "elimination") -> Inexact[Array, "*batch m n"]:
+@jax.jit
+def cayley(w: Inexact[Array, "*batch m n"]) -> Inexact[Array, "*batch m n"]:
     """The Cayley transform: matrices with orthonormal columns (m >= n) or rows (m < n).
 
     With w = [U; V], U square, and A = U - U^H + V^H V: Q = [(I + A)^-1 (I - A); -2 V (I + A)^-1]. The Hermitian part of
-    I + A is at least I, so it is never singular. A wide w is transposed (not conjugated) before and after.
+    I + A is at least I, so it is never singular. A wide w is transposed (not conjugated) before and after. The inverse
+    is an elimination by blocks, without pivoting (it needs none: the Hermitian parts of all Schur complements are at
+    least I) and without LAPACK or complex numbers, mostly matrix products. LU factorisations can hang on the CPU:
+    JAX 0.10 spreads a batch of them over the very threads that wait for it, and as many batches at once as there are
+    cores, in a network of several layers, leave none to do the work.
 
     Args:
       w: (..., m, n), float or complex of 32 or 64 bits per real number.
-      method: how (I + A)^-1 is found. "elimination": by blocks, without pivoting (it needs none: the Hermitian parts of
-        all Schur complements are at least I) and without LAPACK or complex numbers, mostly matrix products. "solve": LU
-        in the field of w. "real_block": LU of the real [[re, -im], [im, re]]. On the CPU the last two can hang for
-        ever: JAX 0.10 spreads a batch of factorisations over the very threads that wait for it, and as many of them at
-        once as there are cores, in a network of several layers, leave none to do the work.
     Returns: Q, same shape and dtype.
     Error: in spectral norm, u the unit roundoff: |Q^H Q - I| <= 20 u (1 + |A|), |Q - exact| <= 10 u (1 + |A|). Why:
       |(I + A)^-1| <= 1, so 1 + |A| bounds the condition number of the system; elimination ends with a step of Newton's
       iteration, which removes what it amplified. The constants are measured (n <= 128), not proved.
-    Raises: ValueError for another method or fewer than two axes.
+    Raises: ValueError for fewer than two axes.
     Source: Trockman & Kolter 2021, arXiv:2104.07167.
     Example: a rotation by a quarter turn.
       >>> lipjax.linalg.cayley(jnp.array([[0.0, 1.0], [0.0, 0.0]]))[1].round(3).tolist()
       [1.0, 0.0]
     """
-    if method not in ("elimination", "solve", "real_block") or w.ndim < 2:
-        raise ValueError(
-            f"Expected (..., m, n) and method 'elimination', 'solve' or 'real_block', got {w.shape} and {method!r}."
-        )
+    if w.ndim < 2:
+        raise ValueError(f"cayley expects matrices (..., m, n), got an array of shape {w.shape}.")
     if w.shape[-2] < w.shape[-1]:
-        return jnp.swapaxes(cayley(jnp.swapaxes(w, -1, -2), method=method), -1, -2)
-    n = w.shape[-1]
-    if method == "elimination":
-        parts = (w.real, w.imag) if jnp.iscomplexobj(w) else (w, None)
-        real, imag = _spread.gathered(_cayley_parts(parts))
-        return real if imag is None else lax.complex(real, imag)
-    upper, lower = w[..., :n, :], w[..., n:, :]
-    conjugate = lambda x: jnp.conj(jnp.swapaxes(x, -1, -2))  # noqa: E731
-    a = upper - conjugate(upper) + _spread.product(conjugate(lower), lower)
-    eye = jnp.eye(n, dtype=w.dtype)
-    # (I + A)^-1 and I - A commute, so all rows are divided by I + A from the right: one system, no inverse.
-    rows = jnp.concatenate([eye - a, -2 * lower], -2)
-    solve = _solve_real_block if method == "real_block" and jnp.iscomplexobj(w) else jnp.linalg.solve
-    return jnp.swapaxes(solve(jnp.swapaxes(eye + a, -1, -2), jnp.swapaxes(rows, -1, -2)), -1, -2)
+        return jnp.swapaxes(cayley(jnp.swapaxes(w, -1, -2)), -1, -2)
+    parts = (w.real, w.imag) if jnp.iscomplexobj(w) else (w, None)
+    real, imag = _spread.gathered(_cayley_parts(parts))
+    return real if imag is None else lax.complex(real, imag)
 
 
 def cayley_split(
@@ -344,17 +331,6 @@ def _eliminate_rows(m: Parts) -> Parts:
         return jax.tree.map(lambda part, new: jnp.where(here[:, None], new, part), rest, row)
 
     return lax.fori_loop(0, n, step, m)
-
-
-def _solve_real_block(a: Complex[Array, "*batch n n"], b: Complex[Array, "*batch n m"]) -> Complex[Array, "*batch n m"]:
-    """a^-1 b by the real system [[re a, -im a], [im a, re a]] [re x; im x] = [re b; im b]."""
-    n = a.shape[-1]
-    block = jnp.concatenate(
-        [jnp.concatenate([a.real, -a.imag], -1), jnp.concatenate([a.imag, a.real], -1)],
-        -2,
-    )
-    x = jnp.linalg.solve(block, jnp.concatenate([b.real, b.imag], -2))
-    return lax.complex(x[..., :n, :], x[..., n:, :])
 
 
 @functools.partial(jax.jit, static_argnames=("ridge", "method"))

@@ -5,14 +5,13 @@ Source: Trockman & Kolter 2021, arXiv:2104.07167; one trained scale, alpha W / |
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Complex, Float
 
 from lipjax import _dft, conv, linalg
 
 
 def response(
-    kernel: Float[Array, "kh kw i o"], alpha: Float[Array, ""], size: tuple[int, int], *, method: str = "elimination"
+    kernel: Float[Array, "kh kw i o"], alpha: Float[Array, ""], size: tuple[int, int]
 ) -> Complex[Array, "h f o i"]:
     """The frequency response cayley(alpha W / |W|_F), W = `conv.frequency_response(kernel, size)`, on the half grid.
 
@@ -23,15 +22,14 @@ def response(
       kernel: HWIO, any sides, centred: tap (k - 1) // 2 lies on the output. Taps beyond the map are wrapped and summed.
       alpha: scale, the Frobenius norm of what is transformed; `initial_alpha` leaves the kernel as it is.
       size: (h, w) of the images, even or odd.
-      method: of `linalg.cayley`.
     Returns: (h, w // 2 + 1, o, i), complex; what `conv.apply_response` takes. 0 is transformed for a zero kernel.
     Error: of every block, that of `linalg.cayley`, |A| <= 2 |alpha| + alpha^2.
     """
-    return _dft.unpack(*packed_response(kernel, alpha, size, method=method), (size[0], size[1]))
+    return _dft.unpack(*packed_response(kernel, alpha, size), (size[0], size[1]))
 
 
 def packed_response(
-    kernel: Float[Array, "kh kw i o"], alpha: Float[Array, ""], size: tuple[int, int], *, method: str = "elimination"
+    kernel: Float[Array, "kh kw i o"], alpha: Float[Array, ""], size: tuple[int, int]
 ) -> tuple[Float[Array, "r o i"], Float[Array, "q 2 o i"]]:
     """`response` without redundancy, as `conv.packed_response`: one transform for each pair of frequencies +-f.
 
@@ -40,11 +38,7 @@ def packed_response(
     """
     blocks = conv.packed_response(kernel, size)
     fixed, paired = (_scale(alpha, _squared_norm(blocks, size)) * part for part in blocks)
-    fixed = linalg.cayley(fixed, method=method)
-    if method == "elimination":
-        return fixed, jnp.stack(linalg.cayley_split(paired[:, 0], paired[:, 1]), 1)
-    paired = linalg.cayley(lax.complex(paired[:, 0], paired[:, 1]), method=method)
-    return fixed, jnp.stack([paired.real, paired.imag], 1)
+    return linalg.cayley(fixed), jnp.stack(linalg.cayley_split(paired[:, 0], paired[:, 1]), 1)
 
 
 def initial_alpha(kernel: Float[Array, "kh kw i o"], size: tuple[int, int]) -> Float[Array, ""]:

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Complex, Float
 
 from lipjax import _dft, _spread, conv, linalg
+from lipjax.linalg.parts import product as complex_product
 from lipjax.spectral.series import terms_for
 
 Blocks = tuple[Array, Array]
@@ -88,15 +89,9 @@ def exponential_response(kernel: Float[Array, "kh kw i c"], size: tuple[int, int
 _multiply = _spread.product
 
 
-def _complex_product(xr: Array, xi: Array, yr: Array, yi: Array) -> tuple[Array, Array]:
-    """Three real products instead of four (Gauss)."""
-    rr, ii = _multiply(xr, yr), _multiply(xi, yi)
-    return rr - ii, _multiply(xr + xi, yr + yi) - rr - ii
-
-
 def _product(x: Blocks, y: Blocks) -> Blocks:
     """x y, block by block."""
-    parts = _complex_product(x[1][:, 0], x[1][:, 1], y[1][:, 0], y[1][:, 1])
+    parts = complex_product((x[1][:, 0], x[1][:, 1]), (y[1][:, 0], y[1][:, 1]))
     return _multiply(x[0], y[0]), jnp.stack(parts, 1)
 
 
@@ -182,7 +177,7 @@ def _of_powers(c: list[float], powers: list[_Parts], like: _Parts) -> _Parts:
 def _normal_product(x: _Parts, y: _Parts, sign_x: int, sign_y: int) -> _Parts:
     """x y, block by block, where x^H = sign_x x and y^H = sign_y y (unchecked): reverse mode relies on it."""
     del sign_x, sign_y
-    return _multiply(x[0], y[0]), *_complex_product(*x[1:], *y[1:])
+    return _multiply(x[0], y[0]), *complex_product(x[1:], y[1:])
 
 
 def _normal_product_forward(x: _Parts, y: _Parts, sign_x: int, sign_y: int):
@@ -193,7 +188,7 @@ def _normal_product_backward(sign_x: int, sign_y: int, factors: tuple[_Parts, _P
     x, y = factors
 
     def product(a: _Parts, b: _Parts, sign: int) -> _Parts:
-        parts = _multiply(a[0], b[0]), *_complex_product(*a[1:], *b[1:])
+        parts = _multiply(a[0], b[0]), *complex_product(a[1:], b[1:])
         return parts if sign > 0 else jax.tree.map(jnp.negative, parts)
 
     # g y^H and x^H g.

@@ -154,9 +154,6 @@ def test_packed_blocks_are_the_response():
     assert np.array_equal(response[0, 0], fixed[0])
     for column in (0, 3):
         np.testing.assert_array_equal(response[3, column], response[1, column].conj())
-    for method in ("solve", "real_block", "elimination"):
-        other = cayley.response(kernel, alpha, size, method=method)
-        np.testing.assert_allclose(other, response, rtol=0, atol=1e-13)
 
 
 def test_zero_arrays_give_an_isometry_and_finite_gradients():
@@ -204,10 +201,13 @@ def test_orthogonality_survives_gradient_steps_in_training_precision(precision):
 def test_no_factorisation_waits_for_the_threads_that_compute_it():
     """JAX 0.10 hangs on the CPU if as many batched LAPACK calls run at once as there are cores: there are none."""
 
-    def value(kernel, method):
-        return jnp.sum(cayley.response(kernel, jnp.array(1.0), (4, 4), method=method).real ** 3)
+    def value(kernel, transform):
+        return jnp.sum(transform(kernel).real ** 3)
+
+    def layer(kernel):
+        return cayley.response(kernel, jnp.array(1.0), (4, 4))
 
     kernel = jnp.ones((3, 3, 4, 4))
-    for method, expected in (("elimination", False), ("solve", True)):  # the second is the control
-        program = jax.jit(jax.grad(value), static_argnums=1).lower(kernel, method).compile().as_text()
+    for transform, expected in ((layer, False), (jnp.linalg.inv, True)):  # the second is the control
+        program = jax.jit(jax.grad(value), static_argnums=1).lower(kernel, transform).compile().as_text()
         assert ("lapack" in program) == expected
