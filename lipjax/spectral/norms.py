@@ -95,8 +95,10 @@ def matrix_norm_bound(matrix: Num[np.ndarray, "*batch m n"] | Num[Array, "*batch
     Raises: ValueError for an array that is empty or has fewer than two axes; NotCertifiable (a ValueError) for numbers
       that double precision does not hold exactly, for entries that are not finite, for a norm beyond the float64
       range, while JAX traces (`jit`), and where this process does not round to nearest.
-    Example: matrix_norm_bound(np.array([[3, 0], [0, 4]])).proved is 4 or slightly more.
     Source: Rump, Verification of positive definiteness, BIT 46 (2006); docs/soundness.md, section 1.
+    Example:
+      >>> 4 <= lipjax.spectral.matrix_norm_bound(np.array([[3, 0], [0, 4]])).proved < 4.000001
+      True
     """
     checked = _checked(matrix, max(2, np.ndim(matrix)), "matrix_norm_bound", or_complex=True)
     if checked.ndim == 2:
