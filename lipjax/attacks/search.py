@@ -157,16 +157,32 @@ def attack_l2(
 
     Args:
       network: a pytree that is called on pixels, such as a Network in float32.
-      images: (n, ...), inside the box. labels: (n,).
-      radii: l2, pixel units. num_steps: of gradients, at each radius; 0: only the images themselves are looked at.
-      method: "apgd" (`apgd_l2`) or "pgd" (`pgd_l2`), with `objective` and, where it aims at rivals, the num_targets
-        most likely ones; "square" (`square_l2`) with num_queries; or "ensemble": Auto-PGD on the cross-entropy, then on
-        the targeted difference-of-logits ratio of the num_targets most likely rivals, then Square. As AutoAttack,
-        without FAB, whose nearest points several radii and the bisection take the place of.
+      images: (n, ...), pixels, inside the box.
+      labels: (n,) integers.
+      radii: l2, pixel units.
+      num_steps: of gradients, at each radius; 0: only the images themselves are looked at.
+      seed: of the random numbers.
+      batch_size: images attacked at a time.
+      method: "apgd" (`apgd_l2`) or "pgd" (`pgd_l2`), with `objective`; "square" (`square_l2`); or "ensemble": Auto-PGD
+        on the cross-entropy, then on the targeted difference-of-logits ratio, then Square. As AutoAttack, without FAB,
+        whose nearest points several radii and the bisection take the place of.
+      restarts: number of starts of each member.
+      objective: of "apgd" and "pgd", as in `pgd_l2`.
+      num_targets: most likely rivals that targeted objectives aim at.
+      num_queries: of "square".
+      box: lowest and highest pixel; None: pixels may take any value.
       numbers: (n,), of the images, from which their random numbers come; default: 0 to n - 1.
       watch: called with the fraction that is done, now and then.
+    Returns: AttackResult.
     Raises: ValueError for another method or objective and for counts below 1 (num_steps: below 0).
     Source: Croce & Hein 2020, arXiv:2003.01690, section 6.
+    Example: logits that are the pixels, and a tie 0.354 away.
+      >>> head = lipjax.operators.LinearHead(jnp.eye(2), jnp.zeros(2))
+      >>> network = lipjax.network.make_network([("dense", lipjax.operators.Dense(jnp.eye(2)))], head)
+      >>> image, label = np.array([[0.75, 0.25]]), np.array([0])
+      >>> result = lipjax.attacks.attack_l2(network, image, label, [0.2, 0.4], num_steps=10, method="pgd")
+      >>> bool(0.35 < result.distances[0] < 0.4)
+      True
     """
     options = _Options(num_steps, method, restarts, objective, num_targets, num_queries, box)
     numbers = np.arange(len(images)) if numbers is None else np.asarray(numbers)

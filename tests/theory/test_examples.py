@@ -29,7 +29,7 @@ FUNCTIONS = (
     "losses.certificate_regularization",
     *(f"bounds.{name}" for name in ("init_vectors", "margin_lipschitz_estimate", "margin_lipschitz_bound")),
     *(f"bounds.{name}" for name in ("liplt_vectors", "liplt_estimate", "liplt_bound")),
-    *("network.make_network", "freeze"),
+    *("network.make_network", "freeze", "attacks.pgd_l2", "attacks.attack_l2"),
     *(f"FrozenNetwork.{name}" for name in ("__call__", "certify", "predict", "margin_lipschitz", "lipschitz_report")),
     *(f"FrozenNetwork.{name}" for name in ("save", "load")),
 )
