@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lipjax.operators import Centered, Contraction, Leaf, Normalize, Residual
-from lipjax.operators.base import Linear
+from lipjax.operators import Centered, Composite, Contraction, Leaf, Linear, Normalize, Operator, operator_class
 
 ACTIVATION_PRECISIONS = ("float32", "bfloat16")
 
@@ -97,6 +96,9 @@ class Network:
                 means[self.names[start + group * length + i]] = found[i][group]
         return x.astype(wide), means
 
+    def __repr__(self) -> str:
+        return table_of(self, "Network")
+
     def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b k"]:
         """Logits (b, k) for pixels x: (b, *in_shape) in [0, 1]. Raises: ValueError for another shape."""
         if x.shape[1:] != self.in_shape:
@@ -104,18 +106,46 @@ class Network:
         return self.head(self.features(x))
 
 
+# A table of a network shows this many rows; of more, the first and the last.
+_ROWS = 24
+
+
+def table_of(network: Network, title: str) -> str:
+    """A network as a few lines, one operator a line; layers that repeat are shown once. Reads no array."""
+    ops = network.ops if isinstance(network.ops, tuple) else ()
+    layers = [
+        [(name, repr(op)) for name, op in part]
+        for _, part in itertools.groupby(zip(network.names, ops, strict=False), lambda item: item[0].split("/")[0])
+    ]
+    rows: list[tuple[str, str]] = []
+    for _, equal in itertools.groupby(layers, lambda layer: [row[1] for row in layer]):
+        run = list(equal)
+        first, last = (layer[0][0].split("/")[0] for layer in (run[0], run[-1]))
+        rows += run[0]
+        if len(run) > 1:
+            rows.append((f"... {last}", f"{len(run)} layers like {first}"))
+    rows.append(("head", repr(network.head)))
+    if len(rows) > _ROWS:
+        left_out = len(rows) - _ROWS + 1
+        rows = [*rows[: _ROWS // 2], ("...", f"{left_out} more"), *rows[left_out - len(rows) + _ROWS // 2 :]]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{title} of {len(ops)} operators and a head"]
+    return "\n".join([*lines, *(f"  {name:<{width}}  {text}" for name, text in rows)])
+
+
 def _apply(x, ops, *, narrow, wide):
     """Applies operators in turn. Returns the result and the means that were subtracted, by the operator's place."""
     means = {}
     for i, op in enumerate(ops):
         if narrow != wide:
-            if isinstance(op, Residual):
-                x = x + _apply(x, op.ops, narrow=narrow, wide=wide)[0]
+            if isinstance(op, Composite):
+                y = _apply(x, op.parts(), narrow=narrow, wide=wide)[0]
+                x = x + y if op.adds_input else y
                 continue
             dtype = narrow if isinstance(op, Linear | Contraction | Centered) else wide
             x = x.astype(dtype)
             op = jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), op)
-        if hasattr(op, "with_mean"):
+        if isinstance(op, Centered):
             x, means[i] = op.with_mean(x)
         else:
             x = op(x)
@@ -187,7 +217,7 @@ def _pixel_numbers(value, leaves):
 
 
 def check_network(network: Network) -> None:
-    """Raises: ValueError unless names, also of parts of a `Residual`, are unique, arrays have their shapes, and each
+    """Raises: ValueError unless names, also of parts of a composite, are unique, arrays have their shapes, and each
     shape follows from the last.
     """
     names, ops = network.names, network.ops
@@ -196,12 +226,13 @@ def check_network(network: Network) -> None:
     chain = [*zip(names, ops, strict=True), ("head", network.head)]
     for name, part in chain:
         _check_part(name, part)
-        if isinstance(part, Residual):
-            if type(part) is not Residual:
-                raise ValueError(f"{name}: expected a Residual, not a subclass, got {type(part).__name__}.")
-            taken = {f"{name}/{place}" for place in range(len(part.ops))} & set(names)
+        if isinstance(part, Composite):
+            kind = operator_class(part).__name__
+            if type(part) is not operator_class(part):
+                raise ValueError(f"{name}: expected a {kind}, not a subclass, got {type(part).__name__}.")
+            taken = {f"{name}/{place}" for place in range(len(part.parts()))} & set(names)
             if taken:
-                raise ValueError(f"{sorted(taken)[0]} names an operator and a part of the Residual {name}: rename one.")
+                raise ValueError(f"{sorted(taken)[0]} names an operator and a part of the {kind} {name}: rename one.")
     _check_part("input", network.normalize)
     for (name, part), (after, following) in zip(chain[:-1], chain[1:], strict=True):
         if tuple(part.out_shape) != tuple(following.in_shape):
@@ -209,13 +240,17 @@ def check_network(network: Network) -> None:
 
 
 def _check_part(name: str, part) -> None:
+    if not isinstance(part, Operator):
+        raise ValueError(
+            f"{name}: expected an operator, a subclass of lipjax.operators.Operator, got a {type(part).__name__}."
+        )
     try:
-        getattr(part, "check", lambda: None)()
+        part.check()
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
 
-__all__ = ["Application", "Network", "check_network", "make_network"]
+__all__ = ["Application", "Network", "check_network", "make_network", "table_of"]
 
 
 def __dir__() -> list[str]:

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lipjax.network import Network
-from lipjax.operators import Residual
-from lipjax.operators.base import Linear, operator
+from lipjax.operators import Composite, Linear, Operator, operator
 
 
 @jax.custom_vjp
@@ -34,7 +33,7 @@ _apply.defvjp(_forward, _backward)
 
 
 @operator("op", static=())
-class _ByAdjoint:
+class _ByAdjoint(Operator):
     """A linear operator as a constant under differentiation."""
 
     op: Any
@@ -52,8 +51,8 @@ class _ByAdjoint:
 
 
 def _by_adjoint(op):
-    if isinstance(op, Residual):
-        return Residual(tuple(map(_by_adjoint, op.ops)))
+    if isinstance(op, Composite):
+        return op.with_parts(tuple(map(_by_adjoint, op.parts())))
     return _ByAdjoint(op) if isinstance(op, Linear) else op
 
 

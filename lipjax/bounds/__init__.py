@@ -14,7 +14,6 @@ from lipjax.bounds.liplt import (
     margin_liplt_bound,
     margin_liplt_estimate,
 )
-from lipjax.bounds.liplt_path import ResidualBlock
 from lipjax.bounds.liplt_proof import ChainBound, LayerConstant, LipLTReport
 from lipjax.bounds.product import (
     LayerBound,
@@ -33,7 +32,6 @@ __all__ = [
     "LayerConstant",
     "LipLTEstimate",
     "LipLTReport",
-    "ResidualBlock",
     "feature_lipschitz_estimate",
     "has_liplt",
     "init_liplt_vectors",

@@ -14,7 +14,7 @@ from lipjax.bounds.liplt_proof import LipLTReport
 from lipjax.bounds.product import Vectors
 from lipjax.errors import NotCertifiable
 from lipjax.network import Network
-from lipjax.operators import Dense, LinearHead
+from lipjax.operators import Composite, Dense, LinearHead
 from lipjax.spectral.arithmetic import check_rounding
 
 # Rows of the output are carried back through the network for up to this many of them (Fazlyab et al.'s code: 101).
@@ -78,7 +78,8 @@ def liplt_estimate(
 
     Args:
       operators: linear operators in order, and (i) nothing else: an activation of `slope` stands between every two of
-        them; or (ii) their activations, which have a `slope`, and `ResidualBlock`s. Biases may be among them.
+        them; or (ii) their elementwise activations, and `operators.Residual` blocks made of such operators
+        and one such activation. Biases may be among them.
       vectors: as from `liplt_vectors`, or the last call.
       num_iters: power iterations, >= 0.
       slope: (alpha, beta): all slopes of the activation; or one such pair for each place.
@@ -151,6 +152,9 @@ def _network_path(network: Network) -> tuple[liplt_path.Step, ...]:
             f"head ({type(network.head).__name__}): LipLT takes a linear head. Use the product of norms, "
             "bounds.margin_lipschitz_bound or margin_lipschitz_estimate."
         )
+    for name, op in zip(network.names, network.ops, strict=True):
+        if isinstance(op, Composite):  # a certificate's chains have no form for blocks yet
+            raise liplt_path.refusal(name, op)
     ops = [*zip(network.names, network.ops, strict=True), ("head", Dense(network.head.matrix))]
     return liplt_path.make_path(ops, None)
 

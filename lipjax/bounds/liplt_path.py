@@ -7,15 +7,24 @@ import jax
 import numpy as np
 
 from lipjax.errors import NotCertifiable
-from lipjax.operators import Bias, CropChannels, Flatten, PadChannels, SpaceToDepth
-from lipjax.operators.base import Linear, operator
+from lipjax.operators import (
+    Bias,
+    Composite,
+    CropChannels,
+    Elementwise,
+    Flatten,
+    Linear,
+    PadChannels,
+    SpaceToDepth,
+    operator,
+)
 
 REORDERINGS = (Flatten, SpaceToDepth, PadChannels, CropChannels)
 
 
 @operator("inner", "outer", "skip", static=("slope",))
-class ResidualBlock:
-    """x -> H x + G phi(W x + bias): a piece of a path for LipLT, not an operator of networks.
+class Block:
+    """x -> H x + G phi(W x + bias): a piece of a path, what LipLT makes of a residual block and of an activation.
 
     Attributes:
       inner, outer, skip: W, G and H, tuples of linear operators in the order in which they are applied; () is the
@@ -45,7 +54,7 @@ class Step(NamedTuple):
 
     name: str
     op: Any
-    block: ResidualBlock | None
+    block: Block | None
     shape: tuple[int, ...]
     inner_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
@@ -76,21 +85,22 @@ def is_linear(op) -> bool:
 def _end_shape(ops: Sequence, shape: tuple[int, ...], name: str) -> tuple[int, ...]:
     for op in ops:
         if not is_linear(op):
-            raise _refusal(name, op)
+            raise refusal(name, op)
         if tuple(op.in_shape) != shape:
             raise ValueError(f"{name}: {type(op).__name__} expects shape {tuple(op.in_shape)}, but gets {shape}.")
         shape = tuple(op.out_shape)
     return shape
 
 
-def _refusal(name: str, op) -> NotCertifiable:
+def refusal(name: str, op) -> NotCertifiable:
+    """The error that names a layer which LipLT does not take."""
     return NotCertifiable(
         f"{name} ({type(op).__name__}): LipLT takes linear operators and elementwise activations of bounded slopes. "
         "For others use the product of norms, bounds.margin_lipschitz_bound or margin_lipschitz_estimate."
     )
 
 
-def _check_not_empty(block: ResidualBlock, name: str) -> None:
+def _check_not_empty(block: Block, name: str) -> None:
     if not (block.inner or block.outer or block.skip):
         raise ValueError(f"{name}: expected a block with at least one linear operator; an activation is its own layer.")
 
@@ -99,7 +109,7 @@ def _check_parts(name: str, op) -> None:
     """Raises: ValueError naming the layer if arrays do not have their shapes, or these do not fit the images, and for
     plain arrays in the place of operators.
     """
-    for part in (*op.inner, *op.outer, *(op.skip or ())) if isinstance(op, ResidualBlock) else (op,):
+    for part in (*op.inner, *op.outer, *(op.skip or ())) if isinstance(op, Block) else (op,):
         if isinstance(part, (np.ndarray, jax.Array, list, tuple, float, int)):
             raise ValueError(
                 f"{name}: expected an operator, got a plain {type(part).__name__} of shape {np.shape(part)}: make "
@@ -107,19 +117,35 @@ def _check_parts(name: str, op) -> None:
             )
         if isinstance(part, Bias) or is_linear(part):
             try:
-                getattr(part, "check", tuple)()
+                part.check()
                 _ = part.in_shape, part.out_shape
             except ValueError as error:
                 raise ValueError(f"{name} ({type(part).__name__}): {error}") from error
+
+
+def _piece(name: str, op) -> Any:
+    """The operator, or the `Block` that a residual block is. Raises: NotCertifiable for one of another form."""
+    if not isinstance(op, Composite):
+        return op
+    parts = [part for part in op.parts() if not isinstance(part, Bias)]
+    places = [i for i, part in enumerate(parts) if isinstance(part, Elementwise)]
+    if not op.adds_input or len(places) != 1 or not all(map(is_linear, parts[: places[0]] + parts[places[0] + 1 :])):
+        raise NotCertifiable(
+            f"{name} ({type(op).__name__}): LipLT takes residual blocks of linear operators and one elementwise "
+            "activation among them. For others use the product of norms, bounds.margin_lipschitz_bound or "
+            "margin_lipschitz_estimate."
+        )
+    return Block(tuple(parts[: places[0]]), tuple(parts[places[0] + 1 :]), (), parts[places[0]].slope)
 
 
 def make_path(named_ops: Sequence[tuple[str, Any]], slope: Any = (0.0, 1.0)) -> tuple[Step, ...]:
     """The pieces that LipLT works on.
 
     Args:
-      named_ops: (name, operator) in order: linear operators, biases (which no constant depends on), activations with a
-        `slope`, residual blocks. Where there is neither an activation nor a block, one with `slope` stands between
-        every two maps; reorderings such as Flatten stay with the map before.
+      named_ops: (name, operator) in order: linear operators, biases (which no constant depends on), elementwise
+        activations, residual blocks (`operators.Residual` of such operators and one such activation). Where there is
+        neither an activation nor a block, one with `slope` stands between every two maps; reorderings such as Flatten
+        stay with the map before.
       slope: (alpha, beta), or a sequence of them, one for each place; None if all activations are given.
     Raises: ValueError for alpha > beta, too many or few slopes, and shapes that do not chain; NotCertifiable for an
       activation that is not elementwise. Both name the layer.
@@ -127,22 +153,22 @@ def make_path(named_ops: Sequence[tuple[str, Any]], slope: Any = (0.0, 1.0)) -> 
     named_ops = list(named_ops)
     for name, op in named_ops:
         _check_parts(name, op)
-    named_ops = [(name, op) for name, op in named_ops if not isinstance(op, Bias)]
+    named_ops = [(name, _piece(name, op)) for name, op in named_ops if not isinstance(op, Bias)]
     if not named_ops:
         raise ValueError("Expected at least one operator, got none.")
-    if slope is not None and not any(hasattr(op, "slope") for _, op in named_ops):
+    if slope is not None and not any(isinstance(op, Block | Elementwise) for _, op in named_ops):
         named_ops = _with_activations(named_ops, slope)
     steps: list[Step] = []
     shape = None
     for name, op in named_ops:
-        if isinstance(op, ResidualBlock):
+        if isinstance(op, Block):
             _check_not_empty(op, name)
-        elif not (hasattr(op, "slope") or is_linear(op)):
-            raise _refusal(name, op)
+        elif not (isinstance(op, Elementwise | _Activation) or is_linear(op)):
+            raise refusal(name, op)
         if tuple(op.in_shape) != (shape := shape or tuple(op.in_shape)):
             raise ValueError(f"{name}: expected an operator on shape {shape}, got one on {tuple(op.in_shape)}.")
         before, shape = shape, tuple(op.out_shape)
-        if isinstance(op, ResidualBlock):
+        if isinstance(op, Block):
             check_slope(op.slope, name)
             inner = _end_shape(op.inner, before, name)
             out = _end_shape(op.outer, inner, name)
@@ -150,8 +176,8 @@ def make_path(named_ops: Sequence[tuple[str, Any]], slope: Any = (0.0, 1.0)) -> 
                 raise ValueError(f"{name}: the skip connection gives another shape than the activation's side, {out}.")
             steps.append(Step(name, None, op, before, inner, out))
             shape = out
-        elif hasattr(op, "slope"):
-            block = ResidualBlock((), (), None, check_slope(op.slope, name))
+        elif isinstance(op, Elementwise | _Activation):
+            block = Block((), (), None, check_slope(op.slope, name))
             steps.append(Step(name, None, block, before, before, shape))
         else:
             steps.append(Step(name, op, None, before, before, shape))
@@ -184,7 +210,7 @@ def _with_activations(named_ops, slope) -> list:
     return found
 
 
-def slope_parts(block: ResidualBlock) -> tuple[float, float]:
+def slope_parts(block: Block) -> tuple[float, float]:
     """a and b of the block's activation."""
     low, high = block.slope
     return (low + high) / 2, (high - low) / 2

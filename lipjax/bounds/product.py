@@ -19,7 +19,7 @@ from lipjax import _spread, spectral
 from lipjax.errors import NotCertifiable
 from lipjax.network import Network
 from lipjax.numerics import check_terms
-from lipjax.operators import Residual
+from lipjax.operators import Bounded, Composite, Elementwise, Estimated
 from lipjax.spectral.arithmetic import check_rounding
 
 Vectors = dict[str, Float[Array, "..."]]
@@ -27,19 +27,22 @@ Vectors = dict[str, Float[Array, "..."]]
 
 def _needs_estimate(op) -> bool:
     """True if training estimates the operator's norm; a parametrisation may promise that it is at most 1."""
-    return hasattr(op, "estimate") and not getattr(op, "nonexpansive", False)
+    return isinstance(op, Estimated) and not op.nonexpansive
 
 
 def _estimated(name: str, op) -> list[tuple[str, Any]]:
     """The operators whose norms an operator's estimate is made of, and the names of their vectors."""
-    parts = [(f"{name}/{i}", part) for i, part in enumerate(op.ops)] if isinstance(op, Residual) else [(name, op)]
+    if isinstance(op, Composite):
+        parts = [] if op.nonexpansive else [(f"{name}/{i}", part) for i, part in enumerate(op.parts())]
+    else:
+        parts = [(name, op)]
     return [(label, part) for label, part in parts if _needs_estimate(part)]
 
 
 def init_vectors(network: Network, key: PRNGKeyArray) -> Vectors:
     """Random unit start vectors of the power iterations, by operator name, for operators that need an `estimate`.
 
-    Vectors of the operators of a `Residual` are named after it and their place: "block/0".
+    Vectors of the parts of a composite are named after it and their place: "block/0".
 
     Args:
       network: a Network.
@@ -64,8 +67,8 @@ def init_vectors(network: Network, key: PRNGKeyArray) -> Vectors:
 def norm_estimates(network: Network, vectors: Vectors, num_iters: int) -> tuple[dict[str, Float[Array, ""]], Vectors]:
     """Differentiable estimates of the operators' norms, by name, and the vectors to start from next time.
 
-    Operators that are made to have a norm of at most 1 are left out. That of a `Residual` is 1 + the product of its
-    operators' norms.
+    Operators that are made to have a norm of at most 1 are left out. That of a composite is
+    what it makes of the product of its parts' norms: of a `Residual` 1 + the product.
 
     Args: vectors: of `init_vectors`, or of the last call. num_iters: power iterations of each operator, >= 0.
     Returns: name -> scalar, not above the norm but for rounding, so that nothing may be certified with it; and the
@@ -82,8 +85,10 @@ def norm_estimates(network: Network, vectors: Vectors, num_iters: int) -> tuple[
     sigmas = {}
     for name, op, estimated in zip(network.names, network.ops, parts, strict=True):
         found = [results[label][0] for label, _ in estimated]
-        if isinstance(op, Residual):
-            sigmas[name] = 1 + math.prod(found) * _slopes(op.ops) * jnp.ones((), network.input_std.dtype)
+        if isinstance(op, Composite):
+            if not op.nonexpansive:
+                product = math.prod(found) * _slopes(op.parts()) * jnp.ones((), network.input_std.dtype)
+                sigmas[name] = op.lipschitz_of(product)
         elif found:
             sigmas[name] = found[0]
     return sigmas, {label: results[label][1] for label in tasks}
@@ -101,7 +106,7 @@ def _alike(tasks: dict[str, Any]) -> list[list[str]]:
 
 def _slopes(ops: Sequence) -> float:
     """The product of the Lipschitz constants of elementwise activations."""
-    return math.prod((max(map(abs, op.slope)) for op in ops if hasattr(op, "slope")), start=1.0)
+    return math.prod((max(map(abs, op.slope)) for op in ops if isinstance(op, Elementwise)), start=1.0)
 
 
 def feature_lipschitz_estimate(network: Network, vectors: Vectors, num_iters: int) -> tuple[Float[Array, ""], Vectors]:
@@ -159,13 +164,13 @@ class LayerBound:
 
     @property
     def parts(self) -> "list[LayerBound]":
-        """Those of a `Residual`'s operators, in order; none for other operators."""
+        """Those of a composite's parts, in order; none for other operators."""
         parts = enumerate(self.details.get("parts", ()))
         return [LayerBound.from_row({"name": f"{self.name}/{i}", **part}) for i, part in parts]
 
     @property
     def norms(self) -> float | tuple[float, ...]:
-        """`claimed`; of a `Residual` those of its operators, with which errors pass through them."""
+        """`claimed`; of a composite those of its parts, with which errors pass through them."""
         return tuple(part.claimed for part in self.parts) if "parts" in self.details else self.claimed
 
 
@@ -180,7 +185,7 @@ def operator_bounds(network: Network) -> list[LayerBound]:
         kind = type(op).__name__
         for shape in (op.in_shape, op.out_shape):
             check_terms(math.prod(shape), f"{name} ({kind})")
-        if not hasattr(op, "bound"):
+        if not isinstance(op, Bounded):
             raise NotCertifiable(f"{name}: no proved Lipschitz bound is known for an operator of type {kind}.")
         try:
             found = op.bound()

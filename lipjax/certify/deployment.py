@@ -78,9 +78,9 @@ def _inside(errors: np.ndarray, largest: np.ndarray) -> np.ndarray:
 
 def _advance(op, row: LayerBound, local: Local, at: _Values) -> _Values:
     """What follows an operator."""
-    if isinstance(op, operators.Residual):
+    if isinstance(op, operators.Composite):
         end = at
-        for part, bound, own in zip(op.ops, row.parts, local.parts, strict=True):
+        for part, bound, own in zip(op.parts(), row.parts, local.parts, strict=True):
             end = _advance(part, bound, own, end)
         total, error64 = add(at.x, at.error64, end.x, end.error64)
         both = at.length + at.distances + end.length + end.distances

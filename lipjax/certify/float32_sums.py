@@ -91,7 +91,7 @@ def _(op: operators.Dense, norm, bias, options, x, distance):
 
 def _convolve(op, x, kernel):
     """The convolution of `op` with another kernel."""
-    return conv.conv2d(x, kernel, strides=getattr(op, "strides", 1), padding=op.padding)
+    return conv.conv2d(x, kernel, strides=op.strides if isinstance(op, operators.Conv) else 1, padding=op.padding)
 
 
 def _terms(op):

@@ -68,16 +68,16 @@ def add(x, error, y, error_of_y):
 
 
 def advance(op, norms, error, x):
-    """`propagate`, for any operator: those of a `Residual` one after another, each compiled on its own.
+    """`propagate`, for any operator: the parts of a composite one after another, each compiled on its own.
 
     norms: of `LayerBound.norms`.
     """
-    if not isinstance(op, operators.Residual):
+    if not isinstance(op, operators.Composite):
         return propagate(op, norms, error, x)
     y, error_of_y = x, error
-    for part, norm in zip(op.ops, norms, strict=True):
+    for part, norm in zip(op.parts(), norms, strict=True):
         y, error_of_y = propagate(part, norm, error_of_y, y)
-    return add(x, error, y, error_of_y)
+    return add(x, error, y, error_of_y) if op.adds_input else (y, error_of_y)
 
 
 @jax.jit

@@ -22,7 +22,7 @@ from lipjax.certify.layout import arrays_of, entry_of, rebuild
 from lipjax.certify.mlp import MLPCertifier
 from lipjax.errors import NotCertifiable, UserError
 from lipjax.files import write_arrays, write_json
-from lipjax.network import Network, check_network
+from lipjax.network import Network, check_network, table_of
 from lipjax.numerics import gamma
 
 SCHEMA = 1
@@ -67,6 +67,9 @@ class FrozenNetwork:
         check_network(network)
         self.network = jax.tree.map(_read_only, network)
         self.class_names = _checked_names(class_names, self.num_classes)
+
+    def __repr__(self) -> str:
+        return table_of(self.network, "FrozenNetwork")
 
     @property
     def in_shape(self) -> tuple[int, ...]:
@@ -200,7 +203,7 @@ class FrozenNetwork:
           [[0.75, 0.25]]
         """
         # Norms serve the error bounds only.
-        unasked = [(0.0,) * len(op.ops) if isinstance(op, operators.Residual) else 0.0 for op in self.network.ops]
+        unasked = [(0.0,) * len(op.parts()) if isinstance(op, operators.Composite) else 0.0 for op in self.network.ops]
         return self.evaluate(self.check_images(images), (0.0, *unasked), batch_size)[0]
 
     def margins(self, images, batch_size: int = 256) -> tuple[np.ndarray, np.ndarray]:
@@ -278,7 +281,7 @@ class FrozenNetwork:
     def arrays(self) -> dict[str, np.ndarray]:
         """All arrays by name: ops/<name>/<field>, head/<field>, input_mean, input_std.
 
-        Those of a `Residual`'s operators: ops/<name>/<place>/<field>.
+        Those of a composite's parts: ops/<name>/<place>/<field>.
         """
         parts = [(f"ops/{name}", op) for name, op in zip(self.network.names, self.network.ops, strict=True)]
         found = {}

@@ -10,38 +10,54 @@ from lipjax.network import Network
 
 
 def arrays_of(prefix: str, part) -> dict[str, np.ndarray]:
-    """The arrays of an operator or a head, by name: prefix/<field>, of a `Residual` prefix/<place>/<field>."""
+    """The arrays of an operator or a head, by name: prefix/<field>.
+
+    Those of an operator in a field: prefix/<field>/<its field>; in a field of several: prefix/<place>/<its field>.
+    """
     found = {}
-    if isinstance(part, operators.Residual):
-        for i, op in enumerate(part.ops):
-            found |= arrays_of(f"{prefix}/{i}", op)
-        return found
-    for field in dataclasses.fields(part):
-        value = getattr(part, field.name)
+    for name, value in _fields(part):
         if isinstance(value, np.ndarray):
-            found[f"{prefix}/{field.name}"] = np.ascontiguousarray(value)
+            found[f"{prefix}/{name}"] = np.ascontiguousarray(value)
+        elif isinstance(value, operators.Operator):
+            found |= arrays_of(f"{prefix}/{name}", value)
+        elif _is_operators(value):
+            for i, op in enumerate(value):
+                found |= arrays_of(f"{prefix}/{i}", op)
     return found
+
+
+def _fields(part) -> list[tuple[str, Any]]:
+    return [(field.name, getattr(part, field.name)) for field in dataclasses.fields(part)]
+
+
+def _is_operators(value) -> bool:
+    return isinstance(value, tuple) and bool(value) and all(isinstance(op, operators.Operator) for op in value)
 
 
 def entry_of(op) -> dict[str, Any]:
     """The type of an operator and what it is made of beside arrays."""
-    if isinstance(op, operators.Residual):
-        return {"type": "Residual", "ops": [entry_of(part) for part in op.ops]}
-    static = {f.name: getattr(op, f.name) for f in dataclasses.fields(op)}
-    return {"type": type(op).__name__, **{k: v for k, v in static.items() if not isinstance(v, np.ndarray)}}
+
+    def written(value):
+        if isinstance(value, operators.Operator):
+            return entry_of(value)
+        return [entry_of(part) for part in value] if _is_operators(value) else value
+
+    static = {name: written(value) for name, value in _fields(op) if not isinstance(value, np.ndarray)}
+    return {"type": type(op).__name__, **static}
 
 
 def _operator(entry: dict, prefix: str, arrays: dict[str, np.ndarray]):
-    def tuples(value):
-        return tuple(map(tuples, value)) if isinstance(value, list) else value
+    def read(value, prefix):
+        if isinstance(value, dict):
+            return _operator(value, prefix, arrays)
+        if isinstance(value, list):
+            parent = prefix.rpartition("/")[0]
+            return tuple(read(part, f"{parent}/{i}") for i, part in enumerate(value))
+        return value
 
     cls = operators.OPERATORS[entry["type"]]
-    if cls is operators.Residual:
-        return cls(tuple(_operator(part, f"{prefix}/{i}", arrays) for i, part in enumerate(entry["ops"])))
     fields = {f.name: entry.get(f.name, arrays.get(f"{prefix}/{f.name}")) for f in dataclasses.fields(cls)}
-    # Some constructors take other arguments than the fields.
-    make: Any = getattr(cls, "rebuild", cls)
-    return make(**{name: tuples(value) for name, value in fields.items()})
+    return cls.rebuild(**{name: read(value, f"{prefix}/{name}") for name, value in fields.items()})
 
 
 def rebuild(document: dict, arrays: dict[str, np.ndarray]) -> Network:

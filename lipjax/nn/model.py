@@ -8,6 +8,7 @@ import jax
 from lipjax import bounds
 from lipjax.network import Network, make_network
 from lipjax.nn.layers import COLLECTION
+from lipjax.operators import Head, Operator
 
 
 class LipschitzModel(nn.Module):
@@ -41,9 +42,9 @@ class LipschitzModel(nn.Module):
         layers, head = self.layers()
         ops, shape = [], tuple(self.input_shape)
         for layer in layers:
-            ops += layer(shape, train)
+            ops += _called(layer, shape, train, is_head=False)
             shape = ops[-1][1].out_shape
-        network = make_network(ops, head(shape, train), self.input_mean, self.input_std)
+        network = make_network(ops, _called(head, shape, train, is_head=True), self.input_mean, self.input_std)
         if self.is_initializing():
             self.variable(COLLECTION, "vectors", lambda: bounds.init_vectors(network, self.make_rng("params")))
         return network
@@ -51,3 +52,21 @@ class LipschitzModel(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Logits (b, k) of pixels x (b, *input_shape)."""
         return self.build(train)(x)
+
+
+def _called(layer, shape: tuple[int, ...], train: bool, is_head: bool) -> Any:
+    """What a layer or a head builds. Raises: ValueError for what is neither, such as a layer of Flax."""
+    kind = type(layer).__name__
+    what, gives = ("LinearHead", "a Head") if is_head else ("Dense", "a list of (name, operator) pairs")
+    wanted = f"{'a head' if is_head else 'layers'}: called with (in_shape, train), lipjax.nn.{what} returns {gives}"
+    if not callable(layer) or isinstance(layer, nn.Module) and type(layer).__module__.startswith("flax."):
+        raise ValueError(
+            f"layers() gives a {type(layer).__module__}.{kind}, but expected are {wanted}. A layer of Flax maps arrays "
+            "to arrays, and nothing is known of its Lipschitz constant: use one of lipjax.nn, or write one as "
+            "docs/add_a_layer.md does."
+        )
+    built = layer(shape, train)
+    pairs = isinstance(built, list) and built and all(isinstance(item, tuple) and len(item) == 2 for item in built)
+    if not (isinstance(built, Head) if is_head else pairs and all(isinstance(op, Operator) for _, op in built)):
+        raise ValueError(f"layers() gives a {kind} that returned a {type(built).__name__}, but expected are {wanted}.")
+    return built

@@ -1,4 +1,4 @@
-"""The pieces of a network as small pytrees: arrays as data, shapes as static metadata.
+"""The pieces of a network as small pytrees: arrays as data, shapes as static metadata; `base` has their protocol.
 
 Every operator has static `in_shape` and `out_shape` (without the batch axis), `__call__(x)` on a batch, `bound()`
 (proved, NumPy float64), `rounding_error(x)` (float64) and, where its norm is not known beforehand, `adjoint` and
@@ -8,7 +8,20 @@ conventional summation in any order, the operator compiled apart from its neighb
 FrozenNetwork adds (docs/soundness.md). `check()`, where there is one, raises ValueError for arrays of the wrong shape.
 """
 
-from lipjax.operators.base import Leaf, norm_per_image
+from lipjax.operators.base import (
+    Bounded,
+    Composite,
+    Elementwise,
+    Estimated,
+    Head,
+    Isometric,
+    Leaf,
+    Linear,
+    Operator,
+    norm_per_image,
+    operator,
+    operator_class,
+)
 from lipjax.operators.circular import CircularConv, CircularSeries
 from lipjax.operators.elementwise import LeakyReLU, ReLU, Sigmoid, Softplus, Tanh
 from lipjax.operators.exponential import ConvExponential
@@ -52,24 +65,32 @@ __all__ = [
     "HEADS",
     "OPERATORS",
     "Bias",
+    "Bounded",
     "Centered",
     "CircularConv",
     "CircularSeries",
+    "Composite",
     "Contraction",
     "Conv",
     "ConvExponential",
     "CropChannels",
     "Dense",
+    "Elementwise",
+    "Estimated",
     "Flatten",
+    "Head",
     "Householder",
     "Householder2",
+    "Isometric",
     "Leaf",
     "LeakyReLU",
+    "Linear",
     "LinearHead",
     "MLPHead",
     "MaxMin",
     "MaxPoolPairs",
     "Normalize",
+    "Operator",
     "PadChannels",
     "ProjectionPool",
     "ReLU",
@@ -79,6 +100,8 @@ __all__ = [
     "SpaceToDepth",
     "Tanh",
     "norm_per_image",
+    "operator",
+    "operator_class",
 ]
 
 

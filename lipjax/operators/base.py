@@ -1,7 +1,22 @@
-"""The pytree decorator of operators and their two base classes."""
+"""The protocol of operators: what each of them gives, what some can besides, and the decorator that makes pytrees.
 
+`Operator` is the base of all. A capability is a class, too, and code that needs it asks `isinstance(op, Bounded)`: an
+operator without it is refused by name, never taken for something harmless.
+
+    Bounded      bound(): the proved norm
+    Estimated    estimate(v, num_iters): the norm by power iteration, for training
+    Linear       a linear map: Estimated, and adjoint(y)
+    Isometric    1-Lipschitz by construction: Bounded
+    Elementwise  an activation of slopes in an interval, which loop transformation takes: Bounded
+    Composite    made of other operators, its parts(), which every walk over a network enters
+    Head         the last operator: pairs of classes are bounded instead of a norm
+"""
+
+import abc
 import dataclasses
+import math
 import numbers
+from fractions import Fraction
 from typing import Any, dataclass_transform
 
 import jax
@@ -9,9 +24,83 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lipjax import spectral
+from lipjax.errors import NotCertifiable
+from lipjax.spectral.arguments import Bounded, Estimated
+from lipjax.spectral.verified import float_up
 
 # A field that holds an array: a JAX array, a NumPy array once frozen, or what a tree transformation puts in its place.
 Leaf = Any
+
+
+class Operator(abc.ABC):
+    """A piece of a network: a map of batches of one shape to batches of another.
+
+    Attributes:
+      in_shape, out_shape: of one input and its output, without the batch axis; static.
+      nonexpansive: a promise of who made the operator that its norm is at most 1, so that training estimates none. No
+        bound relies on it.
+    """
+
+    in_shape: tuple[int, ...]
+    out_shape: Any  # a property of most classes
+    nonexpansive = False
+
+    @abc.abstractmethod
+    def __call__(self, x) -> Any:
+        """The output (b, *out_shape) of a batch (b, *in_shape). Raises: ValueError for a batch of another shape."""
+
+    def check(self) -> None:  # noqa: B027  nothing to check is usual
+        """Raises: ValueError if arrays do not have their shapes, saying what was expected."""
+
+    def rounding_error(self, x) -> Any:
+        """Bound, (b,), on the l2 distance between the computed and the exact output at the stored float64 x.
+
+        Raises: NotCertifiable where none is known.
+        """
+        raise NotCertifiable(f"no bound of the rounding error is known for an operator of type {type(self).__name__}.")
+
+    @classmethod
+    def rebuild(cls, **fields) -> Any:
+        """The operator that stores these fields, unchanged: what loading a saved network calls."""
+        return cls(**fields)
+
+    def _arrays_text(self) -> str:
+        """What `repr` says of the sizes of arrays, such as "3x3, 16 -> 32"; reads shapes alone, through `sizes`."""
+        return ""
+
+    def __repr__(self) -> str:
+        """Type, sizes and what is not a default, on one line: Conv(3x3, 16 -> 16, in (32, 32, 16)).
+
+        No array is read: leaves may be tracers, None, or anything that a tree transformation puts in their place.
+        """
+        texts = [self._arrays_text()] if self._arrays_text() else []
+        fields = {field.name: field for field in dataclasses.fields(self)} if dataclasses.is_dataclass(self) else {}
+        for name in getattr(self, "_static", ()):
+            value = getattr(self, name, None)
+            if name != "in_shape" and value != fields[name].default:
+                texts.append(name if value is True else f"{name} {value}")
+        if "in_shape" in fields:
+            shape = getattr(self, "in_shape", "?")
+            texts.append(f"in {shape}")
+        return f"{type(self).__name__}({', '.join(texts)})"
+
+
+def operator_class(op: Operator) -> type:
+    """The class that `operator` made which an operator is of, or of a subclass of."""
+    return next(cls for cls in (*type(op).__mro__, type(op)) if "_static" in vars(cls) or cls is Operator)
+
+
+def sizes(leaf: Leaf, count: int) -> tuple:
+    """The last `count` sides of an array; "?" for each where the leaf is no array of as many."""
+    shape = getattr(leaf, "shape", ())
+    known = isinstance(shape, tuple) and len(shape) >= count
+    return shape[len(shape) - count :] if known else ("?",) * count
+
+
+def kernel_text(kernel: Leaf) -> str:
+    """3x3, 16 -> 32: the sides and channels of an HWIO kernel."""
+    kh, kw, inputs, outputs = sizes(kernel, 4)
+    return f"{kh}x{kw}, {inputs} -> {outputs}"
 
 
 def _check_fields(op, arrays: tuple[str, ...], static: tuple[str, ...]) -> None:
@@ -23,7 +112,7 @@ def _check_fields(op, arrays: tuple[str, ...], static: tuple[str, ...]) -> None:
     for name in arrays:
         value = getattr(op, name)
         plain = isinstance(value, numbers.Number) and not hasattr(value, "shape")
-        if plain or isinstance(value, list) and not any(hasattr(part, "in_shape") for part in value):
+        if plain or isinstance(value, list) and not any(isinstance(part, Operator) for part in value):
             raise ValueError(
                 f"{kind} expects {name} to be a NumPy or JAX array, got a {type(value).__name__}: np.asarray makes one."
             )
@@ -52,10 +141,12 @@ def operator(*arrays: str, static: tuple[str, ...]):
         def __post_init__(op):
             _check_fields(op, arrays, static)
             own(op)
-            getattr(op, "check", tuple)()
+            if isinstance(op, Operator):
+                op.check()
 
         cls.__post_init__ = __post_init__
-        cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+        cls._static = static
+        cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
         keys = [jax.tree_util.GetAttrKey(name) for name in arrays]
 
         def flatten(op):
@@ -91,11 +182,21 @@ def check_input(operator, x) -> None:
         raise ValueError(f"{type(operator).__name__} expects a batch (b, {shape}), got {x.shape}.")
 
 
-class Linear:
-    """Base of linear operators: the estimate of the norm by power iteration on A^T A."""
+class Linear(Operator, Estimated):
+    """A linear map. Its norm is estimated by power iteration on A^T A, through `_map` and `_adjoint`.
 
+    Subclasses define both for a given `jax.lax.Precision` of products.
+    """
+
+    @abc.abstractmethod
     def _map(self, x, precision) -> Any: ...
+
+    @abc.abstractmethod
     def _adjoint(self, y, precision) -> Any: ...
+
+    def at_precision(self, x, precision):
+        """`__call__` with products of the given precision; of a batch of any shape that fits."""
+        return self._map(x, precision)
 
     def estimate(self, v, num_iters: int):
         """Differentiable estimate of the norm, never above it before rounding.
@@ -120,10 +221,9 @@ class Linear:
         return self._adjoint(y, None)
 
 
-class Isometric:
-    """Operators that are 1-Lipschitz by construction."""
+class Isometric(Operator, Bounded):
+    """An operator that is 1-Lipschitz by construction; without rounding error unless it says otherwise."""
 
-    in_shape: tuple[int, ...]
     _reason = ""
 
     @property
@@ -135,3 +235,84 @@ class Isometric:
 
     def rounding_error(self, x):
         return jnp.zeros(x.shape[0], x.dtype)
+
+
+class Elementwise(Operator, Bounded):
+    """An activation that acts on every component alone, which loop transformation (LipLT) composes with linear maps.
+
+    Attributes:
+      slope: the least interval [alpha, beta] with alpha (s - t) <= f(s) - f(t) <= beta (s - t) for all real s >= t.
+    """
+
+    slope: Any = (0.0, 1.0)
+
+    @property
+    def out_shape(self):
+        return self.in_shape
+
+    def bound(self) -> spectral.NormBound:
+        low, high = self.slope
+        return spectral.NormBound(max(abs(low), abs(high)), f"exact: slopes between {low:g} and {high:g}", {})
+
+
+class Composite(Operator, Bounded):
+    """An operator made of others: x -> g(x), or x + g(x) if `adds_input`, g its parts in turn.
+
+    Every walk over a network (evaluation with error bounds, float32, estimates, attacks) enters it through this class:
+    it applies the parts one by one, each compiled alone where rounding errors are bounded, and adds the input. So the
+    map is defined by `parts` and `adds_input`, and a subclass may not define `__call__` or `rounding_error`.
+    """
+
+    adds_input = False
+    _reason = "the product of the operators' bounds"
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        taken = {"__call__", "rounding_error"} & vars(cls).keys()
+        if taken:
+            raise TypeError(f"{cls.__name__} defines {min(taken)}, but parts() and adds_input define a Composite.")
+
+    @abc.abstractmethod
+    def parts(self) -> tuple:
+        """The operators, in the order in which they are applied; none of them a Composite."""
+
+    @abc.abstractmethod
+    def with_parts(self, parts: tuple) -> Any:
+        """The same with other parts, unchecked: walks put in what takes a part's place."""
+
+    @abc.abstractmethod
+    def lipschitz_of(self, product: Any) -> Any:
+        """A Lipschitz constant, given the product of the parts': a number, a Fraction or a JAX scalar, likewise."""
+
+    def __call__(self, x):
+        check_input(self, x)
+        y = x
+        for part in self.parts():
+            y = part(y)
+        return x + y if self.adds_input else y
+
+    def bound(self) -> spectral.NormBound:
+        """`lipschitz_of` the parts' bounds, which are in details["parts"] for error bounds to pass through them."""
+        parts = []
+        for i, op in enumerate(self.parts()):
+            kind = type(op).__name__
+            if not isinstance(op, Bounded):
+                raise NotCertifiable(f"operator {i}: no proved Lipschitz bound is known for one of type {kind}.")
+            found = op.bound()
+            claims = {"type": kind, "bound": float(found.claimed), "sigma": float(found.proved)}
+            parts.append({**claims, "method": found.method, "details": found.details})
+        # Of the claims, so that the checker's proofs of them carry over.
+        product = math.prod((Fraction(part["bound"]) for part in parts), start=Fraction(1))
+        return spectral.NormBound(float_up(self.lipschitz_of(product)), self._reason, {"parts": parts})
+
+
+class Head(Operator):
+    """The last operator, from features to logits."""
+
+    @abc.abstractmethod
+    def pairwise_lipschitz(self) -> Any:
+        """Estimates, (k, k), of the Lipschitz constants of all differences of logits: for training."""
+
+    @abc.abstractmethod
+    def pairwise_bound(self) -> Any:
+        """Proved upper bounds of them: (k, k) NumPy float64. Raises: NotCertifiable if arrays admit none."""

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from lipjax import _dft, spectral
 from lipjax.numerics import ENLARGEMENT, check_terms, gamma
-from lipjax.operators.base import Leaf, Linear, norm_per_image, operator
+from lipjax.operators.base import Bounded, Leaf, Linear, norm_per_image, operator, sizes
 from lipjax.spectral.arithmetic import exact_float64
 
 
@@ -30,7 +30,7 @@ def _check_blocks(fixed: Any, paired: Any, in_shape: tuple[int, ...]) -> None:
 
 
 @operator("fixed", "paired", static=("in_shape", "nonexpansive"))
-class CircularConv(Linear):
+class CircularConv(Linear, Bounded):
     """x -> the exact inverse discrete Fourier transform of R(f) x^(f), a map between real images.
 
     `CircularConv(response, in_shape)` takes R on the half grid of `jnp.fft.rfft2`, complex (h, w // 2 + 1, o, i), and
@@ -77,8 +77,11 @@ class CircularConv(Linear):
         self._set(fixed, paired, tuple(in_shape), nonexpansive)
         return self
 
-    # What a saved network calls with the fields by name.
     rebuild = from_blocks
+
+    def _arrays_text(self):
+        outputs, inputs = sizes(self.fixed, 2)
+        return f"{inputs} -> {outputs}"
 
     @property
     def out_shape(self):

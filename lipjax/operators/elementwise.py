@@ -8,25 +8,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lipjax import spectral
 from lipjax.numerics import ENLARGEMENT, UNIT_ROUNDOFF
-from lipjax.operators.base import check_input, norm_per_image, operator
+from lipjax.operators.base import Elementwise, check_input, norm_per_image, operator
 from lipjax.operators.softplus import SIGMOID_ERROR, TANH_ERROR, sigmoid, softplus, softplus_error, tanh
-
-
-class Elementwise:
-    """Base of these activations: their shapes, and the bound by their slopes."""
-
-    in_shape: tuple[int, ...]
-    slope = (0.0, 1.0)
-
-    @property
-    def out_shape(self):
-        return self.in_shape
-
-    def bound(self) -> spectral.NormBound:
-        low, high = self.slope
-        return spectral.NormBound(max(abs(low), abs(high)), f"exact: slopes between {low:g} and {high:g}", {})
 
 
 def _error_of_components(x, error: float):

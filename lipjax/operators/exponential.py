@@ -10,13 +10,13 @@ import numpy as np
 from lipjax import conv, spectral
 from lipjax.errors import NotCertifiable
 from lipjax.numerics import ENLARGEMENT, check_terms, gamma
-from lipjax.operators.base import Leaf, Linear, check_input, norm_per_image, operator
+from lipjax.operators.base import Bounded, Leaf, Linear, check_input, kernel_text, norm_per_image, operator
 from lipjax.spectral import series, verified
 from lipjax.spectral.arithmetic import exact_float64
 
 
 @operator("kernel", static=("in_shape", "num_terms", "padding", "nonexpansive", "fast_gradient"))
-class ConvExponential(Linear):
+class ConvExponential(Linear, Bounded):
     """x -> sum_{k <= num_terms} J^k x / k!, J the stride-1 convolution with a skew kernel.
 
     Attributes:
@@ -46,6 +46,9 @@ class ConvExponential(Linear):
                 "ConvExponential expects num_terms in 1 ... 64 and padding 'ZERO' or 'CIRCULAR', "
                 f"got {self.num_terms} and {self.padding!r}."
             )
+
+    def _arrays_text(self):
+        return kernel_text(self.kernel)
 
     @property
     def out_shape(self):

@@ -1,6 +1,5 @@
 """The circulants by which the norm of a zero-padded convolution is proved, as operators with norm estimates."""
 
-import copy
 from typing import Any
 
 import jax
@@ -8,14 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipjax import conv, spectral
-from lipjax.operators.base import Leaf, operator
+from lipjax.operators.base import Composite, Estimated, Leaf, kernel_text, operator
 from lipjax.operators.linear import Conv
-from lipjax.operators.residual import Residual
 from lipjax.operators.training_only import Centered
 
 
 @operator("kernel", static=("in_shape", "strides", "variants"))
-class Circulants:
+class Circulants(Estimated):
     """Convolutions with one kernel on several grids, periodic or antiperiodic along each side: estimates only.
 
     kernel: HWIO. in_shape: (v, h, w, c), of one vector for each of v variants, on as many pixels as its grid has.
@@ -27,6 +25,10 @@ class Circulants:
     in_shape: tuple[int, ...]
     strides: tuple[int, int]
     variants: tuple
+    nonexpansive = False
+
+    def __repr__(self):
+        return f"Circulants({kernel_text(self.kernel)}, {len(self.variants)} variants, in {self.in_shape})"
 
     def estimate(self, v, num_iters: int):
         """Differentiable estimate of the least of their norms. v: (*in_shape), start vectors.
@@ -72,10 +74,8 @@ def on_grid(op) -> Any:
     A zero-padded convolution whose norm is proved by embedding it in circulants becomes these circulants. All other
     operators are kept.
     """
-    if isinstance(op, Residual):
-        residual = copy.copy(op)  # not the constructor, because circulants do not fit each other
-        object.__setattr__(residual, "ops", tuple(map(on_grid, op.ops)))
-        return residual
+    if isinstance(op, Composite):
+        return op.with_parts(tuple(map(on_grid, op.parts())))
     if isinstance(op, Centered):
         return on_grid(op.map)
     if type(op) is not Conv:

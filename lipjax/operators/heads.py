@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from lipjax import spectral
 from lipjax.errors import NotCertifiable
 from lipjax.numerics import ENLARGEMENT, ROOM, gamma
-from lipjax.operators.base import Leaf, check_input, operator
+from lipjax.operators.base import Head, Leaf, check_input, operator, sizes
 from lipjax.operators.softplus import softplus, softplus_error
 from lipjax.spectral.arithmetic import check_rounding, exact_float64
 
@@ -59,11 +59,15 @@ def checked(array, name: str, max_exponent: int) -> np.ndarray:
 
 
 @operator("matrix", "bias", static=())
-class LinearHead:
+class LinearHead(Head):
     """Logits W x + b. matrix: (classes, features), used as it is: LLN is a parametrisation of it. bias: (classes,)."""
 
     matrix: Leaf
     bias: Leaf
+
+    def _arrays_text(self):
+        outputs, inputs = sizes(self.matrix, 2)
+        return f"{inputs} -> {outputs}"
 
     @property
     def in_shape(self):
@@ -100,7 +104,7 @@ class LinearHead:
 
 
 @operator("w1", "b1", "w2", "b2", static=())
-class MLPHead:
+class MLPHead(Head):
     """Logits W2 softplus(W1 x + b1) + b2: one hidden layer with an activation whose curvature is bounded.
 
     The Lipschitz constants of logit differences below hold everywhere and are loose near any one x. There
@@ -114,6 +118,10 @@ class MLPHead:
     b1: Leaf
     w2: Leaf
     b2: Leaf
+
+    def _arrays_text(self):
+        hidden, inputs = sizes(self.w1, 2)
+        return f"{inputs} -> {hidden} -> {sizes(self.w2, 2)[0]}"
 
     @property
     def in_shape(self):

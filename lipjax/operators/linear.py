@@ -8,12 +8,23 @@ import numpy as np
 from lipjax import conv, spectral
 from lipjax.errors import NotCertifiable
 from lipjax.numerics import ENLARGEMENT, UNIT_ROUNDOFF, gamma
-from lipjax.operators.base import Isometric, Leaf, Linear, check_input, norm_per_image, operator
+from lipjax.operators.base import (
+    Bounded,
+    Isometric,
+    Leaf,
+    Linear,
+    Operator,
+    check_input,
+    kernel_text,
+    norm_per_image,
+    operator,
+    sizes,
+)
 from lipjax.spectral.arithmetic import check_rounding, exact_float64
 
 
 @operator("matrix", static=())
-class Dense(Linear):
+class Dense(Linear, Bounded):
     """x -> W x on vectors.
 
     Attributes:
@@ -24,6 +35,10 @@ class Dense(Linear):
     """
 
     matrix: Leaf
+
+    def _arrays_text(self):
+        outputs, inputs = sizes(self.matrix, 2)
+        return f"{inputs} -> {outputs}"
 
     @property
     def in_shape(self):
@@ -53,7 +68,7 @@ class Dense(Linear):
 
 
 @operator("kernel", static=("in_shape", "strides", "padding"))
-class Conv(Linear):
+class Conv(Linear, Bounded):
     """Convolution of NHWC images.
 
     Attributes:
@@ -70,6 +85,9 @@ class Conv(Linear):
     in_shape: tuple[int, ...]
     strides: int | tuple[int, int] = 1
     padding: conv.Padding = "ZERO"
+
+    def _arrays_text(self):
+        return kernel_text(self.kernel)
 
     @property
     def out_shape(self):
@@ -101,7 +119,7 @@ class Conv(Linear):
 
 
 @operator("mean", "std", static=("in_shape",))
-class Normalize:
+class Normalize(Operator, Bounded):
     """x -> (x - mean) / std along the last axis. mean, std: (in_shape[-1],) or (1,); std > 0."""
 
     mean: Leaf

@@ -1,16 +1,14 @@
 """A map beside which its input goes on unchanged: the conventional residual block."""
 
-import math
-from fractions import Fraction
+import copy
+from typing import Any
 
-from lipjax import spectral
-from lipjax.errors import NotCertifiable
-from lipjax.operators.base import check_input, operator
-from lipjax.spectral.verified import float_up
+from lipjax.operators.base import Composite, operator
+from lipjax.operators.training_only import Centered
 
 
 @operator("ops", static=())
-class Residual:
+class Residual(Composite):
     """x -> x + g(x), g the operators `ops` in turn. Its Lipschitz constant is at most 1 + the product of theirs.
 
     Every operator of `ops` is compiled apart from the others where rounding errors are bounded (`FrozenNetwork`), so
@@ -19,6 +17,8 @@ class Residual:
     """
 
     ops: tuple
+    adds_input = True
+    _reason = "1 + the product of the operators' bounds"
 
     @property
     def in_shape(self):
@@ -32,31 +32,25 @@ class Residual:
         if not isinstance(self.ops, tuple) or not self.ops:
             raise ValueError(f"Expected a tuple of at least one operator, got {self.ops!r}.")
         for i, op in enumerate(self.ops):
-            if isinstance(op, Residual) or hasattr(op, "with_mean"):
+            if isinstance(op, Composite | Centered):
                 raise ValueError(f"operator {i}: {type(op).__name__} cannot stand inside a residual block.")
-            getattr(op, "check", tuple)()
+            op.check()
         following = (*self.ops[1:], self)
         for i, (op, after) in enumerate(zip(self.ops, following, strict=True)):
             if tuple(op.out_shape) != tuple(after.in_shape):
                 expected = "the sum" if after is self else f"operator {i + 1}"
                 raise ValueError(f"operator {i} gives shape {op.out_shape}, but {expected} takes {after.in_shape}.")
 
-    def __call__(self, x):
-        check_input(self, x)
-        y = x
-        for op in self.ops:
-            y = op(y)
-        return x + y
+    def parts(self) -> tuple:
+        return self.ops
 
-    def bound(self) -> spectral.NormBound:
-        parts = []
-        for i, op in enumerate(self.ops):
-            kind = type(op).__name__
-            if not hasattr(op, "bound"):
-                raise NotCertifiable(f"operator {i}: no proved Lipschitz bound is known for one of type {kind}.")
-            found = op.bound()
-            claims = {"type": kind, "bound": float(found.claimed), "sigma": float(found.proved)}
-            parts.append({**claims, "method": found.method, "details": found.details})
-        # Of the claims, so that the checker's proofs of them carry over.
-        product = math.prod((Fraction(part["bound"]) for part in parts), start=Fraction(1))
-        return spectral.NormBound(float_up(1 + product), "1 + the product of the operators' bounds", {"parts": parts})
+    def with_parts(self, parts: tuple) -> "Residual":
+        other = copy.copy(self)  # not the constructor: parts may be circulants, which do not fit each other
+        object.__setattr__(other, "ops", tuple(parts))
+        return other
+
+    def lipschitz_of(self, product: Any) -> Any:
+        return 1 + product
+
+    def _arrays_text(self):
+        return ", ".join(map(repr, self.ops)) if isinstance(self.ops, tuple) else "?"

@@ -4,13 +4,16 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lipjax.operators.base import operator
+from lipjax.operators.base import Estimated, Operator, operator
 
 
-class _Around:
-    """Base of operators around another map."""
+class _Around(Operator):
+    """What operators around another map share."""
 
     map: Any
+
+    def _arrays_text(self):
+        return repr(self.map)
 
     @property
     def in_shape(self):
@@ -21,7 +24,7 @@ class _Around:
         return self.map.out_shape
 
     def check(self) -> None:
-        getattr(self.map, "check", tuple)()
+        self.map.check()
 
 
 @operator("map", static=())
@@ -35,7 +38,7 @@ class Contraction(_Around):
 
 
 @operator("map", static=())
-class Centered(_Around):
+class Centered(_Around, Estimated):
     """x -> map(x) - mean(map(x) - x), the mean over batch and pixels, for a map that keeps the shape.
 
     A translation for any one batch. With a batch sharded over devices, under `jit`, the mean is that of all devices.

@@ -1,9 +1,28 @@
-"""Errors of the public functions of `spectral` about arguments of the wrong kind."""
+"""What `norm_bound` and `norm_estimate` ask of an operator, and what they say of an argument of the wrong kind."""
 
-from typing import Any
+from abc import abstractmethod
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+
+
+@runtime_checkable
+class Bounded(Protocol):
+    """What has a proved norm."""
+
+    @abstractmethod
+    def bound(self) -> Any:
+        """The proved upper bound of the norm, a `NormBound`. Raises: NotCertifiable if the arrays admit none."""
+
+
+@runtime_checkable
+class Estimated(Protocol):
+    """What can estimate its norm."""
+
+    @abstractmethod
+    def estimate(self, v, num_iters: int) -> Any:
+        """(sigma, v): a differentiable estimate that may be low, by steps from v; and the vector to start from next."""
 
 
 def check_operator(operator: Any, name: str, of_arrays: str) -> None:

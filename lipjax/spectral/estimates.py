@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from lipjax.spectral.arguments import check_operator
+from lipjax.spectral.arguments import Estimated, check_operator
 
 
 def _normalise(v: Array, fallback: Array) -> Array:
@@ -84,7 +84,7 @@ def norm_estimate(
       '4.0000'
     """
     check_operator(operator, "norm_estimate", "power_iteration")
-    if not hasattr(operator, "estimate"):
+    if not isinstance(operator, Estimated):
         kind = type(operator).__name__
         raise ValueError(f"norm_estimate: {kind} has no estimate() method; norm_bound gives a norm that is known.")
     return operator.estimate(v, num_iters)

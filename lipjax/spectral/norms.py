@@ -17,7 +17,7 @@ from lipjax import _dft, conv
 from lipjax.errors import NotCertifiable
 from lipjax.numerics import EXACT_UNDERFLOW, EXACT_UNIT_ROUNDOFF, ROOM, exact_gamma
 from lipjax.spectral import symbol, verified
-from lipjax.spectral.arguments import check_operator
+from lipjax.spectral.arguments import Bounded, check_operator
 from lipjax.spectral.arithmetic import check_rounding, exact_float64
 
 # The dense operator is bounded itself up to this many inputs: its norm has no embedding loss.
@@ -330,7 +330,6 @@ def norm_bound(operator: Any) -> float:
       True
     """
     check_operator(operator, "norm_bound", "matrix_norm_bound")
-    bound = getattr(operator, "bound", None)
-    if bound is None:
+    if not isinstance(operator, Bounded):
         raise NotCertifiable(f"{type(operator).__name__} has no bound() method: no norm bound is proved for it")
-    return bound().proved
+    return operator.bound().proved

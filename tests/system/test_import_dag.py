@@ -35,8 +35,8 @@ INSIDE = {
     "spectral": (("arguments", "arithmetic", "verified"), ("estimates", "series", "symbol"), ("norms",)),
     "operators": (
         ("base",),
-        ("circular", "exponential", "linear", "pairs", "reshape", "residual", "softplus", "training_only"),
-        ("elementwise", "grid", "heads"),
+        ("circular", "exponential", "linear", "pairs", "reshape", "softplus", "training_only"),
+        ("elementwise", "grid", "heads", "residual"),
     ),
     "parametrize": (
         ("bjorck", "cayley", "cholesky", "lln", "residual", "soc_frequency"),

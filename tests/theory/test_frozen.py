@@ -261,7 +261,7 @@ def test_nan_pixels_and_constant_networks_and_no_images():
     assert frozen.certify(np.zeros((0, 3, 3, 1))).radii.shape == (0,)
 
 
-class Unbounded:
+class Unbounded(operators.Operator):
     """An operator that nobody has proved anything about."""
 
     in_shape = out_shape = (4,)

@@ -12,7 +12,8 @@ import threadpoolctl
 from liplt_helpers import CHAINS, dense, estimate, norm, off_diagonal, on_host, randomised
 
 from lipjax import FrozenNetwork, bounds, network
-from lipjax.bounds import ResidualBlock, chains, liplt_path, sweeps
+from lipjax.bounds import chains, liplt_path, sweeps
+from lipjax.bounds.liplt_path import Block
 from lipjax.certify import certificate
 from lipjax.errors import NotCertifiable
 from lipjax.operators import (
@@ -26,6 +27,7 @@ from lipjax.operators import (
     MaxMin,
     MLPHead,
     ReLU,
+    Residual,
     Tanh,
 )
 
@@ -165,7 +167,7 @@ def random_blocks(seed, count, width, skip=True):
     rng = np.random.default_rng(seed)
     make = lambda m, n: Dense(rng.normal(size=(n, m)) / np.sqrt(m))  # noqa: E731
     return [
-        ResidualBlock((make(width, width + 1),), (make(width + 1, width),), (make(width, width),) if skip else None)
+        Block((make(width, width + 1),), (make(width + 1, width),), (make(width, width),) if skip else None)
         for _ in range(count)
     ]
 
@@ -220,16 +222,37 @@ def test_residual_blocks_have_the_constants_of_the_definition(skip):
 def test_one_block_with_an_identity_beside_it():
     rng = np.random.default_rng(15)
     w, g = rng.normal(size=(5, 4)), rng.normal(size=(4, 5))
-    block = ResidualBlock((Dense(w),), (Dense(g),), (), (0.0, 1.0))
+    block = Block((Dense(w),), (Dense(g),), (), (0.0, 1.0))
     _, report = bounds.liplt_bound([block])
     assert report.total == pytest.approx(norm(np.eye(4) + g @ w / 2) + norm(g) * norm(w) / 2, rel=1e-6)
+
+
+def test_the_operator_of_networks_is_the_block():
+    """`operators.Residual`, biases and reorderings included, has the constants of x + G phi(W x) of its arrays."""
+    rng = np.random.default_rng(20)
+    w, g, last = rng.normal(size=(5, 4)) / 2, rng.normal(size=(4, 5)) / 2, Dense(rng.normal(size=(3, 4)))
+    branch = (Dense(w), Bias(rng.normal(size=5), (5,)), LeakyReLU((5,), 0.25), Dense(g), Bias(np.ones(4), (4,)))
+    residual, block = Residual(branch), Block((Dense(w),), (Dense(g),), (), (0.25, 1.0))
+    (pairwise, report), (wanted, of_block) = (bounds.liplt_bound([op, last]) for op in (residual, block))
+    np.testing.assert_array_equal(pairwise, wanted)
+    assert report.total == of_block.total < report.product == of_block.product
+    # Sampled slopes of the operator itself stay below.
+    x, y = rng.normal(size=(2, 500, 4)) * 3
+    ratios = np.linalg.norm((residual(x) - residual(y)) @ last.matrix.T, axis=1) / np.linalg.norm(x - y, axis=1)
+    assert 0.3 * report.total < ratios.max() <= report.total
+    ops = jax.tree.map(jnp.asarray, [residual, last])
+    low, _ = estimate(ops, bounds.liplt_vectors(ops, jax.random.key(3)), 300)
+    np.testing.assert_allclose(off_diagonal(low), off_diagonal(pairwise), rtol=1e-4)
+    for odd in ((Dense(np.eye(4)),), (ReLU((4,)), ReLU((4,))), (MaxMin((4,)), ReLU((4,)))):
+        with pytest.raises(NotCertifiable, match=r"operators\[0\] .*\(Residual\): LipLT takes residual blocks"):
+            bounds.liplt_bound([Residual(odd), last])
 
 
 def test_maps_between_blocks_and_convolutions_in_them():
     rng = np.random.default_rng(16)
     first = Conv(rng.normal(size=(3, 3, 1, 2)) / 3, (4, 4, 1))
     inner, outer = (Conv(rng.normal(size=(3, 3, 2, 2)) / 4, (4, 4, 2)) for _ in range(2))
-    ops = [first, ResidualBlock((inner,), (outer,)), Flatten((4, 4, 2)), Dense(rng.normal(size=(3, 32)) / 6)]
+    ops = [first, Block((inner,), (outer,)), Flatten((4, 4, 2)), Dense(rng.normal(size=(3, 32)) / 6)]
     linear = np.eye(32) + dense([inner, outer]) / 2
     m = norm(dense([first, inner]))
     wanted = norm(ops[3].matrix @ linear @ dense([first])) + norm(ops[3].matrix @ dense([outer])) * m / 2
@@ -256,9 +279,9 @@ def test_what_is_refused_is_named():
     with pytest.raises(ValueError, match="one between every two maps"):
         bounds.liplt_bound([first, second], [(0.0, 1.0), (0.0, 1.0)])
     with pytest.raises(ValueError, match="the skip connection gives another shape"):
-        bounds.liplt_bound([ResidualBlock((first,), (second,), ())])
+        bounds.liplt_bound([Block((first,), (second,), ())])
     with pytest.raises(ValueError, match="at least one linear operator"):
-        bounds.liplt_bound([ResidualBlock((), (), ())])
+        bounds.liplt_bound([Block((), (), ())])
     with pytest.raises(NotCertifiable, match=r"operators\[1\] \(Dense\).*NaN"):
         bounds.liplt_bound([first, Dense(np.full((3, 6), np.nan))])
     with pytest.raises(ValueError, match="num_iters >= 0"):
@@ -338,7 +361,7 @@ def test_frozen_networks_certify_by_the_least_of_both():
 @pytest.mark.parametrize("after", [0, 1])
 def test_a_block_at_the_end_with_a_small_outer_map(max_rows, after):
     # x + relu(x) / 10: the rows at the block's output count, not those at its activation
-    block = ResidualBlock((Dense(np.eye(2)),), (Dense(np.eye(2) / 10),), ())
+    block = Block((Dense(np.eye(2)),), (Dense(np.eye(2) / 10),), ())
     pairwise, report = bounds.liplt_bound([block] + [Dense(np.eye(2))] * after, max_rows=max_rows)
     assert 1.1 <= report.total <= 1.1 * (1 + 1e-9)
     assert 1.1 * np.sqrt(2) * (1 - 1e-15) <= pairwise[0, 1] <= 1.1 * np.sqrt(2) * (1 + 1e-7)

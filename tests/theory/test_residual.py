@@ -208,9 +208,14 @@ def test_blocks_that_do_not_fit_are_refused():
         make_network([("f", operators.Residual((dense,))), ("f/0", dense)], head)
     make_network([("f", operators.Residual((dense,))), ("f/1", dense)], head)  # control
 
+    with pytest.raises(TypeError, match="Wrong defines __call__, but parts.. and adds_input define a Composite"):
+
+        class Wrong(operators.Residual):
+            def __call__(self, x):
+                return x + super().__call__(x)
+
     class Doubled(operators.Residual):
-        def __call__(self, x):
-            return x + super().__call__(x)
+        pass
 
     with pytest.raises(ValueError, match="expected a Residual, not a subclass, got Doubled"):
         make_network([("f", Doubled((dense,)))], head)
