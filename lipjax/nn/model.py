@@ -65,7 +65,7 @@ def _called(layer, shape: tuple[int, ...], train: bool, is_head: bool) -> Any:
             "to arrays, and nothing is known of its Lipschitz constant: use one of lipjax.nn, or write one as "
             "docs/add_a_layer.md does."
         )
-    built = layer(shape, train)
+    built: Any = layer(shape, train)
     pairs = isinstance(built, list) and built and all(isinstance(item, tuple) and len(item) == 2 for item in built)
     if not (isinstance(built, Head) if is_head else pairs and all(isinstance(op, Operator) for _, op in built)):
         raise ValueError(f"layers() gives a {kind} that returned a {type(built).__name__}, but expected are {wanted}.")
