@@ -36,8 +36,9 @@ def certify(arguments) -> None:
     from lipjax.evaluation.table import print_table, summarize
     from lipjax.files import write_json
     from lipjax.training.config import load_config, validate
+    from lipjax.training.terminal import Terminal, progress_of
 
-    console = _console()
+    console = Terminal(quiet=arguments.quiet)
     directories, found = run_directories(arguments.workdir), []
     for directory in directories:
         config, seed = load_config(directory)
@@ -51,12 +52,12 @@ def certify(arguments) -> None:
         print_table(found[-1], console)
         files = "frozen/, certificate.json, images.safetensors, report.json, certified_accuracy.png"
         files += ", attack.json" if found[-1]["num_attacked_images"] else ""
-        console.print(f"Written to {directory}: {files}")
+        progress_of(console).print(f"Written to {directory}: {files}")
     if len(found) > 1:
         root = directories[0].parent
         write_json(root / "report.json", summarize(found))
         print_table(summarize(found), console)
-        console.print(f"Written to {root}: report.json")
+        progress_of(console).print(f"Written to {root}: report.json")
 
 
 def report(arguments) -> None:
@@ -73,8 +74,9 @@ def attack(arguments) -> None:
     from lipjax.evaluation.attack_command import attack_run
     from lipjax.evaluation.attack_files import print_findings
     from lipjax.training.config import load_config, validate
+    from lipjax.training.terminal import Terminal, progress_of
 
-    console = _console()
+    console = Terminal(quiet=arguments.quiet)
     fields = {"attack": "method", "attack_images": "num_images"}
     fields |= {f"attack_{name}": name for name in ("objective", "steps", "restarts", "targets", "queries")}
     for directory in run_directories(arguments.workdir):
@@ -88,7 +90,7 @@ def attack(arguments) -> None:
                 config.data.data_dir = arguments.data_dir
         validate(config)
         print_findings(attack_run(directory, config, seed, console), console)
-        console.print(f"Written to {directory}: attack.json, attack.npz, adversarial.npz", markup=False)
+        progress_of(console).print(f"Written to {directory}: attack.json, attack.npz, adversarial.npz", markup=False)
 
 
 def plan(arguments, overrides: list[str]) -> None:
@@ -162,6 +164,7 @@ def _main(argv: list[str]) -> int:
     command.add_argument("workdir", help="the --workdir of train.py")
     command.add_argument("--num_images", type=int, help="so many test images, drawn by hash (default: as configured)")
     command.add_argument("--data_dir", help="where the data set lies now (default: as configured)")
+    command.add_argument("-q", "--quiet", action="store_true", help="print the table and warnings only")
     command.set_defaults(run=certify)
     command = commands.add_parser(
         "check", help="prove a certificate again with NumPy alone; 1 if something is not proved"
@@ -192,6 +195,7 @@ def _main(argv: list[str]) -> int:
     command.add_argument("--queries", type=int, help="of the Square attack (default: as configured)")
     command.add_argument("--num_images", type=int, help="so many certified images, drawn by hash (default: all)")
     command.add_argument("--data_dir", help="where the data set lies now (default: as configured)")
+    command.add_argument("-q", "--quiet", action="store_true", help="print the table and warnings only")
     command.set_defaults(run=attack)
     command = commands.add_parser("report", help="write report.html about a certified run: one page, no other file")
     command.add_argument("workdir", help="the --workdir of train.py")

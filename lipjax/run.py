@@ -16,13 +16,15 @@ from lipjax.training import cluster, lock, stopping, warm_start
 from lipjax.training.config import validate
 from lipjax.training.loop import Run, train
 from lipjax.training.same_run import plain
+from lipjax.training.terminal import Terminal, progress_of
 
 
-def run(config, workdir: str | os.PathLike) -> dict:
+def run(config, workdir: str | os.PathLike, quiet: bool = False) -> dict:
     """Trains, certifies and reports every seed of a config; resumes what an earlier call on the same directory began.
 
     With one seed everything lies in workdir; with several, in workdir/seed_<n>, and workdir/report.json sums up.
     Of several processes all train, and process 0 writes and certifies while the others wait.
+    Args: config: of `training.config.default_config`. quiet: prints the final table and warnings only.
     Returns: the report that is written to workdir/report.json; {} in other processes than 0.
     Raises: `stopping.Preempted` if a signal stopped it before its end.
     """
@@ -30,7 +32,7 @@ def run(config, workdir: str | os.PathLike) -> dict:
     cluster.check_joined()
     host_device()  # certification needs it: better to know before training
     workdir, first = pathlib.Path(workdir).expanduser(), jax.process_index() == 0
-    console = Console(quiet=not first, soft_wrap=True, highlight=False)
+    console = Terminal(quiet=quiet, silent=not first)
     _check_agreement(config)
     with lock.exclusive(workdir) as writable:
         return _run(config, workdir, console) if writable else _look(config, workdir, console)
@@ -45,7 +47,7 @@ def _run(config, workdir: pathlib.Path, console: Console) -> dict:
             warm_start.check_images(config.init_from, Run(config, seed).data_identity)
     for seed in config.seeds:
         directory = workdir / f"seed_{seed}" if several else workdir
-        trained = train(config, directory, seed)
+        trained = train(config, directory, seed, console=console)
         if seed == config.seeds[-1]:
             stopping.end_of_training()
         found.append(certify_run(directory, config, seed, trained, console))
@@ -60,7 +62,8 @@ def _run(config, workdir: pathlib.Path, console: Console) -> dict:
         write_json(workdir / "report.json", report)
         reports.print_table(report, console)
     folders = "seed_*/" if several else ""
-    console.print(f"Written to {workdir}: {folders}certificate.json, {folders}certified_accuracy.png, report.json")
+    files = f"{folders}certificate.json, {folders}certified_accuracy.png, report.json"
+    progress_of(console).print(f"Written to {workdir}: {files}")
     return report
 
 
@@ -72,7 +75,7 @@ def _look(config, workdir: pathlib.Path, console: Console) -> dict:
     several = len(config.seeds) > 1
     _check_layout(workdir, several)
     for seed in config.seeds:
-        train(config, workdir / f"seed_{seed}" if several else workdir, seed, writable=False)
+        train(config, workdir / f"seed_{seed}" if several else workdir, seed, False, console)
     try:
         report = json.loads((workdir / "report.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:

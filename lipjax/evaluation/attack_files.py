@@ -20,6 +20,7 @@ from lipjax.evaluation.falsify import EXAMPLES, Findings, Known, Settings
 from lipjax.evaluation.progress import shown
 from lipjax.evaluation.table import attacked_accuracy, part_of
 from lipjax.files import save_arrays, write_json
+from lipjax.training.terminal import progress_of
 
 FORMAT, SCHEMA = "lipjax-attack", 1
 NOTES, SHOWN, KEPT = "attack.json", "attack.npz", "adversarial.npz"
@@ -165,7 +166,7 @@ def attack_images(
     if not len(rows):
         return Attacked(rows, part, claims, None, settings, None)
     if len(now):
-        console.print(
+        progress_of(console).print(
             f"Attacking {part_of(len(now), images.total)} test images at {len(settings.radii)} radii and inside "
             "their own ..."
         )

@@ -26,6 +26,7 @@ from lipjax.training.data import StreamDataset
 from lipjax.training.loop import Run, load_best
 from lipjax.training.metrics import validation_metrics
 from lipjax.training.same_run import plain
+from lipjax.training.terminal import progress_of
 
 VERSIONED = ("jax", "jaxlib", "numpy", "scipy", "flax", "optax", "orbax-checkpoint")
 
@@ -79,7 +80,7 @@ def certify_run(workdir: str | os.PathLike, config, seed: int, run: Run | None =
     indices, total = drawn_indices(run.dataset, options.num_images), run.dataset.size("test")
     images, labels = test_images(run.dataset, indices, options.batch_size)
     which = reports.part_of(len(labels), total)
-    console.print(f"Certifying {which} test images with the checkpoint of step {step} ...")
+    progress_of(console).print(f"Certifying {which} test images with the checkpoint of step {step} ...")
     certificate = certify_images(network, images, pixel_max, options.batch_size, console)
     data = _data(run.dataset, indices)
     settings = falsify.make_settings(options, seed)
@@ -94,7 +95,7 @@ def certify_run(workdir: str | os.PathLike, config, seed: int, run: Run | None =
     report |= class_report(*proved, keys, network.num_classes, network.class_names)
     report |= {"seed": seed, "step": step, "frozen_sha256": network.sha256()}
     report["validation"] = validation_metrics(workdir, step)  # to select by: test accuracies are not for that
-    console.print("Bounding what float32 changes ...")
+    progress_of(console).print("Bounding what float32 changes ...")
     float32 = _float32(network, certificate, images, labels, pixel_max, options)
     report = reports.add_float32(report, float32 | {"of": total})
     # Those of LipLT are of whole chains of layers.

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lipjax.training.terminal import progress_of
+
 Watch = Callable[[str, float], None]
 # Without a terminal, so many lines for each kind of work at most, and only if so many seconds have passed.
 _LINES, _SECONDS = 4, 60.0
@@ -26,7 +28,10 @@ def shown(console: Console, clock: Callable[[], float] = time.monotonic) -> Iter
 
     In a terminal each kind of work has a bar, which goes away in the end. Elsewhere, in a pipe or a file, a line says
     what is left when another quarter is done, if the last line was a minute ago.
+
+    Nothing is shown if the command is quiet (`terminal.progress_of`).
     """
+    console = progress_of(console)
     if not console.is_terminal:
         yield _lines(console, clock)
         return

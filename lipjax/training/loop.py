@@ -40,6 +40,7 @@ from lipjax.training.data import (
 from lipjax.training.metrics import MetricWriter
 from lipjax.training.same_run import check_not_foreign, check_same_run, plain
 from lipjax.training.step import METRIC
+from lipjax.training.terminal import Terminal, progress_of
 
 
 class Run:
@@ -243,11 +244,11 @@ class Run:
         return validate
 
 
-def train(config, workdir: str | os.PathLike, seed: int, writable: bool = True) -> Run:
+def train(config, workdir: str | os.PathLike, seed: int, writable: bool = True, console: Console | None = None) -> Run:
     """Trains one seed to the end, or goes on where an earlier call on the same directory stopped.
 
     Args: config: validated. workdir: of this seed; gets config.json, checkpoints/, metrics.jsonl and tensorboard/.
-      writable: whether that is possible; if not, the run must be trained already.
+      writable: whether that is possible; if not, the run must be trained already. console: where process 0 prints.
     Raises: UserError for what the user can mend: config, data, a directory of another run, a full disk, NaN.
       `stopping.Preempted` after a signal that asks for it, when the state is saved.
     """
@@ -255,7 +256,9 @@ def train(config, workdir: str | os.PathLike, seed: int, writable: bool = True) 
     run = Run(config, seed)
     cluster.check_agreement({"the images or labels": run.training_identity})
     identity = run.training_identity
-    console = Console(quiet=jax.process_index() != 0, soft_wrap=True, highlight=False)
+    if console is None or jax.process_index() != 0:
+        console = Terminal(silent=jax.process_index() != 0)
+    progress = progress_of(console)
     with (
         Checkpointer(
             workdir / "checkpoints",
@@ -281,16 +284,16 @@ def train(config, workdir: str | os.PathLike, seed: int, writable: bool = True) 
         if writable and jax.process_index() == 0:
             write_json(workdir / "config.json", {"config": plain(config), "seed": seed})
         if latest is not None and latest >= run.total_steps:
-            console.print(f"{workdir} is trained already, to step {latest} of {run.total_steps}.")
+            progress.print(f"{workdir} is trained already, to step {latest} of {run.total_steps}.")
             return run
-        console.print(f"Training {run}.")
+        progress.print(f"Training {run}.")
         for note in run.dataset.notes:
             console.print(note, markup=False)
         if latest is None:
             state = run.fresh_state()
         else:
             state, _ = checkpointer.restore(run.abstract_state)
-            console.print(f"Resuming {workdir} from step {latest} of {run.total_steps}.")
+            progress.print(f"Resuming {workdir} from step {latest} of {run.total_steps}.")
         with MetricWriter(workdir, resume_step=latest, console=console) as writer:
             _train_epochs(run, state, checkpointer, writer, meta.get("epoch_totals", {}))
     return run

@@ -21,8 +21,10 @@ from tensorboardX.summary import scalar as scalar_summary
 from lipjax.errors import UserError
 from lipjax.files import replacing
 from lipjax.training import damage
+from lipjax.training.terminal import progress_of
 
 FILE_NAME = "metrics.jsonl"
+_MANY = 100  # more epochs have no line each
 
 
 class MetricWriter:
@@ -81,9 +83,10 @@ class MetricWriter:
 
     @contextlib.contextmanager
     def progress(self, total_steps: int, first_step: int = 0) -> Iterator["TrainingProgress"]:
-        """Shows a bar while training if the output is a terminal; `TrainingProgress.epoch` prints lines anywhere."""
-        if not (self._active and self._console.is_terminal):
-            yield TrainingProgress(self._console if self._active else None, None, None)
+        """Shows a bar while training if the output is a terminal; elsewhere `TrainingProgress.epoch` prints lines."""
+        console = progress_of(self._console)
+        if not (self._active and console.is_terminal):
+            yield TrainingProgress(console if self._active else None, None, None)
             return
         columns = (
             TextColumn("{task.description}"),
@@ -91,9 +94,10 @@ class MetricWriter:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, TextColumn("{task.fields[shown]}"), console=self._console) as bar:
-            task = bar.add_task("training", total=total_steps, completed=first_step, shown="")
-            yield TrainingProgress(self._console, bar, task)
+        numbers = TextColumn("{task.fields[shown]}"), TextColumn("{task.fields[epoch]}")
+        with Progress(*columns, *numbers, console=console) as bar:
+            task = bar.add_task("training", total=total_steps, completed=first_step, shown="", epoch="")
+            yield TrainingProgress(console, bar, task)
 
     def close(self) -> None:
         """Flushes and closes the files."""
@@ -139,6 +143,7 @@ class TrainingProgress:
 
     def __init__(self, console: Console | None, bar: Progress | None, task: TaskID | None):
         self._console, self._bar, self._task = console, bar, task
+        self._epochs = 0
 
     def step(self, step: int, **shown: float) -> None:
         """Moves the bar to `step` optimizer steps and shows the given numbers beside it, e.g. loss and accuracy."""
@@ -171,10 +176,20 @@ class TrainingProgress:
         self._console.print(took, markup=False)
 
     def epoch(self, epoch: int, num_epochs: int, scalars: Mapping[str, Any]) -> None:
-        """Prints one line for a finished epoch (1 to num_epochs), above the bar if there is one."""
-        if self._console is not None:
-            text = f"epoch {epoch}/{num_epochs}  {_numbers(scalars)}"
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """Shows the numbers of a finished epoch (1 to num_epochs): beside the bar, or as a line where there is none.
+
+        Of more than 100 epochs each tenth has a line, and the first and the last one that this process trains.
+        metrics.jsonl holds all of them.
+        """
+        self._epochs += 1
+        if self._bar is not None and self._task is not None:
+            validated = {name.removeprefix("val_"): value for name, value in scalars.items() if name.startswith("val_")}
+            said = f"  validation: {_numbers(validated)}" if validated else ""
+            self._bar.update(self._task, epoch=f"epoch {epoch}/{num_epochs}{said}")
+        elif self._console is not None:
+            if num_epochs <= _MANY or epoch % 10 == 0 or epoch == num_epochs or self._epochs == 1:
+                text = f"epoch {epoch}/{num_epochs}  {_numbers(scalars)}"
+                self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _keep_until(path: Path, last_step: int, console: Console) -> None:

@@ -72,6 +72,27 @@ def test_lipjax_train_does_what_train_py_does(lipjax_command, tmp_path, monkeypa
 
 
 @pytest.mark.x64_off
+def test_quiet_commands_print_tables_and_warnings_alone(lipjax_command, tmp_path):  # noqa: F811
+    config = config_file(**{"num_epochs": 1, "certify.attack_steps": 1})
+    for command in (
+        ("train", f"--config={config}", f"--workdir={tmp_path}", "-q"),
+        ("train", "--quiet", f"--config={config}", f"--workdir={tmp_path}"),  # trained already
+        ("certify", tmp_path, "-q"),
+    ):
+        code, out, err = lipjax_command(*command)
+        assert (code, err) == (0, "") and "accuracy" in out
+        assert not re.search("Training|Compiling|epoch|Certifying|Attacking|Bounding|Written|already|left", out), out
+    (tmp_path / "adversarial.npz").write_bytes(b"no archive")
+    code, out, _ = lipjax_command("attack", tmp_path, "--steps=1", "--quiet")
+    assert code == 0 and "Attacking" not in out and "Written" not in out
+    assert "adversarial.npz is damaged" in out  # a warning
+    code, out, _ = lipjax_command("attack", tmp_path, "--steps=1")  # control
+    assert "Attacking" in out and "Written to" in out
+    code, out, _ = lipjax_command("train", "--help")
+    assert "\n  -q, --quiet: " in out and "\n  --q:" not in out
+
+
+@pytest.mark.x64_off
 def test_predict_says_class_and_proved_radius(lipjax_command, certified, files, tmp_path):  # noqa: F811
     paths, pixels = files
     network = lipjax.FrozenNetwork.load(certified / "frozen")

@@ -59,7 +59,7 @@ INSIDE = {
     "nn": (("layers",), ("cholesky", "explicit", "model", "orthogonal")),
     "models": (("convnet", "lipconvnet", "liresnet"),),
     "training": (
-        ("augment", "compile_alarm", "damage", "randaugment", "setting", "sharding", "stopping"),
+        ("augment", "compile_alarm", "damage", "randaugment", "setting", "sharding", "stopping", "terminal"),
         ("accumulate", "cluster", "metrics", "objective", "optimizer"),
         ("checkpoint", "choices", "lock", "step"),
         ("data",),

@@ -13,6 +13,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from lipjax.errors import UserError
 from lipjax.training.metrics import FILE_NAME, MetricWriter, validation_metrics
+from lipjax.training.terminal import Terminal, progress_of
 
 
 def read(workdir):
@@ -79,16 +80,48 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_is_a_bar_on_a_terminal_and_plain_lines_elsewhere(tmp_path, terminal):
     output = io.StringIO()
-    console = Console(file=output, force_terminal=terminal, width=100)
+    console = Console(file=output, force_terminal=terminal, width=200)
     with MetricWriter(tmp_path, console=console) as writer, writer.progress(10, first_step=5) as progress:
         progress.step(10, loss=0.125, accuracy=0.75)
-        progress.epoch(2, 2, {"loss": 0.125, "certified_accuracy_estimate": 0.5})
+        progress.epoch(2, 2, {"loss": 0.125, "certified_accuracy_estimate": 0.5, "val_accuracy": 0.5})
     text = output.getvalue()
-    line = "epoch 2/2  loss 0.125  certified_accuracy_estimate 0.5"
     if terminal:
-        assert line in text and "10/10" in text and "accuracy 0.75" in text and "\x1b[" in text
+        assert "10/10" in text and "accuracy 0.75" in text and "\x1b[" in text
+        assert "epoch 2/2  validation: accuracy 0.5" in text and "loss 0.125  certified" not in text
     else:
-        assert text == line + "\n"
+        assert text == "epoch 2/2  loss 0.125  certified_accuracy_estimate 0.5  val_accuracy 0.5\n"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_many_epochs_have_a_line_for_every_tenth_in_a_pipe_and_none_in_a_terminal(tmp_path, terminal):
+    for count, first, expected in (
+        (100, 0, list(range(1, 101))),
+        (305, 0, [1, *range(10, 301, 10), 305]),
+        (305, 296, [297, 300, 305]),  # a run that goes on: its first one, too
+    ):
+        output = io.StringIO()
+        console = Console(file=output, force_terminal=terminal, width=200)
+        with MetricWriter(tmp_path, console=console) as writer, writer.progress(count, first) as progress:
+            for epoch in range(first, count):
+                progress.epoch(epoch + 1, count, {"loss": 1.0})
+        lines = [int(epoch) for epoch in re.findall(r"^epoch (\d+)/", output.getvalue(), re.MULTILINE)]
+        assert lines == ([] if terminal else expected)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_quiet_terminal_shows_warnings_and_results_alone(tmp_path, terminal):
+    (tmp_path / FILE_NAME).write_text('{"step": 1}\nno json\n')
+    output = io.StringIO()
+    console = Terminal(quiet=True, file=output, force_terminal=terminal, width=300)
+    with MetricWriter(tmp_path, console=console, resume_step=1) as writer, writer.progress(10) as progress:
+        with progress.compiling("the step"):
+            progress.step(1, loss=1.0)
+        progress.epoch(1, 1, {"loss": 1.0})
+    console.print("the table")
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.getvalue())
+    assert re.fullmatch(r".*metrics.jsonl is damaged in line 2, left out .*\nthe table\n", text)
+    loud = Terminal(file=io.StringIO())  # control
+    assert progress_of(loud) is loud and progress_of(console) is not console
 
 
 @pytest.mark.parametrize("terminal", [True, False])
