@@ -104,7 +104,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count():
     train_batch = run.batch_runner(0)
     state, _ = train_batch(run.fresh_state(), 0, SCHEDULE)
     before = jax.tree.map(jnp.copy, state)
-    kept, metrics = train_batch(jax.tree.map(jnp.copy, state), 1, SCHEDULE._replace(epsilon=math.nan))
+    kept, metrics = train_batch(jax.tree.map(jnp.copy, state), 1, SCHEDULE | {"epsilon": math.nan})
     flags = {name: bool(value) for name, value in metrics["finite"].items()}
     assert not flags["loss"] and flags["logits"] and flags["norm estimates"] and not flags["gradient of stem"]
     assert differing(before, kept) == [".step"]
