@@ -168,7 +168,8 @@ def _copy_of(flag_values: flags.FlagValues | None) -> flags.FlagValues:
     """Flags of the same names, to parse arguments twice."""
     copy = flags.FlagValues()
     for name in flag_values or ():
-        define = flags.DEFINE_boolean if flag_values[name].boolean else flags.DEFINE_string
+        boolean = flag_values is not None and flag_values[name].boolean
+        define = flags.DEFINE_boolean if boolean else flags.DEFINE_string
         define(name, None, "", flag_values=copy)
     return copy
 
