@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lipjax.attacks.input_gradient import of_images
+from lipjax.linalg.unit import unit as unit_vectors
 
 # All pairs of up to ten classes are searched; of more, as many.
 _MAX_PAIRS = 45
@@ -27,9 +28,7 @@ _ROUNDING = 1e-13
 
 def unit(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
     """Each row scaled to l2 norm 1, also where squares would underflow; zeros stay zero."""
-    axes, tiny = tuple(range(1, x.ndim)), jnp.finfo(x.dtype).tiny
-    x = x / jnp.maximum(jnp.max(jnp.abs(x), axis=axes, keepdims=True), tiny)
-    return x / jnp.maximum(jnp.sqrt(jnp.sum(x**2, axis=axes, keepdims=True)), tiny)
+    return unit_vectors(x, 0.0, batched=True)
 
 
 @dataclasses.dataclass(frozen=True)

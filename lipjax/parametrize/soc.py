@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from lipjax.conv import series_exponential as exponential
 from lipjax.conv import series_exponential_fast_gradient as exponential_fast_gradient
+from lipjax.linalg.unit import unit
 from lipjax.parametrize.soc_frequency import exponential_response
 
 __all__ = [
@@ -54,22 +55,14 @@ def init_vectors(kernel_shape: tuple[int, int, int, int], key: PRNGKeyArray) -> 
     return {name: (part / jnp.linalg.norm(part)).reshape(shape) for (name, shape), part in pairs}
 
 
-def _unit(v: Array, fallback: Array) -> Array:
-    """v / |v|, or the fallback where v is zero; scaled first, so that squares neither underflow nor overflow."""
-    largest = jnp.max(jnp.abs(v))
-    positive = largest > 0
-    scaled = v / jnp.where(positive, largest, 1)
-    return jnp.where(positive, scaled / jnp.sqrt(jnp.where(positive, jnp.sum(scaled**2), 1)), fallback)
-
-
 def _step(kernel: Float[Array, "kh kw i o"], vectors: Vectors) -> Vectors:
     """One power iteration for each reshape: v from u, then u from the new v."""
     advanced = {}
     for i, support in enumerate(_SUPPORTS, start=1):
         rest = tuple(axis for axis in range(4) if axis not in support)
         u, v = vectors[f"u{i}"], vectors[f"v{i}"]
-        v = _unit(jnp.sum(kernel * u, axis=support, keepdims=True), v)
-        advanced[f"u{i}"] = _unit(jnp.sum(kernel * v, axis=rest, keepdims=True), u)
+        v = unit(jnp.sum(kernel * u, axis=support, keepdims=True), v)
+        advanced[f"u{i}"] = unit(jnp.sum(kernel * v, axis=rest, keepdims=True), u)
         advanced[f"v{i}"] = v
     return advanced
 

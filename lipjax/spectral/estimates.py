@@ -8,15 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from lipjax.linalg.unit import unit
 from lipjax.spectral.arguments import Estimated, check_operator
-
-
-def _normalise(v: Array, fallback: Array) -> Array:
-    """v / |v|, or the fallback if v is zero; scaled first, so that squares neither underflow nor overflow."""
-    largest = jnp.max(jnp.abs(v))
-    scaled = v / jnp.where(largest > 0, largest, 1)
-    norm = jnp.sqrt(jnp.sum(jnp.abs(scaled) ** 2))
-    return jnp.where(largest > 0, scaled / jnp.where(norm > 0, norm, 1), fallback)
 
 
 def power_iteration(
@@ -42,10 +35,10 @@ def power_iteration(
     if num_iters < 0:
         raise ValueError(f"power_iteration: expected num_iters >= 0, got {num_iters}")
     v = lax.stop_gradient(v)
-    v = _normalise(v, v)
+    v = unit(v, v)
 
     def step(u: Array) -> Array:
-        return _normalise(adjoint(apply(u)), u)
+        return unit(adjoint(apply(u)), u)
 
     # Hoisting what the closures capture lets the loop see constants: nothing of it is kept for the gradient.
     closed, captured = jax.closure_convert(step, v)

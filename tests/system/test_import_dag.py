@@ -31,7 +31,7 @@ ROWS = (
 )
 # Inside a room of several modules likewise: each row may import the rows before it. "html" is evaluation/html/.
 INSIDE = {
-    "linalg": (("cholesky", "parts"), ("functions",)),
+    "linalg": (("cholesky", "parts", "unit"), ("functions",)),
     "spectral": (("arguments", "arithmetic", "verified"), ("estimates", "series", "symbol"), ("norms",)),
     "operators": (
         ("base",),

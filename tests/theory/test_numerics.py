@@ -5,9 +5,12 @@ import math
 from fractions import Fraction
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lipjax import numerics
+from lipjax.linalg.unit import unit
 
 LIPJAX = Path(numerics.__file__).parent
 NAMES = {name for name in vars(numerics) if name.isupper()} | {"gamma", "exact_gamma", "gamma32"}
@@ -48,3 +51,11 @@ def test_exact_constants_are_those_of_float64():
     assert numerics.EXACT_UNIT_ROUNDOFF == Fraction(1, 2**53) and numerics.EXACT_UNDERFLOW == Fraction(1, 2**900)
     # Several sums of TERMS terms in turn err by less than what error bounds are enlarged by.
     assert numerics.TERMS * numerics.UNIT_ROUNDOFF * 9 < numerics.ENLARGEMENT - 1
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1.0, 1e300])
+def test_vectors_are_scaled_to_norm_1_wherever_they_lie(scale):
+    v = jnp.array([[3.0, 4.0], [0.0, 0.0], [-5.0, 12.0]]) * scale
+    rows = unit(v, 7.0, batched=True)
+    np.testing.assert_allclose(rows, [[0.6, 0.8], [7, 7], [-5 / 13, 12 / 13]], rtol=1e-15)
+    np.testing.assert_allclose(unit(v, v), v / scale / 194**0.5, rtol=1e-15)
