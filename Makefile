@@ -1,19 +1,23 @@
-# make demo: train, certify and report on handwritten digits.  make test: the tests.  Both install into .venv what they need.
+# make demo: train, certify and report on handwritten digits.  make quick: the fast tests.  make test: all but nightly ones.
+# All install into .venv what they need.
 SHELL := /bin/bash
 WORKDIR ?= runs/demo
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint lock clean
+.PHONY: demo quick test lint lock clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.lipjax
 	$(PY) train.py --config=configs/digits.py --workdir=$(WORKDIR)
 
 # Compiled code is kept in .cache, so that a second run spends its time on testing.
-test: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
-test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+quick test: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+quick test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+quick: $(VENV)/.lipjax-dev
+	$(PY) -m pytest --numprocesses=auto --dist=loadfile -m "not slow and not nightly" $(PYTEST_ARGS)
+
 test: $(VENV)/.lipjax-dev
 	$(PY) -m pytest --numprocesses=auto --dist=loadfile $(PYTEST_ARGS)
 

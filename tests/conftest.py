@@ -8,6 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import durations
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -16,6 +17,15 @@ from jaxtyping import install_import_hook
 install_import_hook("lipjax", "beartype.beartype")
 
 jax.config.update("jax_enable_x64", True)
+
+
+def pytest_collection_modifyitems(items):
+    """Marks as slow what took more than three seconds when durations were recorded (tests/durations.json)."""
+    slow = durations.slow_functions()
+    for item in items:
+        if item.nodeid.partition("[")[0] in slow:
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture
 def key() -> jax.Array:
