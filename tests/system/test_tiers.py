@@ -1,4 +1,4 @@
-"""Which tests are slow stands in tests/durations.json: it names tests that exist, and `-m "not slow"` leaves these out."""
+"""What tests/durations.json says is slow: it names tests that exist, and `-m "not slow"` leaves them out."""
 
 import ast
 import pathlib
