@@ -271,7 +271,7 @@ def apgd_l2(
             weight = jnp.where(step == 0, 1.0, _MOMENTUM).astype(x.dtype)
             moved = inside(x + weight * (ahead - x) + (1 - weight) * (x - last))
             new_direction, (new_value, margin) = gradient(moved)
-            gains = state["gains"] + (new_value > value)
+            gains = state["gains"] + (new_value > value).astype(jnp.int32)
             higher = new_value > state["top_value"]
             top = jnp.where(like(higher, x), moved, state["top"])
             top_direction = jnp.where(like(higher, x), new_direction, state["top_direction"])
@@ -281,7 +281,7 @@ def apgd_l2(
             stretch = jnp.asarray(stretches)[step]
             looks_back = stretch > 0
             stuck = ~state["halved"] & (top_value <= state["mark_value"])
-            halve = looks_back & ((gains < _GAINING * stretch) | stuck)
+            halve = looks_back & ((gains.astype(x.dtype) < _GAINING * stretch.astype(x.dtype)) | stuck)
             return {
                 "x": jnp.where(like(halve, x), top, moved),
                 "last": x,

@@ -39,7 +39,7 @@ def sum_errors(
     Returns: (2, *shape), a NumPy array if sizes are one.
     """
     xp: Any = np if isinstance(sizes, np.ndarray) else jnp
-    rounded = additions * UNIT_ROUNDOFF32
+    rounded = xp.asarray(additions, sizes.dtype) * UNIT_ROUNDOFF32
 
     def bound(sizes, addend):
         return xp.where(rounded < 0.5, (gamma32(leaves) * sizes + rounded * addend) / (1 - rounded), math.inf)
