@@ -199,7 +199,7 @@ def _guess(product: Callable[[np.ndarray], np.ndarray], size: int) -> float:
 
 
 def _verify_banded(blocks, count: int, band: int, shift: float) -> Fraction | None:
-    """As `_verified._verify` for the symmetric matrix with these lower blocks: block by block, left-looking."""
+    """As `spectral.verified._verify` for the symmetric matrix with these lower blocks: block by block, left-looking."""
     side = len(blocks[0, 0])
     factor: dict[tuple[int, int], np.ndarray] = {}
     trace = largest = 0.0

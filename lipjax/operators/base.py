@@ -194,10 +194,6 @@ class Linear(Operator, Estimated):
     @abc.abstractmethod
     def _adjoint(self, y, precision) -> Any: ...
 
-    def at_precision(self, x, precision):
-        """`__call__` with products of the given precision; of a batch of any shape that fits."""
-        return self._map(x, precision)
-
     def estimate(self, v, num_iters: int):
         """Differentiable estimate of the norm, never above it before rounding.
 

@@ -41,7 +41,7 @@ def default_config(
     config.matmul_precision = "default"  # or "high", "highest": of forward and backward pass; norms: the highest
     config.precision = "float32"  # or "bfloat16": of activations in training steps; all else is float32
     config.accumulation = 1  # micro-batches that a step divides its batch into, one after the other, to save memory
-    config.remat = 0  # layers that the backward pass computes again at a time instead of keeping them; 0: none
+    config.remat = 0  # consecutive layers rematerialised as one group (only its input is stored); 0: all are stored
     config.scan = False  # loops over equal layers and micro-batches, which compile sooner: for accelerators
     config.train_head_only = False  # keep all but the head as config.init_from left it
     config.init_from = ""  # directory of a finished run of the same layers, whose best checkpoint training starts from
@@ -99,7 +99,7 @@ def default_config(
     config.optimizer.name = "adamw"  # or "adam", "nadam", "nadamw", "sgd"; it may bring fields of its own
     config.optimizer.learning_rate = 1e-3  # the largest of the schedule
     config.optimizer.schedule = "cosine"  # or "exponential", "step", from the warm-up on; likewise
-    config.optimizer.weight_decay = 0.0  # apart from the gradient in adamw and nadamw, a part of it in the others
+    config.optimizer.weight_decay = 0.0  # decoupled in adamw and nadamw; added to the gradient (L2) in the others
     config.optimizer.decay = "all"  # what weight decay shrinks: all but activations' angles, or only the "weights"
     config.optimizer.warmup_epochs = 1.0  # of linear growth
     config.optimizer.clip_norm = 3.0  # global norm of the gradients; 0: no clipping

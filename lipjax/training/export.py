@@ -81,7 +81,7 @@ def _check_certified(workdir: pathlib.Path, digest: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lipjax.training.prepare export", description=__doc__)
+    parser = argparse.ArgumentParser(prog="lipjax prepare export", description=__doc__)
     parser.add_argument("--workdir", required=True, help="of a run: the --workdir of train.py, or its seed_<n>")
     parser.add_argument("--output", required=True, help="the .npz file to write")
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: test")

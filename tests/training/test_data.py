@@ -258,7 +258,7 @@ def test_a_missing_data_set_says_so_at_once_without_the_network(tmp_path, networ
     assert network == []
     message = str(caught.value)
     assert f"{name!r} is not prepared: there is no {tmp_path}" in message
-    assert f"python -m lipjax.training.prepare {name} --data_dir {tmp_path}" in message
+    assert f"lipjax prepare {name} --data_dir {tmp_path}" in message
     assert "pip install tensorflow-datasets" in message
 
 

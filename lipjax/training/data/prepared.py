@@ -64,7 +64,7 @@ def not_prepared(name: str, data_dir: pathlib.Path) -> UserError:
 
 def prepare_command(name: str, data_dir: pathlib.Path) -> str:
     download = "" if name == "imagenet" else " --download"
-    return f"python -m lipjax.training.prepare {name} --data_dir {data_dir}{download}"
+    return f"lipjax prepare {name} --data_dir {data_dir}{download}"
 
 
 def manual_dir(data_dir: pathlib.Path) -> pathlib.Path:
