@@ -10,7 +10,7 @@ import numpy as np
 
 from lipjax import _dft, operators, spectral
 from lipjax.bounds import LayerBound
-from lipjax.certify.float32_sums import LEAVES, MOVED, SUMS
+from lipjax.certify.float32_sums import LEAVES, MOST_JOINED, MOVED, SUMS
 from lipjax.errors import NotCertifiable
 from lipjax.network import Network
 from lipjax.numerics import ENLARGEMENT32, LARGEST, LEAST_NORMAL32, UNIT_ROUNDOFF32, gamma, gamma32
@@ -111,25 +111,29 @@ def _sum_before(ops: Sequence, i: int) -> int | None:
 
 
 def _merged(
-    ops: Sequence, found: Sequence[Local], copies: float = 1.0, joining: bool = False
-) -> tuple[list[Local], float, bool]:
+    ops: Sequence, found: Sequence[Local], copies: float = 1.0, joining: int = 0
+) -> tuple[list[Local], float, int]:
     """Where operators are merged, both numbers of a pair may be computed twice, with other roundings each time, and
     what follows a sum may join it.
 
-    copies: the factor by which the former enlarges what the last operator adds. joining: something behind all operators
-      may join a sum that ends them. Returns: the bounds, and both of what lies before all operators.
+    copies: the factor by which the former enlarges what the last operator adds. joining: how many biases and inputs of
+      blocks behind all operators may join a sum that ends them. Where more than `MOST_JOINED` may join one sum, nothing
+      is claimed. Returns: the bounds, and both of what lies before all operators.
     """
     enlarged = []
     for i, (op, local) in reversed(list(enumerate(zip(ops, found, strict=True)))):
         if isinstance(op, SUMS):
-            copies, local, joining = 1.0, dataclasses.replace(local, whole=not joining), False
+            copies, local = 1.0, dataclasses.replace(local, whole=not joining)
+            if joining + (local.bias is not None) > MOST_JOINED:
+                local = dataclasses.replace(local, absolute=math.inf)
+            joining = 0
         absolute, relative, parts, inner = local.absolute * copies, local.relative * copies, (), copies
         if isinstance(op, operators.Composite):
-            parts, inner, joining = _merged(op.parts(), local.parts, copies, joining=True)
+            parts, inner, joining = _merged(op.parts(), local.parts, copies, joining + 1)
         elif isinstance(op, operators.Bias):
-            joining |= _sum_before(ops, i) is None  # else that has counted it
+            joining += _sum_before(ops, i) is None  # else that has counted it
         elif local.terms is not None:
-            joining = False
+            joining = 0
         enlarged.append(dataclasses.replace(local, absolute=absolute, relative=relative, parts=tuple(parts)))
         # No product stands beside the sum of a residual block.
         copies = max(copies, inner) * (math.sqrt(2) * ENLARGEMENT32 if isinstance(op, _FOLDS) else 1.0)

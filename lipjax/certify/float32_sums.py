@@ -19,8 +19,10 @@ LEAVES = 2
 MOVED = 6
 # Of the distance between the values inside two evaluations: what float64 rounds, at most 2^-29 n for sums of n terms.
 _ALSO = 1 + 2.0**-6
-# Additions for n terms: n - 1, and two more for a bias and the input of a residual block, which may join the sum.
-_JOINED = 1
+# How many biases and inputs of residual blocks may join one sum; of more, nothing is claimed.
+MOST_JOINED = 2
+# Additions for n terms: n - 1, and one more for each that may join.
+_JOINED = MOST_JOINED - 1
 
 
 def sum_errors(

@@ -143,3 +143,22 @@ def test_networks_that_detect_the_order_of_summation():
             assert radius[0] > 0.9 * certificate.radii[0]
             points = image - weights / np.linalg.norm(weights) * radius[0] * (1 - 1e-9)
             assert not wrong(frozen, points, certificate.predictions).any()
+
+
+@pytest.mark.parametrize("biases", [1, 2, 3, 46, 200])
+def test_many_biases_that_join_one_sum(biases):
+    """Each is an addition more, as large as the sum: 1 + b + ... + b - 1 with b just below half an ulp gives 0."""
+    unit = 2.0**-24
+    bias = np.float64(np.float32(0.999 * unit))
+    ops = [("dense", operators.Dense(np.array([[1.0, -1.0]])))]
+    ops += [(f"bias{i}", operators.Bias(np.array([bias]), (1,))) for i in range(biases)]
+    frozen = FrozenNetwork(make_network(ops, operators.LinearHead(np.eye(2, 1), np.zeros(2))))
+    image = np.ones((1, 2))
+    proved = float(np.max(deployment.float32_error(frozen, image)))
+    total = np.float32(1)
+    for _ in range(biases):
+        total += np.float32(bias)
+    error = abs(float(total - np.float32(1)) - biases * bias)
+    assert error == biases * bias  # nothing of the biases is left
+    assert error <= proved
+    assert np.isfinite(proved) == (biases <= 2)  # of more nothing is claimed; two are counted
