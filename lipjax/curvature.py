@@ -107,7 +107,7 @@ def top_rivals(logits: Float[Array, "b k"], labels: Int[Array, " b"], num_rivals
     """
     if not 1 <= num_rivals < logits.shape[1]:
         raise ValueError(f"Expected 1 to {logits.shape[1] - 1} rivals of {logits.shape[1]} classes, got {num_rivals}.")
-    own = labels[:, None] == jnp.arange(logits.shape[1])
+    own = labels[:, None] == jnp.arange(logits.shape[1], dtype=labels.dtype)
     return jax.lax.top_k(jnp.where(own, -jnp.inf, logits), num_rivals)[1]
 
 

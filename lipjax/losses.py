@@ -15,7 +15,7 @@ PerExample = Float[Array, " b"]
 
 
 def _own_class(labels: Labels, num_classes: int):
-    return labels[:, None] == jnp.arange(num_classes)
+    return labels[:, None] == jnp.arange(num_classes, dtype=labels.dtype)
 
 
 def cross_entropy(logits: Logits, labels: Labels) -> PerExample:

@@ -39,7 +39,7 @@ def like(values, images):
 
 def margin_of(logits: Float[Array, "b k"], labels: Int[Array, " b"]) -> Float[Array, " b"]:
     """max_{i != label} logit_i - logit_label: (b,), positive where the class is another."""
-    own = labels[:, None] == jnp.arange(logits.shape[1])
+    own = labels[:, None] == jnp.arange(logits.shape[1], dtype=labels.dtype)
     return jnp.max(jnp.where(own, -jnp.inf, logits), axis=1) - jnp.sum(jnp.where(own, logits, 0.0), axis=1)
 
 

@@ -306,7 +306,7 @@ def _logits(network, x):
 
 def _judged(network, moved, y):
     out = network(moved)
-    return moved, jnp.argmax(out, axis=1) != y, margin_of(out, y)
+    return moved, jnp.argmax(out, axis=1).astype(y.dtype) != y, margin_of(out, y)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "num_steps", "box"))
@@ -329,7 +329,7 @@ def _shorten(network, x, moved, y):
     def halve(_, ends):
         right, wrong = ends
         middle = (right + wrong) / 2
-        still = like(jnp.argmax(network(middle), axis=1) != y, x)
+        still = like(jnp.argmax(network(middle), axis=1).astype(y.dtype) != y, x)
         return jnp.where(still, right, middle), jnp.where(still, middle, wrong)
 
     return jax.lax.fori_loop(0, _HALVINGS, halve, (x, moved))[1]

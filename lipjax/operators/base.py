@@ -234,13 +234,12 @@ class Isometric(Operator, Bounded):
 
 
 class Elementwise(Operator, Bounded):
-    """An activation that acts on every component alone, which loop transformation (LipLT) composes with linear maps.
+    """An activation that acts on every component alone, which loop transformation (LipLT) composes with linear maps."""
 
-    Attributes:
-      slope: the least interval [alpha, beta] with alpha (s - t) <= f(s) - f(t) <= beta (s - t) for all real s >= t.
-    """
-
-    slope: Any = (0.0, 1.0)
+    @property
+    @abc.abstractmethod
+    def slope(self) -> Any:
+        """The least (alpha, beta) with alpha (s - t) <= f(s) - f(t) <= beta (s - t) for all real s >= t: no default."""
 
     @property
     def out_shape(self):
@@ -264,9 +263,9 @@ class Composite(Operator, Bounded):
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
-        taken = {"__call__", "rounding_error"} & vars(cls).keys()
-        if taken:
-            raise TypeError(f"{cls.__name__} defines {min(taken)}, but parts() and adds_input define a Composite.")
+        for name in ("__call__", "rounding_error"):  # also of a class that stands before Composite among the bases
+            if getattr(cls, name) is not getattr(Composite, name):
+                raise TypeError(f"{cls.__name__} defines {name}, but parts() and adds_input define a Composite.")
 
     @abc.abstractmethod
     def parts(self) -> tuple:

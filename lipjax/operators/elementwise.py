@@ -23,6 +23,7 @@ class ReLU(Elementwise):
     """max(x, 0), with derivative 0 at 0."""
 
     in_shape: tuple[int, ...]
+    slope = (0.0, 1.0)
 
     def __call__(self, x):
         check_input(self, x)
@@ -66,6 +67,7 @@ class Tanh(Elementwise):
     """The hyperbolic tangent."""
 
     in_shape: tuple[int, ...]
+    slope = (0.0, 1.0)
 
     def __call__(self, x):
         check_input(self, x)
@@ -95,6 +97,7 @@ class Softplus(Elementwise):
     """log(1 + exp(x))."""
 
     in_shape: tuple[int, ...]
+    slope = (0.0, 1.0)
 
     def __call__(self, x):
         check_input(self, x)

@@ -205,9 +205,8 @@ def test_a_number_of_images_to_check_is_positive(lipjax_command, tmp_path, value
 FULL = """
 import resource, signal, sys
 import numpy as np
-from lipjax.certify import write_json
 from lipjax.errors import run_command
-from lipjax.certify.frozen import write_arrays
+from lipjax.files import write_arrays, write_json
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))  # as a disk that is full behind so many bytes
 """

@@ -57,7 +57,7 @@ def test_pgd_finds_the_closed_form_optimum(linear, key):
             one, label = jnp.asarray(images[i : i + 1]), jnp.asarray(labels[i : i + 1])
             radius = factor * distance[i]
             moved = attacks.pgd_l2(model, one, label, radius, key, num_steps=20)
-            assert (np.argmax(model(moved), 1)[0] != labels[i]) == succeeds
+            assert (int(np.argmax(model(moved), 1)[0]) != int(labels[i])) == succeeds
             # The objective is linear, so the optimum is the radius along w: its gap is known.
             gap = np.linalg.norm(model.w) * (radius - distance[i])
             found = (model(moved)[0, 1] - model(moved)[0, 0]) * (1 - 2 * labels[i])

@@ -25,6 +25,17 @@ from lipjax.training.loop import train
 REQUESTS = ("SIGTERM", "SIGHUP", "SIGUSR1")
 
 
+@pytest.fixture(autouse=True)
+def _as_a_terminal_starts_a_process():
+    """These tests may themselves run under nohup or behind an `&`, and would then start with signals ignored."""
+    handlers = dict.fromkeys((getattr(signal, name) for name in REQUESTS), signal.SIG_DFL)
+    handlers[signal.SIGINT] = signal.default_int_handler
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def launch(command):
     values = flags.FlagValues()
     cluster.define_flags(values)
