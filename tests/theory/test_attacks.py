@@ -14,6 +14,8 @@ from lipjax.attacks import lipschitz_search, pgd
 from lipjax.certify import FrozenNetwork
 from lipjax.network import make_network
 
+pytestmark = pytest.mark.mixed_dtypes
+
 SHAPE = (4, 4, 1)
 # What PGD may lack of the optimum on a linear function, as a fraction of the radius. In n steps of 2.5 epsilon / n the
 # tangent of half the angle to the optimum shrinks by exp(-2.5) or more: from a start at 135 degrees to 22 degrees and a

@@ -12,6 +12,8 @@ from training_helpers import quick_compiles  # noqa: F401
 from lipjax import attacks
 from lipjax.attacks import pgd, search
 
+pytestmark = pytest.mark.mixed_dtypes
+
 SHAPE = (6, 6, 1)
 STEPS = {"num_steps": 6, "num_queries": 60, "num_targets": 2, "batch_size": 16}
 MEMBERS = (

@@ -114,6 +114,7 @@ def nearest_attack(frozen, images, labels, radii):
     return attacks.attack_l2(live, images, labels, radii, num_steps=40).distances
 
 
+@pytest.mark.mixed_dtypes
 def test_frozen_certificates_hold_against_attack_and_are_larger_than_global_ones():
     frozen = frozen_network()
     images = np.random.default_rng(1).uniform(0.3, 0.7, (60, 2, 2, 1))

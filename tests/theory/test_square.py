@@ -13,6 +13,8 @@ from training_helpers import quick_compiles  # noqa: F401
 from lipjax import attacks
 from lipjax.attacks import square
 
+pytestmark = pytest.mark.mixed_dtypes
+
 SHAPE = (8, 8, 1)
 
 
