@@ -131,6 +131,7 @@ def compare(arguments) -> None:
 
 def train(arguments: list[str]) -> int:
     """Trains, certifies and reports; has flags of its own."""
+    import lipjax.training  # noqa: F401  first, because it says which packages are missing
     from lipjax.command import main as train_main
 
     return train_main(arguments)
