@@ -27,7 +27,7 @@ Vectors = dict[str, Float[Array, "..."]]
 
 def _needs_estimate(op) -> bool:
     """True if training estimates the operator's norm; a parametrisation may promise that it is at most 1."""
-    return isinstance(op, Estimated) and not op.nonexpansive
+    return not op.nonexpansive and isinstance(op, Estimated)
 
 
 def _estimated(name: str, op) -> list[tuple[str, Any]]:

@@ -77,7 +77,9 @@ class CircularConv(Linear, Bounded):
         self._set(fixed, paired, tuple(in_shape), nonexpansive)
         return self
 
-    rebuild = from_blocks
+    @classmethod
+    def rebuild(cls, **fields) -> Any:
+        return cls.from_blocks(**fields)
 
     def _arrays_text(self):
         outputs, inputs = sizes(self.fixed, 2)

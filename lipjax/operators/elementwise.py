@@ -23,7 +23,10 @@ class ReLU(Elementwise):
     """max(x, 0), with derivative 0 at 0."""
 
     in_shape: tuple[int, ...]
-    slope = (0.0, 1.0)
+
+    @property
+    def slope(self):
+        return 0.0, 1.0
 
     def __call__(self, x):
         check_input(self, x)
@@ -67,7 +70,10 @@ class Tanh(Elementwise):
     """The hyperbolic tangent."""
 
     in_shape: tuple[int, ...]
-    slope = (0.0, 1.0)
+
+    @property
+    def slope(self):
+        return 0.0, 1.0
 
     def __call__(self, x):
         check_input(self, x)
@@ -82,7 +88,10 @@ class Sigmoid(Elementwise):
     """The logistic function 1 / (1 + exp(-x))."""
 
     in_shape: tuple[int, ...]
-    slope = (0.0, 0.25)
+
+    @property
+    def slope(self):
+        return 0.0, 0.25
 
     def __call__(self, x):
         check_input(self, x)
@@ -97,7 +106,10 @@ class Softplus(Elementwise):
     """log(1 + exp(x))."""
 
     in_shape: tuple[int, ...]
-    slope = (0.0, 1.0)
+
+    @property
+    def slope(self):
+        return 0.0, 1.0
 
     def __call__(self, x):
         check_input(self, x)
