@@ -26,8 +26,8 @@ REAL = """
 import jax, jax.numpy as jnp
 @jax.jit
 def f(x):
-    ones = jnp.zeros((50, 50)) + 1.0
-    return x + jnp.sum(jax.lax.reduce_window(ones, 0.0, jax.lax.add, (20, 20), (1, 1), "SAME"))
+    ones = jnp.zeros((120, 120)) + 1.0
+    return x + jnp.sum(jax.lax.reduce_window(ones, 0.0, jax.lax.add, (40, 40), (1, 1), "SAME"))
 f(1.0).block_until_ready()
 """
 
