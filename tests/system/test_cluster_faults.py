@@ -22,7 +22,7 @@ LONG = {"num_epochs": 500, "checkpoint.every_epochs": 100, "checkpoint.every_ste
 # One process leaves in the middle by what is no Exception.
 LEAVES = """
 import sys
-from lipjax.training import run
+from lipjax import run
 if "--process_id={i}" in sys.argv:
     def leave(*_):
         raise {error}
