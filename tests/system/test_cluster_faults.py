@@ -118,7 +118,7 @@ def test_any_signal_to_one_process_stops_and_saves_all(tmp_path, number, code):
 @pytest.mark.nightly
 def test_a_signal_while_it_certifies_ends_all(tmp_path):
     preamble = (
-        "import time\nfrom lipjax.training import run\nrun.train = lambda *_: None\n"
+        "import time\nfrom lipjax import run\nrun.train = lambda *_: None\n"
         "run.certify_run = lambda workdir, *_: ((workdir / 'begun').touch(), time.sleep(600))\n"
     )
     (tmp_path / "run").mkdir()
