@@ -24,7 +24,7 @@ LEAVES = """
 import sys
 from lipjax import run
 if "--process_id={i}" in sys.argv:
-    def leave(*_):
+    def leave(*_, **__):
         raise {error}
     run.train = leave
 """
@@ -118,7 +118,7 @@ def test_any_signal_to_one_process_stops_and_saves_all(tmp_path, number, code):
 @pytest.mark.nightly
 def test_a_signal_while_it_certifies_ends_all(tmp_path):
     preamble = (
-        "import time\nfrom lipjax import run\nrun.train = lambda *_: None\n"
+        "import time\nfrom lipjax import run\nrun.train = lambda *_, **__: None\n"
         "run.certify_run = lambda workdir, *_: ((workdir / 'begun').touch(), time.sleep(600))\n"
     )
     (tmp_path / "run").mkdir()
