@@ -32,6 +32,7 @@ ROWS = (
 # Inside a room of several modules likewise: each row may import the rows before it. "html" is evaluation/html/.
 INSIDE = {
     "linalg": (("cholesky", "parts", "unit"), ("functions",)),
+    "conv": (("blocks", "maps", "response"), ("series",)),
     "spectral": (("arguments", "arithmetic", "verified"), ("estimates", "series", "symbol"), ("norms",)),
     "operators": (
         ("base",),
