@@ -11,7 +11,7 @@ import numpy as np
 
 from lipjax import conv
 from lipjax.numerics import ENLARGEMENT, LARGEST, SMALLEST, UNDERFLOW, gamma
-from lipjax.operators import Conv, CropChannels, Dense, Flatten, PadChannels, SpaceToDepth
+from lipjax.operators import Conv, Dense, Reordering
 from lipjax.spectral.arithmetic import exact_float64
 
 
@@ -62,10 +62,8 @@ def host_map(op, norm: float) -> HostMap | None:
     norm: its proved bound.
     """
     shapes = tuple(op.in_shape), tuple(op.out_shape)
-    if isinstance(op, (Flatten, SpaceToDepth, PadChannels, CropChannels)):
-        rows = (op.block, 0, op.block) if isinstance(op, SpaceToDepth) else (1, 0, 1)
-        window = None if isinstance(op, Flatten) or len(op.in_shape) != 3 else rows
-        return HostMap(*_reordering(op), *shapes, 1.0, 0.0, 0.0, window)
+    if isinstance(op, Reordering):
+        return HostMap(*op.host_maps(), *shapes, 1.0, 0.0, 0.0, op.window)
     if not isinstance(op, (Dense, Conv)):
         return None
     array = exact_float64(op.matrix if isinstance(op, Dense) else op.kernel, type(op).__name__)
@@ -88,33 +86,6 @@ def host_map(op, norm: float) -> HostMap | None:
     # ||A|| <= sqrt(|A|_1 |A|_inf); the sums round upwards by the factor.
     size = math.sqrt(rows * columns) * ENLARGEMENT
     return HostMap(*maps, *shapes, norm, gamma(terms + 4) * size, cost, window)
-
-
-def _reordering(op):
-    if isinstance(op, Flatten):
-        return (lambda x: x.reshape(len(x), -1)), (lambda y: y.reshape(len(y), *op.in_shape))
-    if isinstance(op, SpaceToDepth):
-        h, w, c = op.in_shape
-        k = op.block
-
-        def merge(x):
-            blocks = x.reshape(len(x), h // k, k, w // k, k, c).transpose(0, 1, 3, 5, 2, 4)
-            return blocks.reshape(len(x), *op.out_shape)
-
-        def split(y):
-            blocks = y.reshape(len(y), h // k, w // k, c, k, k).transpose(0, 1, 4, 2, 5, 3)
-            return blocks.reshape(len(y), h, w, c)
-
-        return merge, split
-    few, many = sorted((op.in_shape[-1], op.out_shape[-1]))
-
-    def pad(x):
-        return np.concatenate([x, np.zeros((*x.shape[:-1], many - few))], axis=-1)
-
-    def crop(x):
-        return np.ascontiguousarray(x[..., :few])
-
-    return (pad, crop) if isinstance(op, PadChannels) else (crop, pad)
 
 
 def _convolution(kernel: np.ndarray, op: Conv):

@@ -10,16 +10,11 @@ from lipjax.errors import NotCertifiable
 from lipjax.operators import (
     Bias,
     Composite,
-    CropChannels,
     Elementwise,
-    Flatten,
     Linear,
-    PadChannels,
-    SpaceToDepth,
+    Reordering,
     operator,
 )
-
-REORDERINGS = (Flatten, SpaceToDepth, PadChannels, CropChannels)
 
 
 @operator("inner", "outer", "skip", static=("slope",))
@@ -79,7 +74,7 @@ def check_slope(slope, name: str) -> tuple[float, float]:
 
 def is_linear(op) -> bool:
     """True if LipLT may take the operator as a linear map."""
-    return isinstance(op, (Linear, *REORDERINGS))
+    return isinstance(op, Linear | Reordering)
 
 
 def _end_shape(ops: Sequence, shape: tuple[int, ...], name: str) -> tuple[int, ...]:
@@ -197,7 +192,7 @@ class _Activation(NamedTuple):
 
 def _with_activations(named_ops, slope) -> list:
     """Puts an activation between every two maps; reorderings stay with the map before, or with the first one."""
-    maps = [i for i, (_, op) in enumerate(named_ops) if not isinstance(op, REORDERINGS)]
+    maps = [i for i, (_, op) in enumerate(named_ops) if not isinstance(op, Reordering)]
     slopes = list(slope) if isinstance(slope, Iterable) else [slope]
     if not any(isinstance(s, (tuple, list)) for s in slopes):
         slopes = [slope] * len(maps[1:])

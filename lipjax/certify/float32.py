@@ -103,9 +103,9 @@ def _locals(ops: Sequence, rows: list[LayerBound], terms: int = 0) -> tuple[list
 
 
 def _sum_before(ops: Sequence, i: int) -> int | None:
-    """The place of the sum whose values operator i gets, or the first channels of; None if it gets others."""
+    """The place of the sum whose values operator i gets, or a part of; None if it gets others."""
     i -= 1
-    while i >= 0 and isinstance(ops[i], operators.CropChannels):
+    while i >= 0 and isinstance(ops[i], operators.Crop | operators.CropChannels):
         i -= 1
     return i if i >= 0 and isinstance(ops[i], SUMS) else None
 
@@ -234,12 +234,13 @@ def _(op: operators.CircularConv, row: LayerBound, terms: int) -> Local:
     return Local(absolute, rest, sums, gain=gain, terms=max(sides), inner=norm)
 
 
-@_local.register(operators.Flatten)
-@_local.register(operators.SpaceToDepth)
-@_local.register(operators.PadChannels)
-@_local.register(operators.CropChannels)
-def _(op, row: LayerBound, terms: int) -> Local:
+def _of_reordering(op, row: LayerBound, terms: int) -> Local:
     return Local(terms=None)
+
+
+for _class in operators.OPERATORS.values():
+    if issubclass(_class, operators.Reordering):
+        _local.register(_class, _of_reordering)
 
 
 @_local.register(operators.ReLU)

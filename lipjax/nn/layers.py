@@ -66,10 +66,11 @@ def flatten(in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
 
 
 def named(module: nn.Module, ops: list) -> NamedOperators:
-    """Names the linear operators of a layer: <layer>/linear, or <layer>/<type> for those that reorder channels."""
+    """Names the linear operators of a layer: <layer>/linear, or <layer>/<type> for those that reorder, pad or crop."""
     name = module.name or type(module).__name__
-    reorderings = (operators.SpaceToDepth, operators.PadChannels, operators.CropChannels)
-    return [(f"{name}/{type(op).__name__.lower() if isinstance(op, reorderings) else 'linear'}", op) for op in ops]
+    return [
+        (f"{name}/{type(op).__name__.lower() if isinstance(op, operators.Reordering) else 'linear'}", op) for op in ops
+    ]
 
 
 _MEAN_RATE = 0.1  # as torch's batch normalisation

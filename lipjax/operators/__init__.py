@@ -18,6 +18,7 @@ from lipjax.operators.base import (
     Leaf,
     Linear,
     Operator,
+    Reordering,
     norm_per_image,
     operator,
     operator_class,
@@ -28,7 +29,7 @@ from lipjax.operators.exponential import ConvExponential
 from lipjax.operators.heads import LinearHead, MLPHead
 from lipjax.operators.linear import Bias, Conv, Dense, Normalize
 from lipjax.operators.pairs import Householder, Householder2, MaxMin, MaxPoolPairs, ProjectionPool
-from lipjax.operators.reshape import CropChannels, Flatten, PadChannels, SpaceToDepth
+from lipjax.operators.reshape import Crop, CropChannels, Flatten, PadChannels, SpaceToDepth, ZeroPad
 from lipjax.operators.residual import Residual
 from lipjax.operators.training_only import Centered, Contraction
 
@@ -39,6 +40,7 @@ OPERATORS = {
         CircularConv,
         Conv,
         ConvExponential,
+        Crop,
         CropChannels,
         Dense,
         Flatten,
@@ -55,6 +57,7 @@ OPERATORS = {
         Softplus,
         SpaceToDepth,
         Tanh,
+        ZeroPad,
     )
 }
 """The operators that a frozen network may be made of, by type name: a saved one is rebuilt from them."""
@@ -73,6 +76,7 @@ __all__ = [
     "Contraction",
     "Conv",
     "ConvExponential",
+    "Crop",
     "CropChannels",
     "Dense",
     "Elementwise",
@@ -94,11 +98,13 @@ __all__ = [
     "PadChannels",
     "ProjectionPool",
     "ReLU",
+    "Reordering",
     "Residual",
     "Sigmoid",
     "Softplus",
     "SpaceToDepth",
     "Tanh",
+    "ZeroPad",
     "norm_per_image",
     "operator",
     "operator_class",

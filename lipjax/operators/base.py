@@ -7,6 +7,7 @@ operator without it is refused by name, never taken for something harmless.
     Estimated    estimate(v, num_iters): the norm by power iteration, for training
     Linear       a linear map: Estimated, and adjoint(y)
     Isometric    1-Lipschitz by construction: Bounded
+    Reordering   moves numbers, appends zeros or leaves numbers out: Isometric, and adjoint(y)
     Elementwise  an activation of slopes in an interval, which loop transformation takes: Bounded
     Composite    made of other operators, its parts(), which every walk over a network enters
     Head         the last operator: pairs of classes are bounded instead of a norm
@@ -231,6 +232,39 @@ class Isometric(Operator, Bounded):
 
     def rounding_error(self, x):
         return jnp.zeros(x.shape[0], x.dtype)
+
+
+class Reordering(Isometric):
+    """A linear map that moves numbers, appends zeros or leaves numbers out: exact, of norm 1.
+
+    Subclasses define `_move` and `_move_back`, its adjoint, for NumPy arrays, which stay such, and JAX arrays.
+
+    Attributes:
+      window: (stride, low, size) where row p of the output holds numbers of the rows stride p - low + (0, ..., size -
+        1) of the input alone; None where rows mix.
+    """
+
+    @abc.abstractmethod
+    def _move(self, x) -> Any: ...
+
+    @abc.abstractmethod
+    def _move_back(self, y) -> Any: ...
+
+    @property
+    def window(self) -> tuple[int, int, int] | None:
+        return None
+
+    def __call__(self, x):
+        check_input(self, x)
+        return self._move(jnp.asarray(x))
+
+    def adjoint(self, y):
+        """A^T y for a batch (b, *out_shape): (b, *in_shape)."""
+        return self._move_back(jnp.asarray(y))
+
+    def host_maps(self):
+        """(x -> A x, y -> A^T y) for batches of NumPy arrays."""
+        return self._move, self._move_back
 
 
 class Elementwise(Operator, Bounded):

@@ -191,6 +191,15 @@ def apply(op, x, dtype):
             return np.concatenate([x, zeros], -1)
         case operators.CropChannels():
             return x[..., : op.channels]
+        case operators.ZeroPad():
+            (top, bottom), (left, right) = op.pads
+            zeros = 0 * np.repeat(x[:, :1], top + bottom, 1)
+            x = np.concatenate([zeros[:, :top], x, zeros[:, top:]], 1)
+            zeros = 0 * np.repeat(x[:, :, :1], left + right, 2)
+            return np.concatenate([zeros[:, :, :left], x, zeros[:, :, left:]], 2)
+        case operators.Crop():
+            (top, bottom), (left, right) = op.crops
+            return x[:, top : x.shape[1] - bottom, left : x.shape[2] - right]
         case operators.Residual():
             y = x
             for part in op.ops:
@@ -257,10 +266,13 @@ def circulant(rng, scale):
 def factored(rng, scale):
     """More pixels than one matrix of the transform takes."""
     blocks = draw(rng, 2, 3, 1, scale=scale), draw(rng, 35, 2, 3, 1, scale=scale)
-    return (9, 8, 1), [
+    return (8, 6, 1), [
+        operators.ZeroPad((8, 6, 1), ((0, 1), (1, 1))),
         operators.CircularConv.from_blocks(*blocks, (9, 8, 1)),
-        operators.Flatten((9, 8, 3)),
-        operators.Dense(draw(rng, 6, 216, scale=scale / 15)),
+        operators.Crop((9, 8, 3), ((1, 0), (1, 1))),
+        operators.Bias(draw(rng, 3, scale=scale), (8, 6, 3)),
+        operators.Flatten((8, 6, 3)),
+        operators.Dense(draw(rng, 6, 144, scale=scale / 15)),
         operators.MaxMin((6,)),
     ]
 

@@ -8,9 +8,11 @@ from lipjax import bounds
 from lipjax.bounds import host_map
 from lipjax.operators import (
     Conv,
+    Crop,
     CropChannels,
     PadChannels,
     SpaceToDepth,
+    ZeroPad,
 )
 
 ONE = ((1, 1), (1, 1))
@@ -63,6 +65,12 @@ CHAINS = {
         PadChannels((2, 3, 12), 14),
         Conv(np.ones((1, 3, 14, 5)), (2, 3, 14), 1, "ZERO"),
         CropChannels((2, 3, 5), 3),
+    ],
+    "padded": [
+        ZeroPad((3, 5, 2), ((2, 0), (0, 1))),
+        Conv(np.ones((3, 2, 2, 3)), (5, 6, 2), 1, "CIRCULAR"),
+        Crop((5, 6, 3), ((2, 0), (1, 0))),
+        Conv(np.ones((3, 3, 3, 2)), (3, 5, 3), 1, ONE),
     ],
 }
 

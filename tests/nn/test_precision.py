@@ -41,6 +41,7 @@ def examples():
         (operators.Conv(normal(3, 3, 6, 4), image, 2), dense),
         (operators.ConvExponential(skew, image, 3), 3 * dense),
         (operators.ConvExponential(skew, image, 3, fast_gradient=True), 3 * dense),
+        (operators.Crop(image, ((1, 0), (0, 2))), 0),
         (operators.CropChannels(image, 2), 0),
         (operators.Dense(normal(5, 6)), dense),
         (operators.Flatten(image), 0),
@@ -57,6 +58,7 @@ def examples():
         (operators.Softplus(image), 1),
         (operators.SpaceToDepth(image, 2), 0),
         (operators.Tanh(image), 1),
+        (operators.ZeroPad(image, ((1, 0), (0, 2))), 0),
         (operators.Centered(square), 3 * dense),
         (operators.Contraction(square), dense),
     ]

@@ -67,6 +67,8 @@ EXACT = (
     operators.SpaceToDepth,
     operators.PadChannels,
     operators.CropChannels,
+    operators.ZeroPad,
+    operators.Crop,
     operators.MaxMin,
     operators.MaxPoolPairs,
     operators.ReLU,

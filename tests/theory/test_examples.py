@@ -34,7 +34,7 @@ FUNCTIONS = (
     *(f"FrozenNetwork.{name}" for name in ("save", "load")),
 )
 CLASSES = (
-    *(f"operators.{name}" for name in ("Dense", "Conv", "ConvExponential", "CircularConv")),
+    *(f"operators.{name}" for name in ("Dense", "Conv", "ConvExponential", "CircularConv", "ZeroPad", "Crop")),
     "FrozenNetwork",
 )
 GLOBALS = {"jax": jax, "jnp": jnp, "np": np, "lipjax": lipjax}

@@ -84,6 +84,7 @@ MADE = {
     "ConvExponential(3x3, 2 -> 2, num_terms 6, nonexpansive, in (4, 4, 2))": operators.ConvExponential(
         np.zeros((3, 3, 2, 2)), SHAPE, 6, nonexpansive=True
     ),
+    "Crop(crops ((1, 0), (0, 2)), in (4, 4, 2))": operators.Crop(SHAPE, ((1, 0), (0, 2))),
     "CropChannels(channels 1, in (4, 4, 2))": operators.CropChannels(SHAPE, 1),
     "Dense(3 -> 5)": operators.Dense(np.zeros((5, 3))),
     "Flatten(in (4, 4, 2))": operators.Flatten(SHAPE),
@@ -100,6 +101,7 @@ MADE = {
     "Softplus(in (4, 4, 2))": operators.Softplus(SHAPE),
     "SpaceToDepth(block 2, in (4, 4, 2))": operators.SpaceToDepth(SHAPE, 2),
     "Tanh(in (4, 4, 2))": operators.Tanh(SHAPE),
+    "ZeroPad(pads ((1, 0), (0, 2)), in (4, 4, 2))": operators.ZeroPad(SHAPE, ((1, 0), (0, 2))),
     "LinearHead(4 -> 10)": operators.LinearHead(np.zeros((10, 4)), np.zeros(10)),
     "MLPHead(4 -> 7 -> 10)": operators.MLPHead(np.zeros((7, 4)), np.zeros(7), np.zeros((10, 7)), np.zeros(10)),
     "Normalize(in (4, 4, 2))": operators.Normalize(np.zeros(1), np.ones(1), SHAPE),

@@ -17,6 +17,7 @@ from lipjax.operators import (
     Contraction,
     Conv,
     ConvExponential,
+    Crop,
     CropChannels,
     Dense,
     Flatten,
@@ -36,6 +37,7 @@ from lipjax.operators import (
     Softplus,
     SpaceToDepth,
     Tanh,
+    ZeroPad,
 )
 
 IMAGE, EYE = (4, 4, 2), np.eye(2)
@@ -51,6 +53,7 @@ MADE = {
     Contraction: lambda: Contraction(Dense(EYE)),
     Conv: lambda: Conv(np.ones((3, 3, 2, 5)), IMAGE),
     ConvExponential: lambda: ConvExponential(np.zeros((3, 3, 2, 2)), IMAGE, 5),
+    Crop: lambda: Crop(IMAGE, ((1, 0), (0, 2))),
     CropChannels: lambda: CropChannels(IMAGE, 1),
     Dense: lambda: Dense(np.ones((3, 2))),
     Flatten: lambda: Flatten(IMAGE),
@@ -70,6 +73,7 @@ MADE = {
     Softplus: lambda: Softplus(IMAGE),
     SpaceToDepth: lambda: SpaceToDepth(IMAGE, 2),
     Tanh: lambda: Tanh(IMAGE),
+    ZeroPad: lambda: ZeroPad(IMAGE, ((1, 0), (0, 2))),
 }
 # ... and wrongly: by what, and what the message names.
 WRONG = [
@@ -89,6 +93,10 @@ WRONG = [
     (CircularConv, {"response": np.ones((4, 4, 2, 2), complex), "in_shape": IMAGE}, "Expected a response"),
     (CircularSeries, {"fixed": FIXED[:3]}, "Expected blocks"),
     (CircularSeries, {"out_channels": 5}, "at least 5 channels"),
+    (Crop, {"crops": ((2, 2), (0, 0))}, r"at least one of \(4, 4\) pixels"),
+    (Crop, {"crops": ((2, -1), (0, 0))}, "whole numbers >= 0"),
+    (ZeroPad, {"pads": ((2, -1), (0, 0))}, "whole numbers >= 0"),
+    (ZeroPad, {"in_shape": (32,)}, "expects images"),
     (CropChannels, {"channels": 3}, "between 1 and 2"),
     (Dense, {"matrix": np.ones(3)}, r"matrix \(out, in\), got shape \(3,\)"),
     (Dense, {"matrix": np.ones((3, 0))}, "not empty"),

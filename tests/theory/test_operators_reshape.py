@@ -1,12 +1,14 @@
 """Reorderings, appended and left-out channels: what they do, that they never stretch, and what they refuse."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lipjax import conv
-from lipjax.operators.reshape import CropChannels, Flatten, PadChannels, SpaceToDepth
+from lipjax.operators.reshape import Crop, CropChannels, Flatten, PadChannels, SpaceToDepth, ZeroPad
 
 OPERATORS = [
     Flatten((4, 6, 3)),
@@ -17,6 +19,10 @@ OPERATORS = [
     PadChannels((3,), 4),
     CropChannels((4, 6, 3), 2),
     CropChannels((4, 6, 3), 3),
+    ZeroPad((4, 6, 3), ((1, 2), (0, 3))),
+    ZeroPad((4, 6, 3), ((0, 0), (0, 0))),
+    Crop((4, 6, 3), ((1, 2), (0, 3))),
+    Crop((4, 6, 3), ((0, 0), (0, 0))),
 ]
 
 
@@ -26,9 +32,9 @@ def test_shapes_and_lengths(op, key):
     y = jax.jit(lambda op, x: op(x))(op, x)
     assert y.shape == (5, *op.out_shape) and y.dtype == x.dtype
     before, after = (np.linalg.norm(np.asarray(a).reshape(5, -1), axis=1) for a in (x, y))
-    if isinstance(op, CropChannels) and op.channels < op.in_shape[-1]:
+    if math.prod(op.out_shape) < math.prod(op.in_shape):
         assert (after < before).all()
-        one = jnp.zeros((1, *op.in_shape)).at[..., 0].set(1.0)
+        one = jnp.zeros((1, *op.in_shape)).at[:, 1, 1, 0].set(1.0)
         assert float(jnp.sum(op(one) ** 2)) == float(jnp.sum(one**2))  # 1 is attained
     else:
         np.testing.assert_allclose(after, before, rtol=1e-14)
@@ -38,6 +44,31 @@ def test_shapes_and_lengths(op, key):
     assert leaves == [] and jax.tree.unflatten(tree, []).out_shape == op.out_shape
 
 
+@pytest.mark.parametrize("op", OPERATORS, ids=repr)
+def test_adjoints_and_maps_of_the_host(op, key):
+    """Against the transpose of the map's matrix; NumPy arrays are moved as JAX arrays are, bit for bit."""
+    matrix = np.asarray(op(jnp.eye(math.prod(op.in_shape)).reshape(-1, *op.in_shape)))
+    matrix = matrix.reshape(len(matrix), -1).T
+    assert set(np.unique(matrix)) <= {0.0, 1.0} and matrix.sum(0).max() == matrix.sum(1).max() == 1
+    x, y = (np.asarray(jax.random.normal(key, (2, *shape))) for shape in (op.in_shape, op.out_shape))
+    back = np.asarray(op.adjoint(y))
+    np.testing.assert_array_equal(back.reshape(2, -1), y.reshape(2, -1) @ matrix)
+    forward, adjoint = op.host_maps()
+    for moved, expected in ((forward(x), op(x)), (adjoint(y), back)):
+        assert isinstance(moved, np.ndarray)
+        np.testing.assert_array_equal(moved, expected)
+
+
+@pytest.mark.parametrize("op", [op for op in OPERATORS if op.window is not None], ids=repr)
+def test_windows_are_the_rows_that_are_read(op):
+    stride, low, size = op.window
+    for row in range(op.in_shape[0]):
+        y = np.asarray(op(jnp.zeros((1, *op.in_shape)).at[:, row].set(1.0)))[0]
+        reached = np.flatnonzero(y.reshape(len(y), -1).any(1))
+        reading = [p for p in range(len(y)) if stride * p - low <= row < stride * p - low + size]
+        np.testing.assert_array_equal(reached, reading)
+
+
 def test_values(key):
     x = jax.random.normal(key, (2, 4, 6, 3))
     np.testing.assert_array_equal(SpaceToDepth((4, 6, 3), 2)(x), conv.space_to_depth(x, 2))
@@ -45,6 +76,9 @@ def test_values(key):
     np.testing.assert_array_equal(wide[..., :3], x)
     assert not wide[..., 3:].any()
     np.testing.assert_array_equal(CropChannels((4, 6, 3), 2)(x), x[..., :2])
+    margins = ((1, 2), (0, 3))
+    np.testing.assert_array_equal(ZeroPad((4, 6, 3), margins)(x), np.pad(x, ((0, 0), *margins, (0, 0))))
+    np.testing.assert_array_equal(Crop((4, 6, 3), margins)(x), x[:, 1:2, :3])
 
 
 @pytest.mark.parametrize(
@@ -56,6 +90,12 @@ def test_values(key):
         (lambda: PadChannels((4, 6, 3), 2), "at least 3"),
         (lambda: CropChannels((4, 6, 3), 4), "between 1 and 3"),
         (lambda: CropChannels((4, 6, 3), 0), "between 1 and 3"),
+        (lambda: ZeroPad((12,), ((1, 1), (1, 1))), "images"),
+        (lambda: ZeroPad((4, 6, 3), ((1, -1), (1, 1))), "whole numbers >= 0, got"),
+        (lambda: Crop((4, 6, 3), ((1, 1), (3, 3))), r"at least one of \(4, 6\) pixels"),
+        (lambda: Crop((6,), ((1, 1), (3, 3))), "images"),
+        (lambda: Crop((4, 6, 3), ((-1, 1), (3, 2))), "whole numbers >= 0, got"),
+        (lambda: Crop((4, 6, 3), ((1, 1), (1, 1)))(jnp.zeros((1, 2, 4, 3))), "expects a batch"),
         (lambda: PadChannels((4, 6, 3), 4)(jnp.zeros((1, 4, 6, 4))), "expects a batch"),
     ],
 )
