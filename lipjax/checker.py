@@ -12,6 +12,28 @@ accepts is proved by its own arithmetic: no stored number is believed but as a c
 added to a bound, a margin or a radius. (That a rival limits a radius is stated but for the rounding of evaluations.)
 Sections (§) are those of docs/soundness.md, which derives every constant, and whose assumptions about IEEE arithmetic,
 BLAS and LAPACK (§0) are those of this file, too.
+
+Contents, each part under a line of dashes:
+
+    Arithmetic          the rounding mode is tested; fractions and bounds rounded up                      §0, §1
+    Norms of matrices   a claimed norm is proved by floating Cholesky                                     §1, §4a
+    Norms of            the same for convolutions: per frequency, dense, or for maps of every size;       §2, §3, §3a
+      convolutions        how convolutions are evaluated
+    Truncated           the supremum of SOC's series on an interval                                       §9
+      exponential
+    Functions           exp, softplus, sigmoid and tanh with proved errors                                §11.4
+    Operators           each proves its Lipschitz constant, evaluates and bounds its rounding;            §4 to §7, §9,
+                          OPERATORS lists them                                                              §10, §10a
+    Heads               constants of logit differences, curvatures, radii by minorants                    §6, §11
+    Loop transformation norms of chains, and the constants that follow (LipLT)                            §12
+    Files               JSON, safetensors and npz, read with limits
+    One run             its files and findings; `prove` calls everything below in turn
+    The network         hashes; operators made of layout and arrays
+    The bounds          every operator's constant, and the table of logit differences                     §1 to §6, §12
+    The images          form, class, margin and radius of every row                                       §7, §8, §11
+    The report          accuracies follow from the rows
+    Numbers as text     rounding of what is shown, radii, hashes, draws                                   §8
+    What to call        check, run, main
 """
 
 import os
@@ -20,6 +42,7 @@ for _library in ("OPENBLAS_NUM", "OMP_NUM", "MKL_NUM", "BLIS_NUM", "VECLIB_MAXIM
     os.environ[f"{_library}_THREADS"] = "1"  # read when NumPy is imported
 
 import argparse  # noqa: E402
+import dataclasses  # noqa: E402
 import decimal  # noqa: E402
 import functools  # noqa: E402
 import hashlib  # noqa: E402
@@ -98,18 +121,23 @@ class Unreadable(Exception):
 
 
 class TooLarge(Unreadable):
-    """What would cost more than the limits allow: exit code 2."""
+    """A check that would cost more than the limits allow: exit code 2."""
 
 
 class Unproved(Exception):
     """A statement that this checker cannot prove: exit code 1."""
 
 
+@dataclasses.dataclass
 class Budget:
-    """What may still be spent: `factor` times the limits."""
+    """The limits of work and memory, times `factor`, and the work that is spent already."""
 
-    def __init__(self, factor: int | float = 1.0):
-        self.factor, self.allowed, self.spent = factor, WORK * factor, 0.0
+    factor: int | float = 1.0
+    allowed: int | float = dataclasses.field(init=False)
+    spent: int | float = dataclasses.field(init=False, default=0.0)
+
+    def __post_init__(self) -> None:
+        self.allowed = WORK * self.factor
 
     def _refuse(self, place: str, needed: int | float, limit: int | float, unit: str) -> None:
         if not needed <= limit:
@@ -134,7 +162,45 @@ class Budget:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Arithmetic
+# Arithmetic: the rounding mode, fractions, bounds rounded up (§0, §1)
+
+
+@functools.cache
+def arithmetic_cases() -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Operands a and b, and by the operation's name the results to nearest: by integers, which no mode changes.
+
+    In every other direction, upward, downward and toward zero, some result of each operation is another; so is a sum
+    where registers are longer than a double.
+    """
+    ulp = Fraction(1, 2**52)
+    a = [1, 1, 1, 1 + ulp, 1 + ulp, 3, 10, 7, 2, 5]
+    b = [ulp / 2, ulp * 3 / 4, ulp / 2 + ulp / 2**12, 1 + ulp, Fraction(3, 2), 7, 3, 10, 3, 11]
+    a, b = a + [-x for x in a], b + b
+    exact = {"+": [x + s * y for x, y, s in zip(a, b, [1] * 10 + [-1] * 10, strict=True)]}
+    exact["*"] = [x * y for x, y in zip(a, b, strict=True)]
+    exact["/"] = [x / Fraction(y) for x, y in zip(a, b, strict=True)]
+    exact["sqrt"] = [Fraction(math.isqrt(abs(x.numerator << 400) // x.denominator), 2**200) for x in map(Fraction, a)]
+    results = {name: np.array([float(Fraction(x)) for x in values]) for name, values in exact.items()}
+    return np.array([float(x) for x in a]), np.array([float(y) for y in b]), results
+
+
+def arithmetic_problem() -> str | None:
+    """Says what is wrong with the arithmetic of this thread; None if it rounds to nearest and has subnormal numbers."""
+    a, b, expected = arithmetic_cases()
+    signed = np.copysign(b, a)
+    found = {"+": a + signed, "*": a * b, "/": a / b, "sqrt": np.sqrt(np.abs(a))}
+    through_blas = np.stack([a, signed], axis=1) @ np.ones((2, 2))
+    sums = np.stack([expected["+"]] * 2, axis=1)
+    if not (
+        np.array_equal(through_blas, sums) and all(np.array_equal(found[name], expected[name]) for name in expected)
+    ):
+        return (
+            "this process does not round to nearest (another rounding mode is set), against what the proofs assume (§0)"
+        )
+    small = np.array([2.0**-1022, 2.0**-1073, 2.0**-1074]) * np.array([0.5, 0.5, 2.0])
+    if not np.array_equal(small, [2.0**-1023, 2.0**-1074, 2.0**-1073]):
+        return "this process flushes subnormal numbers to zero, against what the proofs assume (§0)"
+    return None
 
 
 def gamma(k: int) -> Fraction:
@@ -246,11 +312,11 @@ def _circle(n: int, divisor: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Norms: claims that are proved by floating Cholesky (§1)
+# Norms of matrices: claims that are proved by floating Cholesky (§1, §4a)
 
 
 def is_below(grams: np.ndarray, error: Fraction, limit: Fraction) -> bool:
-    """Whether lambda_max(G) <= limit is proved of every matrix of a stack (b, n, n), each known up to `error`.
+    """True if lambda_max(G) <= limit is proved of every matrix of a stack (b, n, n), each known up to `error`.
 
     Cholesky of s I - G completes for the largest s that leaves room for its own backward error,
     gamma / (1 - gamma) trace(s I - G), and the rounding of the diagonal, 2 u max (§1, Demmel's bound): gamma_(n+2)
@@ -298,7 +364,7 @@ def grams_of(blocks: np.ndarray) -> tuple[np.ndarray, Fraction]:
 
 
 def norms_below(blocks: np.ndarray, limit: Fraction) -> bool:
-    """Whether |W| <= limit is proved of all scaled matrices of a stack (b, m, n).
+    """True if |W| <= limit is proved of all scaled matrices of a stack (b, m, n).
 
     First by the distance from a multiple of the identity, lambda_max(G) <= c + |G - c I|_F + error (§4a), which holds
     for every c and is much closer where the matrices are orthogonal; then by Cholesky.
@@ -322,25 +388,49 @@ def norms_below(blocks: np.ndarray, limit: Fraction) -> bool:
 
 
 def matrix_below(matrix: np.ndarray, limit: Fraction) -> bool:
-    """Whether |W| <= limit is proved of a real matrix of any size."""
+    """True if |W| <= limit is proved of a real matrix of any size."""
     if not matrix.any():
         return limit >= 0
     unit, exponent = scaled(matrix)
     return norms_below(unit[None], limit / Fraction(2) ** exponent)
 
 
+def matrix_effort(m: int, n: int, factor: int = 1) -> tuple[int | float, int | float]:
+    """About how many multiplications `norms_below` takes for a matrix (m, n), and how many numbers it holds at once.
+
+    factor: 4 for complex numbers.
+    """
+    side = min(m, n)
+    return factor * (float(m) * n * side + float(side) ** 3) + PASS * (
+        4.0 * m * n + 6.0 * side**2
+    ), 3.0 * m * n + 6.0 * side**2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Norms of convolutions (§2, §3, §3a), and how they are evaluated
+
+
+@dataclasses.dataclass
 class Axis:
     """One axis of a convolution: y[i] = sum_t K[t] x[s i + t - lo], x zero outside [0, size) or periodic (§2)."""
 
-    def __init__(self, taps: int, size: int, stride: int, low: int, high: int, circular: bool):
-        self.taps, self.size, self.stride, self.low, self.circular = taps, size, stride, low, circular
-        if circular and size % stride:
-            raise Unproved(f"a circular convolution of stride {stride} on {size} pixels")
-        self.out = (size + low + high - taps) // stride + 1
+    taps: int
+    size: int  # pixels
+    stride: int
+    low: int  # padding before the first pixel
+    high: int  # and after the last one
+    circular: bool
+    out: int = dataclasses.field(init=False)  # outputs
+    used: list[int] = dataclasses.field(init=False)  # taps that meet a pixel: others multiply zeros
+
+    def __post_init__(self) -> None:
+        """Raises: Unproved for an axis of no output, or a circular one that strides do not divide."""
+        if self.circular and self.size % self.stride:
+            raise Unproved(f"a circular convolution of stride {self.stride} on {self.size} pixels")
+        self.out = (self.size + self.low + self.high - self.taps) // self.stride + 1
         if self.out < 1:
-            raise Unproved(f"a kernel of {taps} taps does not fit {size} pixels")
-        # A tap that meets only padding multiplies zeros.
-        self.used = [t for t in range(taps) if circular or self.reach(t) is not None]
+            raise Unproved(f"a kernel of {self.taps} taps does not fit {self.size} pixels")
+        self.used = [t for t in range(self.taps) if self.circular or self.reach(t) is not None]
 
     def reach(self, t: int) -> tuple[int, int] | None:
         """The first and last of the outputs for which tap t meets a pixel, and not padding; None without one."""
@@ -350,11 +440,11 @@ class Axis:
 
     @property
     def span(self) -> int:
-        """How many pixels all outputs read, those of the padding included."""
+        """The number of pixels that all outputs read, those of the padding included."""
         return self.stride * (self.out - 1) + self.taps
 
     def admits(self, grid: int, twist: int) -> bool:
-        """Whether the map is a compression of the one on `grid` blocks, periodic up to the sign (-1)^twist (§2)."""
+        """True if the map is a compression of the one on `grid` blocks, periodic up to the sign (-1)^twist (§2)."""
         if self.circular:
             return grid == self.size // self.stride and twist == 0
         if grid > 4 * (self.out + self.size + self.taps):  # no proof needs as large a one, nor would it fit memory
@@ -372,7 +462,7 @@ class Axis:
 
 
 def conv_below(kernel: np.ndarray, axes: tuple[Axis, Axis], method: str, details: dict, limit: Fraction) -> bool:
-    """Whether |conv| <= limit is proved of the convolution with a kernel HWIO, by the method that is claimed.
+    """True if |conv| <= limit is proved of the convolution with a kernel HWIO, by the method that is claimed.
 
     Raises: Unproved for a method or grid that proves nothing.
     """
@@ -430,6 +520,89 @@ def conv_below(kernel: np.ndarray, axes: tuple[Axis, Axis], method: str, details
     return all(in_threads(prove, chunks, 12 * size * max(taps[0].size, len(taps))))
 
 
+def conv_axes(kernel: np.ndarray, in_shape, steps, padding) -> tuple[Axis, Axis]:
+    """Raises: Unproved for a padding that is not known."""
+    sides = kernel.shape[:2]
+    low = [(k - 1) // 2 for k in sides]
+    if padding == "ZERO":
+        pads = [(p, p) for p in low]
+    elif padding == "VALID":
+        pads = [(0, 0), (0, 0)]
+    elif padding == "CIRCULAR":
+        pads = [(p, k - 1 - p) for p, k in zip(low, sides, strict=True)]
+    else:
+        pairs = isinstance(padding, list) and len(padding) == 2
+        need(pairs and all(isinstance(p, list) and len(p) == 2 for p in padding), f"padding {padding!r}")
+        pads = [tuple(p) for p in padding]
+        need(all(type(n) is int and 0 <= n < 2**20 for p in pads for n in p), f"padding {padding!r}")
+    circular = padding == "CIRCULAR"
+    first, second = (Axis(sides[a], in_shape[a], steps[a], pads[a][0], pads[a][1], circular) for a in range(2))
+    read = first.span * second.span * kernel.shape[2]
+    need(read <= TERMS, f"an image of {read:,} numbers with its padding, and {TERMS:,} is the most")
+    return first, second
+
+
+def conv_cost(kernel: np.ndarray, axes: tuple[Axis, Axis]) -> int | float:
+    """About how many multiplications `convolve` takes for one image."""
+    (kh, kw, c, o), (rows, columns) = kernel.shape, axes
+    places = rows.out * columns.out
+    # A call of NumPy per tap is shared by the images of a batch.
+    calls = CALL / max(1, min(64, CHUNK // (places * o)))
+    return kh * kw * (places * (c * o + PASS * (c + 2.0 * o)) + 3 * calls) + 2.0 * PASS * kernel.size
+
+
+def convolve(x: np.ndarray, kernel: np.ndarray, axes: tuple[Axis, Axis]) -> np.ndarray:
+    """The convolution of a batch (b, h, w, c), tap by tap: at most kh kw c roundings reach a product."""
+    rows, columns = axes
+    if rows.circular:
+        spans = [np.arange(-a.low, a.stride * (a.out - 1) + a.taps - a.low) % a.size for a in axes]
+        x = x[:, spans[0]][:, :, spans[1]]
+    total = np.zeros((len(x), rows.out, columns.out, kernel.shape[3]))
+
+    def reach(axis: Axis, t: int) -> tuple[slice, slice] | None:
+        """The outputs that tap t has an input for, and these inputs."""
+        if axis.circular:
+            return slice(0, axis.out), slice(t, t + axis.stride * (axis.out - 1) + 1, axis.stride)
+        found = axis.reach(t)
+        if found is None:
+            return None
+        first, last = (axis.stride * i + t - axis.low for i in found)
+        return slice(found[0], found[1] + 1), slice(first, last + 1, axis.stride)
+
+    for t1 in range(rows.taps):
+        for t2 in range(columns.taps):
+            places: Any = (reach(rows, t1), reach(columns, t2))
+            if places[0] is None or places[1] is None:
+                continue
+            (o1, i1), (o2, i2) = places
+            part = np.ascontiguousarray(x[:, i1, i2])
+            image = part.reshape(-1, part.shape[3]) @ kernel[t1, t2]
+            total[:, o1, o2] += image.reshape(*part.shape[:3], -1)
+    return total
+
+
+def convolve_back(y: np.ndarray, kernel: np.ndarray, axes: tuple[Axis, Axis]) -> np.ndarray:
+    """The adjoint of `convolve`: at most kh kw o roundings reach a product."""
+    rows, columns = axes
+    spans = [a.stride * (a.out - 1) + a.taps for a in axes]
+    spread = np.zeros((len(y), *spans, kernel.shape[2]))
+    flat = y.reshape(-1, y.shape[3])
+    for t1 in range(rows.taps):
+        for t2 in range(columns.taps):
+            image = (flat @ kernel[t1, t2].T).reshape(*y.shape[:3], -1)
+            places = (slice(t, t + a.stride * (a.out - 1) + 1, a.stride) for t, a in zip((t1, t2), axes, strict=True))
+            spread[:, *places] += image
+    for number_, axis in enumerate(axes, 1):
+        moved = np.moveaxis(spread, number_, 0)
+        folded = np.zeros((axis.size, *moved.shape[1:]))
+        for place, part in enumerate(moved):
+            index = place - axis.low
+            if axis.circular or 0 <= index < axis.size:
+                folded[index % axis.size] += part
+        spread = np.moveaxis(folded, 0, number_)
+    return np.ascontiguousarray(spread)
+
+
 def block_taps(kernel: np.ndarray, axes: tuple[Axis, Axis], rows: Any, columns: Any) -> tuple[np.ndarray, np.ndarray]:
     """The taps of blocks of s pixels, which make the stride 1: t - lo = s q + rho (§2).
 
@@ -447,7 +620,7 @@ def block_taps(kernel: np.ndarray, axes: tuple[Axis, Axis], rows: Any, columns: 
 
 
 def autocorrelation_below(kernel: np.ndarray, axes: tuple[Axis, Axis], limit: Fraction) -> bool:
-    """Whether the norm is at most `limit` on maps of every size, padded in any way, by the taps alone (§3a).
+    """True if the norm is at most `limit` on maps of every size, padded in any way, by the taps alone (§3a).
 
     With C_d = sum_q P_q^T P_(q+d), the symbol's Gram matrix is G = C_0 + sum over one d of each pair +-d of
     (C_d + C_d^T) cos + i (C_d - C_d^T) sin of some angle, and the two parts of a summand are its real and imaginary
@@ -519,14 +692,6 @@ def conv_effort(shape: tuple, axes: tuple[Axis, Axis], method: str, details: dic
     return work, numbers + 12.0 * frequencies + 12.0 * max(o * n, blocks)
 
 
-def matrix_effort(m: int, n: int, factor: int = 1) -> tuple[int | float, int | float]:
-    """As `conv_effort` of a matrix (m, n) in `norms_below`. factor: 4 for complex numbers."""
-    side = min(m, n)
-    return factor * (float(m) * n * side + float(side) ** 3) + PASS * (
-        4.0 * m * n + 6.0 * side**2
-    ), 3.0 * m * n + 6.0 * side**2
-
-
 def dense_conv_below(kernel: np.ndarray, axes: tuple[Axis, Axis], limit: Fraction) -> bool:
     """As `conv_below` by the Gram matrix of the dense operator T, of all inputs. kernel: scaled.
 
@@ -566,8 +731,12 @@ def dense_conv_below(kernel: np.ndarray, axes: tuple[Axis, Axis], limit: Fractio
     return is_below(gram.reshape(1, side, side), error, limit**2)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Truncated exponential of a skew convolution (§9)
+
+
 def series_below(num_terms: int, norm: Fraction, limit: Fraction) -> bool:
-    """Whether |S_p(i theta)| <= limit is proved for 0 <= theta <= norm, S_p the truncated exponential (§9).
+    """True if |S_p(i theta)| <= limit is proved for 0 <= theta <= norm, S_p the truncated exponential (§9).
 
     limit^2 - |S_p|^2 is a polynomial in theta^2 with rational coefficients. On an interval it is not negative where its
     Bernstein coefficients are not; where they are, the interval is halved. All exact, in integers.
@@ -663,7 +832,8 @@ def softplus_error(value: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Operators. Each checks its fields, proves a claimed Lipschitz constant, evaluates, and bounds its rounding (§6, §7)
+# Operators: each checks its fields, proves a claimed Lipschitz constant, evaluates, and bounds its rounding
+# (§4 to §7, §9, §10, §10a). A new one is one class, put into OPERATORS
 
 
 def is_shape(value: Any) -> bool:
@@ -677,23 +847,13 @@ class Operator:
     settings: tuple[str, ...] = ("in_shape",)
     # What a certificate may call its proof: another name would say something else of the operator than is proved.
     methods: tuple[str, ...] = ("exact: a reordering",)
-    # What the two name in one subclass or another: finite float64 arrays, and JSON values.
-    bias: np.ndarray
-    direction: np.ndarray
-    directions: np.ndarray
-    fixed: np.ndarray
-    kernel: np.ndarray
-    matrix: np.ndarray
-    mean: np.ndarray
-    paired: np.ndarray
-    std: np.ndarray
-    block: Any
-    ops: Any
-    channels: Any
-    negative_slope: Any
-    num_terms: Any
-    padding: Any
-    strides: Any
+    # LipLT takes linear maps, translations and `Elementwise` activations, and refuses all others (§12).
+    linear = translation = False
+    # True if the operator only gives images another shape, without moving a number.
+    only_reshapes = False
+
+    in_shape: tuple[int, ...]
+    claim: Fraction  # the Lipschitz constant that its certificate states; 0 until then
 
     def __init__(self, fields: dict[str, Any]):
         for name, value in fields.items():
@@ -707,8 +867,6 @@ class Operator:
         self.prepare()
         need(math.prod(self.out_shape) <= TERMS, f"{self.out_shape} has more than {TERMS:,} numbers")
 
-    in_shape: tuple[int, ...]
-
     @property
     def out_shape(self) -> tuple[int, ...]:
         return self.in_shape
@@ -717,7 +875,7 @@ class Operator:
         """Raises: Unproved where a field is not what the operator needs."""
 
     def proves(self, claim: Fraction, method: str, details: dict) -> bool:
-        """Whether the claimed Lipschitz constant is proved."""
+        """True if the claimed Lipschitz constant is proved."""
         return claim >= 1
 
     def named(self, method: Any) -> str:
@@ -757,7 +915,7 @@ class Operator:
 
 
 def fits(array: np.ndarray) -> bool:
-    """Whether entries are 0 or between 2^-100 and 2^100, so that no composition underflows or overflows (§12.2)."""
+    """True if entries are 0 or between 2^-100 and 2^100, so that no composition underflows or overflows (§12.2)."""
     sizes = np.abs(array[array != 0])
     return not sizes.size or bool(sizes.max() <= 2.0**100 and sizes.min() >= 2.0**-100)
 
@@ -768,8 +926,12 @@ def need(condition: bool, message: str) -> None:
 
 
 class Normalize(Operator):
+    """(x - mean) / std, channel by channel: the first of all."""
+
     arrays = ("mean", "std")
     methods = ("exact: 1 / min(input_std)",)
+    mean: np.ndarray
+    std: np.ndarray
 
     def prepare(self):
         allowed = ((1,), (self.in_shape[-1],))
@@ -787,8 +949,12 @@ class Normalize(Operator):
 
 
 class Bias(Operator):
+    """x + bias, channel by channel."""
+
     arrays = ("bias",)
     methods = ("exact: a translation",)
+    translation = True
+    bias: np.ndarray
 
     def prepare(self):
         # A bias of another length would broadcast, and copying an input is no translation.
@@ -802,8 +968,13 @@ class Bias(Operator):
 
 
 class Dense(Operator):
+    """A matrix (o, i) on vectors."""
+
     arrays, settings = ("matrix",), ()
     methods = (ZERO, "Cholesky of the Gram matrix")
+    linear = True
+    matrix: np.ndarray
+    size: np.ndarray  # the moduli of its transpose
 
     def prepare(self):
         need(self.matrix.ndim == 2 and self.matrix.size > 0, f"a matrix of shape {self.matrix.shape}")
@@ -842,8 +1013,15 @@ class Dense(Operator):
 
 
 class Conv(Operator):
+    """A convolution with a kernel HWIO (§2, §3)."""
+
     arrays, settings = ("kernel",), ("in_shape", "strides", "padding")
     methods = (ZERO, ONLY_TAP, DENSE, PER_FREQUENCY, EVERYWHERE)
+    linear = True
+    kernel: np.ndarray
+    strides: Any  # JSON values
+    padding: Any
+    axes: tuple[Axis, Axis]
 
     def prepare(self):
         need(
@@ -884,95 +1062,18 @@ class Conv(Operator):
         return rounding(terms) * GUARD * lengths(convolve(np.abs(x), np.abs(self.kernel), self.axes))
 
 
-def conv_axes(kernel: np.ndarray, in_shape, steps, padding) -> tuple[Axis, Axis]:
-    """Raises: Unproved for a padding that is not known."""
-    sides = kernel.shape[:2]
-    low = [(k - 1) // 2 for k in sides]
-    if padding == "ZERO":
-        pads = [(p, p) for p in low]
-    elif padding == "VALID":
-        pads = [(0, 0), (0, 0)]
-    elif padding == "CIRCULAR":
-        pads = [(p, k - 1 - p) for p, k in zip(low, sides, strict=True)]
-    else:
-        pairs = isinstance(padding, list) and len(padding) == 2
-        need(pairs and all(isinstance(p, list) and len(p) == 2 for p in padding), f"padding {padding!r}")
-        pads = [tuple(p) for p in padding]
-        need(all(type(n) is int and 0 <= n < 2**20 for p in pads for n in p), f"padding {padding!r}")
-    circular = padding == "CIRCULAR"
-    first, second = (Axis(sides[a], in_shape[a], steps[a], pads[a][0], pads[a][1], circular) for a in range(2))
-    read = first.span * second.span * kernel.shape[2]
-    need(read <= TERMS, f"an image of {read:,} numbers with its padding, and {TERMS:,} is the most")
-    return first, second
-
-
-def conv_cost(kernel: np.ndarray, axes: tuple[Axis, Axis]) -> int | float:
-    """About how many multiplications `convolve` takes for one image."""
-    (kh, kw, c, o), (rows, columns) = kernel.shape, axes
-    places = rows.out * columns.out
-    # A call of NumPy per tap is shared by the images of a batch.
-    calls = CALL / max(1, min(64, CHUNK // (places * o)))
-    return kh * kw * (places * (c * o + PASS * (c + 2.0 * o)) + 3 * calls) + 2.0 * PASS * kernel.size
-
-
-def convolve(x: np.ndarray, kernel: np.ndarray, axes: tuple[Axis, Axis]) -> np.ndarray:
-    """The convolution of a batch (b, h, w, c), tap by tap: at most kh kw c roundings reach a product."""
-    rows, columns = axes
-    if rows.circular:
-        spans = [np.arange(-a.low, a.stride * (a.out - 1) + a.taps - a.low) % a.size for a in axes]
-        x = x[:, spans[0]][:, :, spans[1]]
-    total = np.zeros((len(x), rows.out, columns.out, kernel.shape[3]))
-
-    def reach(axis: Axis, t: int) -> tuple[slice, slice] | None:
-        """The outputs that tap t has an input for, and these inputs."""
-        if axis.circular:
-            return slice(0, axis.out), slice(t, t + axis.stride * (axis.out - 1) + 1, axis.stride)
-        found = axis.reach(t)
-        if found is None:
-            return None
-        first, last = (axis.stride * i + t - axis.low for i in found)
-        return slice(found[0], found[1] + 1), slice(first, last + 1, axis.stride)
-
-    for t1 in range(rows.taps):
-        for t2 in range(columns.taps):
-            places: Any = (reach(rows, t1), reach(columns, t2))
-            if places[0] is None or places[1] is None:
-                continue
-            (o1, i1), (o2, i2) = places
-            part = np.ascontiguousarray(x[:, i1, i2])
-            image = part.reshape(-1, part.shape[3]) @ kernel[t1, t2]
-            total[:, o1, o2] += image.reshape(*part.shape[:3], -1)
-    return total
-
-
-def convolve_back(y: np.ndarray, kernel: np.ndarray, axes: tuple[Axis, Axis]) -> np.ndarray:
-    """The adjoint of `convolve`: at most kh kw o roundings reach a product."""
-    rows, columns = axes
-    spans = [a.stride * (a.out - 1) + a.taps for a in axes]
-    spread = np.zeros((len(y), *spans, kernel.shape[2]))
-    flat = y.reshape(-1, y.shape[3])
-    for t1 in range(rows.taps):
-        for t2 in range(columns.taps):
-            image = (flat @ kernel[t1, t2].T).reshape(*y.shape[:3], -1)
-            places = (slice(t, t + a.stride * (a.out - 1) + 1, a.stride) for t, a in zip((t1, t2), axes, strict=True))
-            spread[:, *places] += image
-    for number_, axis in enumerate(axes, 1):
-        moved = np.moveaxis(spread, number_, 0)
-        folded = np.zeros((axis.size, *moved.shape[1:]))
-        for place, part in enumerate(moved):
-            index = place - axis.low
-            if axis.circular or 0 <= index < axis.size:
-                folded[index % axis.size] += part
-        spread = np.moveaxis(folded, 0, number_)
-    return np.ascontiguousarray(spread)
-
-
 class ConvExponential(Operator):
     """S_p(J) x = sum_(k <= p) J^k x / k!, J the convolution of stride 1 with a skew kernel (§9)."""
 
     arrays = ("kernel",)
     settings = ("in_shape", "num_terms", "padding", "nonexpansive", "fast_gradient")
     methods = ("supremum of the truncated exponential on the imaginary axis",)
+    linear = True
+    kernel: np.ndarray
+    num_terms: Any  # JSON values
+    padding: Any
+    axes: tuple[Axis, Axis]
+    norm: float  # proved of J; infinite until then
 
     def prepare(self):
         need(
@@ -1044,6 +1145,13 @@ class CircularConv(Operator):
 
     arrays, settings = ("fixed", "paired"), ("in_shape", "nonexpansive")
     methods = (ZERO, "distance of R^H R from the identity, per frequency", "Cholesky per frequency of the response")
+    linear = True
+    fixed: np.ndarray  # real blocks, of the frequencies that are their own mirror images
+    paired: np.ndarray  # real and imaginary parts of the blocks of one of each pair of frequencies
+    fixed_at: list[tuple[int, int]]
+    paired_at: list[tuple[int, int]]
+    mirrored: int
+    blocks: np.ndarray  # those paired, complex
 
     def prepare(self):
         need(len(self.in_shape) == 3 and self.fixed.ndim == 3, "expected images (h, w, c) and blocks")
@@ -1127,6 +1235,11 @@ class CircularConv(Operator):
 
 
 class Flatten(Operator):
+    """Images as vectors."""
+
+    linear = True
+    only_reshapes = True
+
     @property
     def out_shape(self):
         return (math.prod(self.in_shape),)
@@ -1142,7 +1255,11 @@ class Flatten(Operator):
 
 
 class SpaceToDepth(Operator):
+    """Squares of pixels as channels."""
+
     settings = ("in_shape", "block")
+    linear = True
+    block: Any  # a JSON value
 
     def prepare(self):
         need(len(self.in_shape) == 3 and type(self.block) is int and self.block >= 1, f"block {self.block!r}")
@@ -1168,8 +1285,12 @@ class SpaceToDepth(Operator):
 
 
 class PadChannels(Operator):
+    """Channels of zeros appended."""
+
     settings = ("in_shape", "channels")
     methods = ("exact: zeros appended",)
+    linear = True
+    channels: Any  # a JSON value
 
     def prepare(self):
         need(type(self.channels) is int and self.in_shape[-1] <= self.channels < 2**31, f"channels {self.channels!r}")
@@ -1189,6 +1310,8 @@ class PadChannels(Operator):
 
 
 class CropChannels(PadChannels):
+    """The first channels, which is the adjoint of appending zeros."""
+
     methods = ("exact: a projection",)
 
     def prepare(self):
@@ -1226,6 +1349,8 @@ class Pairs(Operator):
 
 
 class MaxMin(Pairs):
+    """The larger of each pair, then the smaller."""
+
     methods = ("exact: sorts pairs of channels",)
 
     def apply(self, x):
@@ -1234,6 +1359,8 @@ class MaxMin(Pairs):
 
 
 class MaxPoolPairs(Pairs):
+    """The larger of each pair."""
+
     methods = ("exact: the larger of each pair of channels",)
 
     @property
@@ -1255,6 +1382,7 @@ class Householder(Pairs):
 
     arrays = ("direction",)
     methods = ("exact: folds the plane of each pair of channels",)
+    direction: np.ndarray
     roundings = 32
 
     def apply(self, x):
@@ -1270,6 +1398,7 @@ class Householder2(Pairs):
 
     arrays, lead, signs = ("directions",), (3,), ((1, 1), (2, 1))
     methods = ("exact: folds four sectors of the plane of each pair of channels",)
+    directions: np.ndarray
     roundings = 128
 
     def apply(self, x):
@@ -1301,6 +1430,7 @@ class ProjectionPool(Pairs):
 
     arrays, signs = ("direction",), (0, 1)
     methods = ("exact: signed distances to a convex wedge in the plane of each pair of channels",)
+    direction: np.ndarray
     roundings = 16
 
     @property
@@ -1321,7 +1451,7 @@ class Elementwise(Operator):
     """Activations by component; the claim is at least the largest modulus of a slope (§10a)."""
 
     slope: tuple[Fraction, Fraction] = (Fraction(0), Fraction(1))
-    error = 0.0
+    error = 0.0  # of a component
 
     def named(self, method):
         low, high = map(float, self.slope)
@@ -1336,12 +1466,17 @@ class Elementwise(Operator):
 
 
 class ReLU(Elementwise):
+    """max(x, 0)."""
+
     def apply(self, x):
         return np.maximum(x, 0.0)
 
 
 class LeakyReLU(Elementwise):
+    """x where it is positive, and negative_slope x elsewhere."""
+
     settings = ("in_shape", "negative_slope")
+    negative_slope: Any  # a JSON value
 
     def prepare(self):
         slope = finite(self.negative_slope, "negative_slope", -1.0)
@@ -1356,6 +1491,8 @@ class LeakyReLU(Elementwise):
 
 
 class Tanh(Elementwise):
+    """tanh(x)."""
+
     error = 12 * 2.0**-53
 
     def apply(self, x):
@@ -1363,6 +1500,8 @@ class Tanh(Elementwise):
 
 
 class Sigmoid(Elementwise):
+    """1 / (1 + exp(-x))."""
+
     slope = (Fraction(0), Fraction(1, 4))
     error = 8 * 2.0**-53
 
@@ -1371,6 +1510,8 @@ class Sigmoid(Elementwise):
 
 
 class Softplus(Elementwise):
+    """log(1 + exp(x))."""
+
     def apply(self, x):
         return softplus(x)
 
@@ -1378,25 +1519,64 @@ class Softplus(Elementwise):
         return GUARD * lengths(softplus_error(y))
 
 
-class Residual(Operator):
-    """x + g(x), g the operators `ops` in turn, each with a claim of its own (§6, §7)."""
+def evaluate_in_turn(ops: list[Operator], x: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The computed output of operators in turn, and a bound (b,) on its error, given that of the input (§7)."""
+    for op in ops:
+        y, local = op.evaluate(x)
+        local = local + FLOOR * (1 + lengths(x))
+        error = (max(float_up(op.claim), FLOOR) * error + local) * (1 + rounding(8))
+        x = y
+    return x, error
+
+
+class Composite(Operator):
+    """An operator made of others, its parts, each with a claim of its own in details["parts"] (§6, §7).
+
+    A subclass says which of its fields hold parts (`settings` names them, too), what follows from their claims, and how
+    it evaluates. In files, the arrays of the i-th operator of a list are named prefix/i/..., those of an operator that
+    has a field for itself prefix/field/...
+    """
 
     settings = ("ops",)
-    methods = ("1 + the product of the operators' bounds",)
+    several: tuple[str, ...] = ("ops",)  # fields that hold a list of operators
+    single: tuple[str, ...] = ()  # and those that hold one
+    called = "another"  # in messages: an operator that cannot stand in ...
 
-    def prepare(self):
-        need(bool(self.ops), "expected at least one operator")
-        self.in_shape = shape = tuple(self.ops[0].in_shape)
-        for i, op in enumerate(self.ops):
-            need(tuple(op.in_shape) == shape, f"operator {i} takes {op.in_shape}, but gets {shape}")
-            shape = tuple(op.out_shape)
-        need(shape == self.in_shape, f"{shape} cannot be added to {self.in_shape}")
+    @classmethod
+    def make_parts(cls, settings: dict[str, Any], prefix: str, arrays: "Arrays") -> dict[str, Any]:
+        """The fields that hold operators, made of their entries. Raises: Unproved."""
+        found: dict[str, Any] = {}
+        for name in (*cls.several, *cls.single):
+            entries, places = [settings[name]], [f"{prefix}/{name}"]
+            if name in cls.several:
+                entries = settings[name]
+                need(isinstance(entries, list), f"{name} is no list of operators")
+                places = [f"{prefix}/{i}" for i in range(len(entries))]
+            for entry in entries:
+                kind = entry.get("type") if isinstance(entry, dict) else None
+                nested = isinstance(kind, str) and issubclass(OPERATORS.get(kind, Operator), Composite)
+                fine = isinstance(entry, dict) and not nested
+                need(fine, f"an operator that cannot stand in {cls.called}")
+            made = [make_operator(entry, place, arrays) for entry, place in zip(entries, places, strict=True)]
+            found[name] = made if name in cls.several else made[0]
+        return found
+
+    def parts(self) -> list[Operator]:
+        """The operators, in the order of the rows that state their claims."""
+        return [op for name in self.several for op in getattr(self, name)] + [getattr(self, n) for n in self.single]
+
+    def combined(self, claims: list[Fraction]) -> Fraction:
+        """A Lipschitz constant of the whole, given those of the parts."""
+        raise NotImplementedError
+
+    def evaluate(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        raise NotImplementedError
 
     def proves(self, claim, method, details):
         rows: Any = details.get("parts")
-        need(isinstance(rows, list) and len(rows) == len(self.ops), "details state no bounds of its operators")
-        product = Fraction(1)
-        for i, (op, row) in enumerate(zip(self.ops, rows, strict=True)):
+        parts = self.parts()
+        need(isinstance(rows, list) and len(rows) == len(parts), "details state no bounds of its operators")
+        for i, (op, row) in enumerate(zip(parts, rows, strict=True)):
             place, stated = f"operator {i} ({type(op).__name__})", isinstance(row, dict)
             need(stated and isinstance(row.get("details"), dict), f"{place}: its details are missing")
             need(row.get("type") == type(op).__name__, f"{place}: stated of a {row.get('type')!r}")
@@ -1406,31 +1586,46 @@ class Residual(Operator):
             except Unproved as error:
                 raise Unproved(f"{place}: {error}") from error
             need(proved, f"{place}: the bound {row.get('bound')!r} cannot be proved ({row.get('method')})")
-            product *= op.claim
-        return claim >= 1 + product
+        return claim >= self.combined([op.claim for op in parts])
 
     def cost(self):
-        return sum((op.cost() for op in self.ops), 2 * super().cost())
+        return sum((op.cost() for op in self.parts()), 2 * super().cost())
 
     def effort(self, method, details):
-        parts = details.get("parts")
+        rows = details.get("parts")
         found = [(CALL, 0.0)]
-        for op, row in zip(self.ops, parts if isinstance(parts, list) else [], strict=False):
+        for op, row in zip(self.parts(), rows if isinstance(rows, list) else [], strict=False):
             own = row.get("details") if isinstance(row, dict) else None
             found.append(op.effort(row.get("method"), own) if isinstance(own, dict) else (CALL, 0.0))
         return sum(work for work, _ in found), max(numbers for _, numbers in found)
 
+
+class Residual(Composite):
+    """x + g(x), g the operators `ops` in turn."""
+
+    methods = ("1 + the product of the operators' bounds",)
+    called = "a residual"
+    ops: list[Operator]
+
+    def prepare(self):
+        need(bool(self.ops), "expected at least one operator")
+        self.in_shape = shape = tuple(self.ops[0].in_shape)
+        for i, op in enumerate(self.ops):
+            need(tuple(op.in_shape) == shape, f"operator {i} takes {op.in_shape}, but gets {shape}")
+            shape = tuple(op.out_shape)
+        need(shape == self.in_shape, f"{shape} cannot be added to {self.in_shape}")
+
+    def combined(self, claims):
+        return 1 + math.prod(claims, start=Fraction(1))
+
     def evaluate(self, x):
-        y, error = x, np.zeros(len(x))
-        for op in self.ops:
-            z, local = op.evaluate(y)
-            local = local + FLOOR * (1 + lengths(y))
-            y, error = z, (max(float_up(op.claim), FLOOR) * error + local) * (1 + rounding(8))
+        y, error = evaluate_in_turn(self.ops, x, np.zeros(len(x)))
         total = x + y
         return total, (error + 2.0**-53 * GUARD * lengths(total)) * (1 + rounding(4))
 
 
-OPERATORS = {
+# All operators that a frozen network may have, by their names in files.
+OPERATORS: dict[str, type[Operator]] = {
     cls.__name__: cls
     for cls in (
         Bias,
@@ -1458,7 +1653,7 @@ OPERATORS = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Heads
+# Heads: constants of logit differences (§6, §11)
 
 
 def distances_up(rows: np.ndarray) -> np.ndarray:
@@ -1480,7 +1675,13 @@ def distances_up(rows: np.ndarray) -> np.ndarray:
 
 
 class LinearHead:
+    """W x + b."""
+
     arrays = ("matrix", "bias")
+    matrix: np.ndarray
+    bias: np.ndarray
+    in_shape: tuple[int, ...]
+    classes: int
 
     def __init__(self, fields: dict[str, np.ndarray]):
         self.matrix, self.bias = fields["matrix"], fields["bias"]
@@ -1511,6 +1712,19 @@ class MLPHead:
     """W2 softplus(W1 x + b1) + b2 (§11)."""
 
     arrays = ("w1", "b1", "w2", "b2")
+    w1: np.ndarray
+    b1: np.ndarray
+    w2: np.ndarray
+    b2: np.ndarray
+    hidden: int
+    in_shape: tuple[int, ...]
+    classes: int
+    # Proved by `prove`: |W1|; norms of its rows; its Frobenius norm; curvatures of all pairs, and of some a better one.
+    norm: float
+    rows: np.ndarray
+    frobenius: float
+    coarse: np.ndarray
+    fine: dict[tuple[int, int], float]
 
     def __init__(self, fields: dict[str, np.ndarray]):
         self.w1, self.b1, self.w2, self.b2 = (fields[name] for name in self.arrays)
@@ -1549,7 +1763,7 @@ class MLPHead:
         # A difference, a square, a product; the factor 1/4 is exact. Rows that are equal have no curvature.
         self.coarse = np.stack([norm**2 / 4 * row * (1 + rounding(6)) for row in negative])
         self.coarse = np.where(self.coarse > 0, self.coarse + 2.0**-450, 0.0)
-        self.fine: dict[tuple[int, int], float] = {}
+        self.fine = {}
         for entry in claims["curvatures"]:
             need(isinstance(entry, list) and len(entry) == 3, f"curvature {entry!r}")
             p, i, value = *entry[:2], finite(entry[2], "curvature")
@@ -1611,7 +1825,7 @@ class MLPHead:
         return np.concatenate([self._positive_within(*(v[part] for v in (a, b, p, i, m, radius))) for part in parts])
 
     def _positive_within(self, a, b, p, i, m, radius) -> np.ndarray:
-        """Whether f_p > f_i is proved on balls of these radii around a, by the minorants at b of curvature m (§11.2).
+        """True where f_p > f_i is proved on balls of these radii around a, by minorants at b of curvature m (§11.2).
 
         D(y) >= D(b) + g.(y - b) - m/2 |y - b|^2, whose least value where |y - a| <= radius is at least
         Q - |g + m s| radius - m/2 radius^2, with s = b - a and Q = D(b) - g.s - m/2 |s|^2. All (n,) or (n, d).
@@ -1644,7 +1858,7 @@ class MLPHead:
         return value - dot - bend - level_error * GUARD - lost > 2.0**-440 + rounding(8) * lost
 
 
-HEADS = {"LinearHead": LinearHead, "MLPHead": MLPHead}
+HEADS: dict[str, type[LinearHead] | type[MLPHead]] = {"LinearHead": LinearHead, "MLPHead": MLPHead}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1676,13 +1890,22 @@ def total_error(errors: np.ndarray) -> Fraction | None:
 class Chain:
     """Linear operators in turn, of which the norm is to be bounded; smaller side first, so that rows are few."""
 
-    def __init__(self, ops: list, budget: Budget | None = None, place: str = "chain"):
+    ops: list[Operator]
+    budget: Budget
+    place: str  # in messages
+    back: bool  # True if rows are the adjoint's images of the output's unit vectors
+    shape: tuple[int, ...]  # of the smaller side, which has `side` numbers
+    other: tuple[int, ...]
+    side: int
+    cost: int | float  # of one vector
+
+    def __init__(self, ops: list[Operator], budget: Budget | None = None, place: str = "chain"):
         self.ops, self.budget, self.place = ops, budget or Budget(), place
         first, last = ops[0].in_shape, ops[-1].out_shape
-        self.back = math.prod(first) >= math.prod(last)  # rows: the adjoint's images of the output's unit vectors
+        self.back = math.prod(first) >= math.prod(last)
         self.shape, self.other = (last, first) if self.back else (first, last)
         self.side = math.prod(self.shape)
-        self.cost = sum(op.cost() + CALL for op in ops)  # of one vector
+        self.cost = sum(op.cost() + CALL for op in ops)
 
     @property
     def _widest(self) -> int:
@@ -1794,8 +2017,9 @@ class Chain:
         Its entries err by gamma times the composition of the moduli, n counting the terms of all sums; the norm of what
         is left is at most the sum over taps of their Frobenius norms.
         """
-        ops = [op for op in self.ops if not isinstance(op, Flatten)]
-        need(all(isinstance(op, Conv) and op.padding == "CIRCULAR" for op in ops), "a convolution that is not circular")
+        ops = [op for op in self.ops if isinstance(op, Conv) and op.padding == "CIRCULAR"]
+        others = [op for op in self.ops if not op.only_reshapes]
+        need(len(ops) == len(others), "a convolution that is not circular")
         kernel, majorant, terms = ops[0].kernel, np.abs(ops[0].kernel), 0
         strides = [axis.stride for axis in ops[0].axes]
 
@@ -1833,7 +2057,17 @@ class Chain:
 class LoopTransformation:
     """Constants of logit differences, per unit of the normalised input, from the norms of chains (§12.1)."""
 
-    def __init__(self, ops: list, names: list[str], head: Any, document: Any, budget: Budget | None = None):
+    budget: Budget
+    segments: list[list[Operator]]  # linear operators, between one activation and the next
+    acts: list[Elementwise]
+    names: list[str]  # the input, the activations and the head: chains go from one to another
+    a: list[Fraction]  # of each activation the middle of its slopes, half their width, and their largest modulus
+    b: list[Fraction]
+    top: list[Fraction]
+    chains: dict[tuple[int, int], Fraction]  # proved norms
+    m: list[Fraction]  # constants from the input to before each activation, and to the logits
+
+    def __init__(self, ops: list[Operator], names: list[str], head: Any, document: Any, budget: Budget | None = None):
         """ops, names: without the normalisation. Raises: Unproved where a chain's norm is not proved."""
         need(isinstance(head, LinearHead) and head.matrix.size <= TERMS, "LipLT takes a linear head")
         self.budget = budget or Budget()
@@ -1841,24 +2075,21 @@ class LoopTransformation:
         need(set(document) == {"chains", "layers"}, f"expected chains and layers, got {sorted(document)}")
         last = Dense({"matrix": head.matrix})
         last.claim = Fraction(float(np.linalg.norm(head.matrix)) * GUARD) + Fraction(1, 2**500)  # Frobenius norm
-        self.segments: list[list] = [[]]
-        self.acts, self.names = [], ["input"]
+        self.segments, self.acts, self.names = [[]], [], ["input"]
         for op, name in [*zip(ops, names, strict=True), (last, "head")]:
             if isinstance(op, Elementwise):
                 self.acts.append(op)
                 self.names.append(name)
                 self.segments.append([])
-            elif not isinstance(op, Bias):
-                linear = isinstance(
-                    op, (Dense, Conv, ConvExponential, CircularConv, Flatten, SpaceToDepth, PadChannels)
-                )
-                need(linear, f"LipLT does not take {name} ({type(op).__name__})")
+            elif op.linear:
                 self.segments[-1].append(op)
+            else:
+                need(op.translation, f"LipLT does not take {name} ({type(op).__name__})")
         need(bool(self.acts) and "input" not in self.names[1:], "no elementwise activation, or one named input")
         slopes = [op.slope for op in self.acts]
         self.a, self.b = [abs(low + high) / 2 for low, high in slopes], [(high - low) / 2 for low, high in slopes]
         self.top = [max(abs(low), abs(high)) for low, high in slopes]
-        self.chains: dict[tuple[int, int], Fraction] = {}
+        self.chains = {}
         self._prove_chains(document["chains"])
         self._constants()
         self._prove_layers(document["layers"])
@@ -1890,7 +2121,7 @@ class LoopTransformation:
 
     def _named(self, method: Any, ops: list, j: int, k: int, place: str) -> None:
         """Raises: Unproved for a method by which no such chain is bounded."""
-        single = len([op for op in ops if not isinstance(op, Flatten)]) <= 1
+        single = len([op for op in ops if not op.only_reshapes]) <= 1
         known = {PRODUCT, *(SPLIT + name for name in self.names[j + 1 : k])}
         known |= {COMPOSED, BANDED, *(CIRCULAR + found for found in Conv.methods)}
         known = {ALONE} if single else known
@@ -1925,7 +2156,7 @@ class LoopTransformation:
 
     def _constants(self) -> None:
         """m_k, from the input to before activation k: the recursion, or a product where that is less."""
-        self.m: list[Fraction] = []
+        self.m = []
         for k in range(1, len(self.acts) + 1):
             total = math.prod(self.a[: k - 1], start=Fraction(1)) * self.chains[0, k]
             for j in range(1, k):
@@ -1977,7 +2208,7 @@ class LoopTransformation:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files
+# Files: read with limits, and never believed
 
 
 def number(value: Any) -> float | None:
@@ -2112,664 +2343,836 @@ def expect_schema(path: pathlib.Path, document: dict, form: str, schema: int) ->
         raise Unreadable(f"{path}: expected format {form!r}, schema {schema}, got {found}")
 
 
-class Check:
-    """The check of one directory: `problems` and, for the summary, `facts`.
+# ---------------------------------------------------------------------------------------------------------------------
+# One run: its files, and what is found in them
 
-    count: of how many images everything is computed again; default: all whose pixels are at hand. data: a file of
-    the whole data set. budget: what multiplies the limits of work and memory.
-    """
 
-    def __init__(
-        self,
-        directory: pathlib.Path,
-        count: float | None = None,
-        data: str | os.PathLike | None = None,
-        budget: int | float = 1.0,
-    ):
-        self.directory, self.problems, self.facts, self.undecided = directory, [], [], []
-        self.budget = Budget(budget)
-        frozen = directory / "frozen"
-        self.layout = read_json(frozen / "network.json", self.budget)
-        self.document = read_json(directory / "certificate.json", self.budget)
-        expect_schema(frozen / "network.json", self.layout, NETWORK_FORMAT, NETWORK_SCHEMA)
-        expect_schema(directory / "certificate.json", self.document, FORMAT, SCHEMA)
-        self.arrays, _ = read_arrays(frozen / "network.safetensors", self.budget)
-        sample = self.document.get("sample")
-        if not isinstance(sample, dict) or sample.get("file") != "images.safetensors":
-            raise Unreadable(f"{directory / 'certificate.json'}: sample names no images.safetensors")
-        images = read_arrays(directory / "images.safetensors", self.budget)
-        self.sample, (self.images, self.images_sha256) = sample, images
-        report = directory / "report.json"
-        self.report = read_json(report, self.budget) if os.path.lexists(report) else None
-        self.split, self.source = None if data is None else read_split(pathlib.Path(data), self.budget), data
-        self.count = self._count(count)
-        held = sum(array.nbytes for array in (*self.arrays.values(), *self.images.values()))
-        work = (WORK + WORK_PER_BYTE * held) * max(1.0, self.count / SAMPLE)
-        liplt = self.document.get("liplt")
-        chains = liplt.get("chains") if isinstance(liplt, dict) else None
-        work += min(WORK_PER_CHAIN * (len(chains) if isinstance(chains, list) else 0), WORK_OF_CHAINS)
-        self.budget.allowed = budget * work
+@dataclasses.dataclass
+class Files:
+    """The files of a run's directory: read, and of the schema that is proved here, but nothing of them believed yet."""
 
-    def _count(self, asked: float | None) -> int:
-        """How many images are evaluated again. Raises: Unreadable if more are asked for than can be."""
-        rows, held = self.document.get("images"), len(self.images.get("indices", ()))
-        total = len(rows) if isinstance(rows, list) else 0
-        here = held if self.split is None else total
-        count = here if asked is None else int(min(asked, total))
-        if count > here:
-            raise Unreadable(
-                f"{self.directory / 'images.safetensors'} holds {here} of {total} images: for more, give --data a file "
-                "with the whole data set"
-            )
-        if count > held and self.layout.get("head") == "MLPHead":
-            raise Unreadable(
-                f"radii of an MLP head rest on minorants, which {self.directory / 'images.safetensors'} holds for "
-                f"{held} images: give --images {held} at most"
-            )
-        return count
+    directory: pathlib.Path
+    layout: dict[str, Any]  # frozen/network.json
+    arrays: dict[str, np.ndarray]  # frozen/network.safetensors
+    document: dict[str, Any]  # certificate.json
+    sample: dict[str, Any]  # its entry of that name
+    images: dict[str, np.ndarray]  # images.safetensors
+    images_sha256: str
+    report: dict[str, Any] | None  # report.json, where there is one
+    source: str | os.PathLike | None  # a file of the whole data set
+    split: tuple[np.ndarray, np.ndarray] | None  # its pixels and labels
+    count: int  # of how many images everything is computed again
+
+
+@dataclasses.dataclass
+class Findings:
+    """The problems that a check has found, each with its place, and facts for the summary if there are none."""
+
+    problems: list[str] = dataclasses.field(default_factory=list)
+    facts: list[str] = dataclasses.field(default_factory=list)
 
     def problem(self, place: str, message: str) -> None:
         self.problems.append(f"{place}: {message}")
 
-    def run(self) -> None:
-        self.check_header()
-        if self.build():
-            self.plan()
-            self.prove_layers()
-            self.prove_constants()
-            self.check_rows()
-            self.check_images()
-        if self.report is not None:
-            self.check_report()
+    def add(self, other: "Findings") -> None:
+        self.problems += other.problems
+        self.facts += other.facts
 
-    # The network
 
-    def check_header(self) -> None:
-        if self.document.get("claim") != CLAIM:
-            self.problem("certificate.json, claim", "not the claim that this checker proves")
-        digest = hashlib.sha256(json.dumps({k: self.layout.get(k) for k in ("ops", "head")}, sort_keys=True).encode())
-        for name, array in sorted(self.arrays.items()):
-            digest.update(
-                f"\n{name} {list(array.shape)}\n".encode() + array.astype(array.dtype.newbyteorder("<")).tobytes()
-            )
-        self.frozen_sha256 = digest.hexdigest()
-        for place, stated in (
-            ("frozen/network.json, sha256", self.layout.get("sha256")),
-            ("certificate.json, frozen_sha256", self.document.get("frozen_sha256")),
-        ):
-            if stated != self.frozen_sha256:
-                self.problem(place, f"{stated!r}, but layout and arrays hash to {self.frozen_sha256}")
-        hashes = self.document.get("arrays")
-        hashes = hashes if isinstance(hashes, dict) else {}
-        for name in sorted(set(hashes) | set(self.arrays)):
-            found = self.arrays.get(name)
-            if found is None or hashes.get(name) != hashlib.sha256(np.ascontiguousarray(found).tobytes()).hexdigest():
-                self.problem(
-                    f"frozen/network.safetensors, {name}", "not the array of the certificate (its hash differs)"
-                )
-        if self.sample.get("sha256") != self.images_sha256:
-            self.problem("images.safetensors", f"hashes to {self.images_sha256}, not to {self.sample.get('sha256')!r}")
+@dataclasses.dataclass
+class Network:
+    """The frozen network: the normalisation and the operators with their names, and the head."""
 
-    def build(self) -> bool:
-        """Makes the operators; False if that fails."""
-        before = len(self.problems)
-        for name, array in sorted(self.arrays.items()):
-            if array.dtype != np.float64 or not np.isfinite(array).all():
-                self.problem(f"frozen/network.safetensors, {name}", "expected finite float64 numbers")
-        entries = self.layout.get("ops")
-        if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-            raise Unreadable("frozen/network.json: ops is no list of operators")
-        names = [entry.get("name") for entry in entries]
-        if len(set(map(str, names))) != len(names) or not all(isinstance(name, str) for name in names):
-            self.problem("frozen/network.json, ops", f"names are not unique: {names}")
-        if len(self.problems) > before:
-            return False
-        self.names, self.ops, used = ["input", *names], [], set()
-        for entry in entries:
-            self.ops.append(self._operator(entry, used))
-        kind: Any = self.layout.get("head")
-        try:
-            need(kind in HEADS, f"heads of type {kind!r} cannot be checked")
-            fields = {name: self._array(f"head/{name}", used) for name in HEADS[kind].arrays}
-            self.head = HEADS[kind](fields)
-            shape = self.ops[0].in_shape if self.ops[0] else ()
-            std = {name: self._array(f"input_{name}", used) for name in ("mean", "std")}
-            if shape:
-                self.ops.insert(0, Normalize({**std, "in_shape": list(shape)}))
-        except Unproved as error:
-            self.problem(f"frozen/network.json, head ({kind}) or input", str(error))
-        for name in sorted(set(self.arrays) - used):
-            self.problem(f"frozen/network.safetensors, {name}", "an array that no operator has")
-        if len(self.problems) > before:
-            return False
-        self.in_shape = self.ops[0].in_shape
-        called = self.layout.get("class_names")
-        texts = isinstance(called, list) and all(isinstance(text, str) and text for text in called)
-        if called is not None and not (texts and len(called) == self.head.classes):
-            self.problem("frozen/network.json, class_names", "expected one text for each class, or null")
-        chain = [*zip(self.names, self.ops, strict=True), ("head", self.head)]
-        for (name, op), (after, following) in zip(chain[:-1], chain[1:], strict=True):
-            if tuple(op.out_shape) != tuple(following.in_shape):
-                self.problem(
-                    f"frozen/network.json, {after}", f"takes {following.in_shape}, but {name} gives {op.out_shape}"
-                )
-        return len(self.problems) == before
+    names: list[str]
+    ops: list[Operator]
+    head: "LinearHead | MLPHead"
 
-    def _array(self, name: str, used: set) -> np.ndarray:
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        return self.ops[0].in_shape
+
+    @property
+    def widest(self) -> int:
+        """Numbers of the largest output of an operator, for one input."""
+        return max(math.prod(op.out_shape) for op in self.ops)
+
+
+@dataclasses.dataclass
+class Constants:
+    """Proved constants (k, k) of logit differences, and the product of the operators' that they were proved by."""
+
+    table: np.ndarray  # per unit of the input: those of the certificate
+    head_table: np.ndarray  # per unit of the features: the head's own
+    scale: float  # of the operators, rounded up
+
+
+@dataclasses.dataclass
+class Rows:
+    """The rows of a certificate, one for each image, and which of them are of the right form."""
+
+    rows: list[dict[str, Any]]
+    data: dict[str, Any]  # its entry of that name
+    places: list[int]  # of each row's image in the data set
+    good: np.ndarray  # True for rows whose form, radius and margin fit
+
+
+@dataclasses.dataclass
+class Evaluated:
+    """A batch of images that went through a network: the features, and how far they may be from the exact ones."""
+
+    indices: list[int]  # of the rows
+    rows: list[dict[str, Any]]
+    predictions: np.ndarray  # as the rows state them
+    features: np.ndarray
+    error: np.ndarray  # (b,)
+
+
+def read_files(directory: pathlib.Path, count: float | None, data: str | os.PathLike | None, budget: Budget) -> Files:
+    """Reads a run's directory, and sets what its check may cost.
+
+    Args: count: of how many images everything is to be computed again; None: of all whose pixels are at hand. data: a
+      file of the whole data set.
+    Raises: Unreadable.
+    """
+    frozen = directory / "frozen"
+    layout = read_json(frozen / "network.json", budget)
+    document = read_json(directory / "certificate.json", budget)
+    expect_schema(frozen / "network.json", layout, NETWORK_FORMAT, NETWORK_SCHEMA)
+    expect_schema(directory / "certificate.json", document, FORMAT, SCHEMA)
+    arrays, _ = read_arrays(frozen / "network.safetensors", budget)
+    sample = document.get("sample")
+    if not isinstance(sample, dict) or sample.get("file") != "images.safetensors":
+        raise Unreadable(f"{directory / 'certificate.json'}: sample names no images.safetensors")
+    images, images_sha256 = read_arrays(directory / "images.safetensors", budget)
+    path = directory / "report.json"
+    report = read_json(path, budget) if os.path.lexists(path) else None
+    split = None if data is None else read_split(pathlib.Path(data), budget)
+    files = Files(directory, layout, arrays, document, sample, images, images_sha256, report, data, split, 0)
+    files.count = number_evaluated(files, count)
+    held = sum(array.nbytes for array in (*arrays.values(), *images.values()))
+    work = (WORK + WORK_PER_BYTE * held) * max(1.0, files.count / SAMPLE)
+    liplt = document.get("liplt")
+    chains = liplt.get("chains") if isinstance(liplt, dict) else None
+    work += min(WORK_PER_CHAIN * (len(chains) if isinstance(chains, list) else 0), WORK_OF_CHAINS)
+    budget.allowed = budget.factor * work
+    return files
+
+
+def number_evaluated(files: Files, asked: float | None) -> int:
+    """The number of images that are evaluated again. Raises: Unreadable if more are asked for than can be."""
+    rows, held = files.document.get("images"), len(files.images.get("indices", ()))
+    total = len(rows) if isinstance(rows, list) else 0
+    here = held if files.split is None else total
+    count = here if asked is None else int(min(asked, total))
+    if count > here:
+        raise Unreadable(
+            f"{files.directory / 'images.safetensors'} holds {here} of {total} images: for more, give --data a file "
+            "with the whole data set"
+        )
+    if count > held and files.layout.get("head") == "MLPHead":
+        raise Unreadable(
+            f"radii of an MLP head rest on minorants, which {files.directory / 'images.safetensors'} holds for "
+            f"{held} images: give --images {held} at most"
+        )
+    return count
+
+
+def prove(files: Files, budget: Budget) -> Findings:
+    """Checks everything that a run's files claim, one part after the other."""
+    frozen_sha256 = hash_of_network(files.layout, files.arrays)
+    found = check_hashes(files, frozen_sha256)
+    made, network = build_network(files.layout, files.arrays)
+    found.add(made)
+    if network is None:
+        return found
+    plan(files.document, network, files.count, budget)
+    layers, product = prove_layers(files.document, network)
+    found.add(layers)
+    bounded, constants = prove_constants(files.document, network, product, budget)
+    found.add(bounded)
+    formed, rows = check_rows(files.document, network, constants)
+    found.add(formed)
+    evaluated, undecided = check_images(files, network, constants, rows, frozen_sha256)
+    found.add(evaluated)
+    if files.report is not None:
+        found.add(check_report(files.report, files.layout, network, rows, undecided, frozen_sha256, budget))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network of a run: hashes, and its operators made
+
+
+def hash_of_network(layout: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
+    """SHA-256 of the operators' layout and of all arrays."""
+    digest = hashlib.sha256(json.dumps({k: layout.get(k) for k in ("ops", "head")}, sort_keys=True).encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(
+            f"\n{name} {list(array.shape)}\n".encode() + array.astype(array.dtype.newbyteorder("<")).tobytes()
+        )
+    return digest.hexdigest()
+
+
+def check_hashes(files: Files, frozen_sha256: str) -> Findings:
+    """Checks the claim's words, and that network, arrays and images are those whose hashes are stated."""
+    found = Findings()
+    if files.document.get("claim") != CLAIM:
+        found.problem("certificate.json, claim", "not the claim that this checker proves")
+    for place, stated in (
+        ("frozen/network.json, sha256", files.layout.get("sha256")),
+        ("certificate.json, frozen_sha256", files.document.get("frozen_sha256")),
+    ):
+        if stated != frozen_sha256:
+            found.problem(place, f"{stated!r}, but layout and arrays hash to {frozen_sha256}")
+    hashes = files.document.get("arrays")
+    hashes = hashes if isinstance(hashes, dict) else {}
+    for name in sorted(set(hashes) | set(files.arrays)):
+        array = files.arrays.get(name)
+        if array is None or hashes.get(name) != hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest():
+            found.problem(f"frozen/network.safetensors, {name}", "not the array of the certificate (its hash differs)")
+    if files.sample.get("sha256") != files.images_sha256:
+        stated = files.sample.get("sha256")
+        found.problem("images.safetensors", f"hashes to {files.images_sha256}, not to {stated!r}")
+    return found
+
+
+@dataclasses.dataclass
+class Arrays:
+    """The arrays of a network by name, each of which one operator takes."""
+
+    arrays: dict[str, np.ndarray]
+    used: set[str] = dataclasses.field(default_factory=set)
+
+    def take(self, name: str) -> np.ndarray:
+        """Raises: Unproved for an array that is missing or taken."""
         need(name in self.arrays, f"the array {name} is missing")
-        need(name not in used, f"the array {name} is that of two operators")
-        used.add(name)
+        need(name not in self.used, f"the array {name} is that of two operators")
+        self.used.add(name)
         return self.arrays[name]
 
-    def _operator(self, entry: dict, used: set):
+
+def make_operator(entry: dict[str, Any], prefix: str, arrays: Arrays) -> Operator:
+    """The operator of an entry without its name; its arrays are named after the prefix. Raises: Unproved."""
+    kind: Any = entry.get("type")
+    need(isinstance(kind, str) and kind in OPERATORS, f"operators of type {kind!r} cannot be checked")
+    cls = OPERATORS[kind]
+    settings = {key: value for key, value in entry.items() if key != "type"}
+    need(set(settings) == set(cls.settings), f"expected the fields {sorted(cls.settings)}, got {sorted(settings)}")
+
+    if issubclass(cls, Composite):
+        settings |= cls.make_parts(settings, prefix, arrays)
+    return cls({**settings, **{field: arrays.take(f"{prefix}/{field}") for field in cls.arrays}})
+
+
+def build_network(layout: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[Findings, Network | None]:
+    """Makes the operators of a layout; None where that fails. Raises: Unreadable for a layout without operators."""
+    found = Findings()
+    for name, array in sorted(arrays.items()):
+        if array.dtype != np.float64 or not np.isfinite(array).all():
+            found.problem(f"frozen/network.safetensors, {name}", "expected finite float64 numbers")
+    entries = layout.get("ops")
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise Unreadable("frozen/network.json: ops is no list of operators")
+    names = [entry.get("name") for entry in entries]
+    if len(set(map(str, names))) != len(names) or not all(isinstance(name, str) for name in names):
+        found.problem("frozen/network.json, ops", f"names are not unique: {names}")
+    if found.problems:
+        return found, None
+    names, store = ["input", *names], Arrays(arrays)
+    made: list[Operator | None] = []
+    for entry in entries:
         name = entry["name"]
-        kind: Any = entry.get("type")
         try:
-            return self._make({key: value for key, value in entry.items() if key != "name"}, f"ops/{name}", used)
+            made.append(make_operator({key: v for key, v in entry.items() if key != "name"}, f"ops/{name}", store))
         except Unproved as error:
-            self.problem(f"frozen/network.json, {name} ({kind})", str(error))
-            return None
+            found.problem(f"frozen/network.json, {name} ({entry.get('type')})", str(error))
+            made.append(None)
+    kind: Any = layout.get("head")
+    head: Any = None
+    try:
+        need(kind in HEADS, f"heads of type {kind!r} cannot be checked")
+        head = HEADS[kind]({name: store.take(f"head/{name}") for name in HEADS[kind].arrays})
+        std = {name: store.take(f"input_{name}") for name in ("mean", "std")}
+        if made[0] is not None:
+            made.insert(0, Normalize({**std, "in_shape": list(made[0].in_shape)}))
+    except Unproved as error:
+        found.problem(f"frozen/network.json, head ({kind}) or input", str(error))
+    for name in sorted(set(arrays) - store.used):
+        found.problem(f"frozen/network.safetensors, {name}", "an array that no operator has")
+    if found.problems:
+        return found, None
+    ops = [op for op in made if op is not None]
+    called = layout.get("class_names")
+    texts = isinstance(called, list) and all(isinstance(text, str) and text for text in called)
+    if called is not None and not (texts and len(called) == head.classes):
+        found.problem("frozen/network.json, class_names", "expected one text for each class, or null")
+    chain: list[tuple[str, Any]] = [*zip(names, ops, strict=True), ("head", head)]
+    for (name, op), (after, following) in zip(chain[:-1], chain[1:], strict=True):
+        if tuple(op.out_shape) != tuple(following.in_shape):
+            found.problem(
+                f"frozen/network.json, {after}", f"takes {following.in_shape}, but {name} gives {op.out_shape}"
+            )
+    return found, None if found.problems else Network(names, ops, head)
 
-    def _make(self, entry: dict, prefix: str, used: set):
-        """The operator of an entry without its name; its arrays are named after the prefix."""
-        kind: Any = entry.get("type")
-        need(isinstance(kind, str) and kind in OPERATORS, f"operators of type {kind!r} cannot be checked")
-        cls = OPERATORS[kind]
-        settings = {key: value for key, value in entry.items() if key != "type"}
-        need(
-            set(settings) == set(cls.settings),
-            f"expected the fields {sorted(cls.settings)}, got {sorted(settings)}",
-        )
-        if cls is Residual:
-            parts = settings["ops"]
-            need(isinstance(parts, list), "ops is no list of operators")
-            for part in parts:
-                need(isinstance(part, dict) and part.get("type") != kind, "an operator that cannot stand in a residual")
-            return cls({"ops": [self._make(part, f"{prefix}/{i}", used) for i, part in enumerate(parts)]})
-        return cls({**settings, **{field: self._array(f"{prefix}/{field}", used) for field in cls.arrays}})
 
-    # Bounds
+# ---------------------------------------------------------------------------------------------------------------------
+# The bounds of a run (§1 to §6, §12)
 
-    def plan(self) -> None:
-        """What all of it will take, but for LipLT's chains. Raises: TooLarge before any of it is done."""
-        rows, claims = self.document.get("layers"), self.document.get("head")
-        stated = [row if isinstance(row, dict) else {} for row in rows] if isinstance(rows, list) else []
-        stated += [{}] * (len(self.ops) - len(stated))
-        costs = []
-        for name, op, row in zip(self.names, self.ops, stated, strict=False):
-            place, details = f"certificate.json, layers, {name} ({type(op).__name__})", row.get("details")
-            work, numbers = op.effort(row.get("method"), details if isinstance(details, dict) else {})
-            self.budget.hold(place, numbers)
-            costs.append((work + len(self.ops) * FRACTION, place))
-        work, numbers = self.head.effort(claims)
-        place = f"certificate.json, head ({type(self.head).__name__})"
-        self.budget.hold(place, numbers)
-        costs.append((work, place))
-        for name, op in [*zip(self.names, self.ops, strict=True), ("head", self.head)]:
-            costs.append((self.count * op.cost() + CALL, f"{self.count} images through {name}"))
-        self.budget.spend(f"{max(costs)[1]}, which costs most, and the rest", math.fsum(work for work, _ in costs))
 
-    def prove_layers(self) -> None:
-        """Every operator's claimed Lipschitz constant, and their product."""
-        rows = self.document.get("layers")
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise Unreadable("certificate.json: layers is no list of rows")
-        kinds = [type(op).__name__ for op in self.ops]
-        if [(row.get("name"), row.get("type")) for row in rows] != list(zip(self.names, kinds, strict=True)):
-            self.problem("certificate.json, layers", "not the operators of the frozen network, in their order")
-            rows = []
-        self.product: Any = Fraction(1)
-        for op, name, row in zip(self.ops, self.names, rows, strict=False):
-            place = f"certificate.json, layers, {name} ({row['type']})"
-            details = row.get("details")
-            try:
-                claim = finite(row.get("bound"), "bound")
-                need(isinstance(details, dict), "details are missing")
-                op.claim = Fraction(claim)
-                with np.errstate(all="ignore"):
-                    proved = op.proves(op.claim, op.named(row.get("method")), details)
-                need(proved, f"the bound {claim!r} cannot be proved ({row.get('method')})")
-                self.product *= op.claim
-            except Unproved as error:
-                self.problem(place, str(error))
-                self.product = None
-                break
-        if not rows:
-            self.product = None
-        if self.product is not None:
-            product = shown(float_up(self.product), decimal.ROUND_CEILING)
-            self.facts.append(f"{len(rows)} layers: every bound proved, product {product}")
+def plan(document: dict[str, Any], network: Network, count: int, budget: Budget) -> None:
+    """Spends what all of it will take, but for LipLT's chains. Raises: TooLarge before any of it is done."""
+    rows, claims = document.get("layers"), document.get("head")
+    stated = [row if isinstance(row, dict) else {} for row in rows] if isinstance(rows, list) else []
+    stated += [{}] * (len(network.ops) - len(stated))
+    costs: list[tuple[int | float, str]] = []
+    for name, op, row in zip(network.names, network.ops, stated, strict=False):
+        place, details = f"certificate.json, layers, {name} ({type(op).__name__})", row.get("details")
+        work, numbers = op.effort(row.get("method"), details if isinstance(details, dict) else {})
+        budget.hold(place, numbers)
+        costs.append((work + len(network.ops) * FRACTION, place))
+    work, numbers = network.head.effort(claims)
+    place = f"certificate.json, head ({type(network.head).__name__})"
+    budget.hold(place, numbers)
+    costs.append((work, place))
+    for name, op in [*zip(network.names, network.ops, strict=True), ("head", network.head)]:
+        costs.append((count * op.cost() + CALL, f"{count} images through {name}"))
+    budget.spend(f"{max(costs)[1]}, which costs most, and the rest", math.fsum(work for work, _ in costs))
 
-    def prove_constants(self) -> None:
-        """The table margin_lipschitz: not below what is proved."""
-        self.table: Any = None
+
+def prove_layers(document: dict[str, Any], network: Network) -> tuple[Findings, Fraction | None]:
+    """Proves every operator's claimed Lipschitz constant. Returns their product, too: None if one is not proved.
+
+    Raises: Unreadable for a certificate without rows of operators.
+    """
+    found = Findings()
+    rows = document.get("layers")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise Unreadable("certificate.json: layers is no list of rows")
+    kinds = [type(op).__name__ for op in network.ops]
+    if [(row.get("name"), row.get("type")) for row in rows] != list(zip(network.names, kinds, strict=True)):
+        found.problem("certificate.json, layers", "not the operators of the frozen network, in their order")
+        return found, None
+    product = Fraction(1)
+    for op, name, row in zip(network.ops, network.names, rows, strict=True):
+        details = row.get("details")
         try:
+            claim = finite(row.get("bound"), "bound")
+            need(isinstance(details, dict), "details are missing")
+            op.claim = Fraction(claim)
             with np.errstate(all="ignore"):
-                self.head_table = self.head.prove(self.document.get("head"))
+                proved = op.proves(op.claim, op.named(row.get("method")), details)
+            need(proved, f"the bound {claim!r} cannot be proved ({row.get('method')})")
+            product *= op.claim
         except Unproved as error:
-            self.problem(f"certificate.json, head ({type(self.head).__name__})", str(error))
-            return
-        k = self.head.classes
-        table: Any = self.document.get("margin_lipschitz")
-        square = isinstance(table, list) and len(table) == k and all(isinstance(r, list) and len(r) == k for r in table)
-        values: Any = [[number(v) for v in row] for row in table] if square else []
-        if not square or any(v is None or v < 0 for row in values for v in row):
-            self.problem("certificate.json, margin_lipschitz", f"expected {k} x {k} finite numbers, not negative")
-            return
-        if self.product is None:
-            return
-        self.scale = float_up(self.product)
-        stored = np.array(values)
+            found.problem(f"certificate.json, layers, {name} ({row['type']})", str(error))
+            return found, None
+    text = shown(float_up(product), decimal.ROUND_CEILING)
+    found.facts.append(f"{len(rows)} layers: every bound proved, product {text}")
+    return found, product
+
+
+def prove_constants(
+    document: dict[str, Any], network: Network, product: Fraction | None, budget: Budget
+) -> tuple[Findings, Constants | None]:
+    """Proves the table margin_lipschitz: no entry below what the head's constants and those of the operators give."""
+    found, head = Findings(), network.head
+    try:
         with np.errstate(all="ignore"):
-            enough = stored >= np.nextafter(self.scale * self.head_table, np.inf)
-        enough |= self.head_table == 0
-        short = []
-        for i, j in np.argwhere(~enough & ~np.eye(k, dtype=bool)).tolist():
-            high = float(self.head_table[i, j])
-            if not (math.isfinite(high) and Fraction(values[i][j]) >= self.product * Fraction(high)):
-                short.append((i, j))
-        if not self._prove_transformed(stored, short):
-            return
-        self.table = stored
-        above = stored[~np.eye(k, dtype=bool)]
-        if above.size:
-            least, most = (shown(float(n), decimal.ROUND_CEILING) for n in (above.min(), above.max()))
-            self.facts.append(f"Lipschitz constants of logit differences: {least} to {most}")
-
-    def _prove_transformed(self, stored: np.ndarray, short: list) -> bool:
-        """Whether the chains that are stated are proved, and the constants that are below the product of norms."""
-        if self.document.get("liplt") is not None:
-            try:
-                with np.errstate(all="ignore"):
-                    found = LoopTransformation(
-                        self.ops[1:], self.names[1:], self.head, self.document["liplt"], self.budget
-                    )
-                    scale = np.nextafter(float_up(self.ops[0].claim), np.inf)
-                    table = np.nextafter(found.table(self.head_table) * scale, np.inf)
-            except Unproved as error:
-                self.problem("certificate.json, liplt", str(error))
-                return False
-            unproved = [(i, j) for i, j in short if not table[i, j] <= stored[i, j]]
-            for i, j in unproved:
-                message = f"{float(stored[i, j])!r}, but only {float(table[i, j])!r} is proved by LipLT"
-                self.problem(f"certificate.json, margin_lipschitz[{i}][{j}]", message)
-            if not unproved:
-                self.facts.append(f"LipLT: {len(found.chains)} norms of chains proved")
-            return not unproved
+            head_table = head.prove(document.get("head"))
+    except Unproved as error:
+        found.problem(f"certificate.json, head ({type(head).__name__})", str(error))
+        return found, None
+    k = head.classes
+    table: Any = document.get("margin_lipschitz")
+    square = isinstance(table, list) and len(table) == k and all(isinstance(r, list) and len(r) == k for r in table)
+    values: Any = [[number(v) for v in row] for row in table] if square else []
+    if not square or any(v is None or v < 0 for row in values for v in row):
+        found.problem("certificate.json, margin_lipschitz", f"expected {k} x {k} finite numbers, not negative")
+        return found, None
+    if product is None:
+        return found, None
+    scale = float_up(product)
+    stored = np.array(values)
+    with np.errstate(all="ignore"):
+        enough = stored >= np.nextafter(scale * head_table, np.inf)
+    enough |= head_table == 0
+    short = []
+    for i, j in np.argwhere(~enough & ~np.eye(k, dtype=bool)).tolist():
+        high = float(head_table[i, j])
+        if not (math.isfinite(high) and Fraction(values[i][j]) >= product * Fraction(high)):
+            short.append((i, j))
+    if document.get("liplt") is not None:
+        found.add(prove_transformed(document["liplt"], network, head_table, stored, short, budget))
+    else:
         for i, j in short:
-            needed = float_up(self.product * Fraction(float(self.head_table[i, j])))
+            needed = float_up(product * Fraction(float(head_table[i, j])))
             message = f"{float(stored[i, j])!r}, but only {needed!r} is proved"
-            self.problem(f"certificate.json, margin_lipschitz[{i}][{j}]", message)
-        return not short
+            found.problem(f"certificate.json, margin_lipschitz[{i}][{j}]", message)
+    if found.problems:
+        return found, None
+    above = stored[~np.eye(k, dtype=bool)]
+    if above.size:
+        least, most = (shown(float(n), decimal.ROUND_CEILING) for n in (above.min(), above.max()))
+        found.facts.append(f"Lipschitz constants of logit differences: {least} to {most}")
+    return found, Constants(stored, head_table, scale)
 
-    # Images
 
-    def check_rows(self) -> None:
-        """The form of every row, and the relation of radius, margin and constant (§8)."""
-        self.rows: Any = self.document.get("images")
-        if not isinstance(self.rows, list) or not all(isinstance(row, dict) for row in self.rows):
-            raise Unreadable("certificate.json: images is no list of rows")
-        k, data = self.head.classes, self.document.get("data")
-        self.data = data if isinstance(data, dict) else {}
-        if type(self.data.get("num_images")) is not int or self.data["num_images"] != len(self.rows):
-            self.problem(
-                "certificate.json, data", f"num_images {self.data.get('num_images')!r}, but {len(self.rows)} rows"
-            )
-        self.places = self._places()
-        self.good = np.zeros(len(self.rows), bool)
-        for index, row in enumerate(self.rows):
-            place = f"certificate.json, images[{index}]"
-            if set(row) != {"label", "prediction", "rival", "margin", "radius"}:
-                self.problem(place, f"expected label, prediction, rival, margin and radius, got {sorted(row)}")
-                continue
-            integers = [row.get(name) for name in ("label", "prediction", "rival")]
-            margin, radius = row.get("margin"), number(row.get("radius"))
-            if not all(type(n) is int for n in integers) or (margin is not None and number(margin) is None):
-                self.problem(place, "label, prediction, rival or margin is not a number")
-                continue
-            label, p, rival = integers
-            if radius is None or radius < 0 or not 0 <= label < 2**31 or not (0 <= p < k and 0 <= rival < k):
-                self.problem(place, "label, prediction, rival or radius is out of range")
-                continue
-            if rival == p and k > 1:
-                self.problem(place, "the rival is the prediction")
-                continue
-            if k == 1 and margin is not None:
-                self.problem(place, f"margin {margin!r}, but there is one class, and so no difference of logits")
-                continue
-            if margin is None and radius > 0 and k > 1:
-                self.problem(place, f"radius {radius!r} without a margin")
-                continue
-            self.good[index] = True
-            if isinstance(self.head, MLPHead) or self.table is None or k == 1:
-                continue
-            wanted = radius_of(-math.inf if margin is None else float(margin), float(self.table[p, rival]))
-            if radius != wanted:
-                self.good[index] = False
-                self.problem(place, f"radius {radius!r}, but margin and constant give {wanted!r}")
-
-    def _places(self) -> list[int]:
-        """Of every row the place of its image in the data set: `data.indices`, or without them the first places."""
-        count, total = len(self.rows), self.data.get("of")
-        first = list(range(count))
-        indices = self.data.get("indices", first)
-        if type(total) is not int or total < count:
-            self.problem("certificate.json, data", f"{count} rows, but of {total!r} images")
-            return first
-        integers = isinstance(indices, list) and len(indices) == count and all(type(i) is int for i in indices)
-        if not integers or any(a >= b for a, b in zip([-1, *indices], [*indices, total], strict=True)):
-            message = f"indices: expected {count} different places below {total}, ascending, one for each row"
-            self.problem("certificate.json, data", message)
-            return first
-        if count == total:
-            self.facts.append(f"about all {total} images of the data set")
-            return indices
-        how = "the first ones, not drawn by hash"
-        if "indices" in self.data:
-            if total > MOST_IMAGES:
-                self.problem("certificate.json, data", f"{total} images: draws are checked of {MOST_IMAGES} at most")
-                return first
-            how = "drawn by hash" if indices == drawn(total, count) else "NOT drawn by hash, but chosen otherwise"
-        self.facts.append(f"about {count} of the {total} images of the data set ({how})")
-        return indices
-
-    def check_images(self) -> None:
-        """What is claimed of the images whose pixels are there."""
-        expected = {"indices": (np.int64, 1), "labels": (np.int64, 1), "pixels": (np.uint8, 1 + len(self.in_shape))}
-        if isinstance(self.head, MLPHead):
-            forms = (np.int64, 1), (np.int64, 1), (np.float32, 2)
-            expected |= dict(zip(("minorant_images", "minorant_rivals", "minorant_points"), forms, strict=True))
-        if {name: (a.dtype, a.ndim) for name, a in self.images.items()} != {
-            name: (np.dtype(dtype), ndim) for name, (dtype, ndim) in expected.items()
-        }:
-            self.problem("images.safetensors", f"expected the arrays {sorted(expected)} with their types")
-            return
-        indices, labels, pixels = (self.images[name] for name in ("indices", "labels", "pixels"))
-        wanted = sample_indices(self.frozen_sha256, str(self.data.get("sha256")), self.rows)
-        if indices.tolist() != wanted or type(self.sample.get("num_images")) is not int:
-            self.problem("images.safetensors, indices", "not the images that the certificate's hashes draw")
-            return
-        scale = self.data.get("pixel_max")
-        fits = (
-            len(labels) == len(pixels) == len(wanted) == self.sample["num_images"] and pixels.shape[1:] == self.in_shape
-        )
-        if type(scale) is not int or not 1 <= scale <= 255 or not fits or pixels.max(initial=0) > scale:
-            self.problem(
-                "images.safetensors", f"labels or pixels do not fit the network, pixel_max {scale!r}, or the indices"
-            )
-            return
-        self._check_fingerprint(pixels, labels, len(wanted))
-        for place, index in enumerate(wanted):
-            if self.rows[index].get("label") != int(labels[place]):
-                self.problem(
-                    f"certificate.json, images[{index}]",
-                    f"label {self.rows[index].get('label')!r}, not {labels[place]}",
-                )
-        if self.split is not None:
-            held = pixels, wanted
-            pixels, labels = self.split
-            pixels = pixels[..., None] if pixels.ndim == len(self.in_shape) else pixels
-            if not self._check_split(pixels, labels, *held):
-                return
-        chosen = sample_indices(self.frozen_sha256, str(self.data.get("sha256")), self.rows, self.count)
-        if self.split is not None:
-            places = [self.places[row] for row in chosen]
-        else:
-            places = np.searchsorted(wanted, chosen).tolist()
-        if self.table is None or not self.good[chosen].all():
-            return
-        size = max(1, min(256, CHUNK // max(math.prod(op.out_shape) for op in self.ops)))
-        batches = [slice(start, start + size) for start in range(0, len(chosen), size)]
-
-        def run(batch):
-            return self._check_batch(chosen[batch], pixels[places[batch]] / np.float64(scale))
-
-        widest = max(math.prod(op.out_shape) for op in self.ops)
-        for found in in_threads(run, batches, 16 * size * widest):
-            for index, message in found:
-                self.problem(f"certificate.json, images[{index}]", message)
-        part, rest = "all", ""
-        if len(chosen) < len(self.rows):
-            part = f"{len(chosen)} (drawn by hash) of"
-            rest = "; of the others only that radius, margin and constants fit"
-        if self.undecided:
-            self.facts.append(f"{len(self.undecided)} images whose class cannot be decided (ties), with radius 0")
-        radii = [row["radius"] for row in self.rows if row["prediction"] == row["label"]]
-        largest = f", largest certified radius {shown(float(max(radii)))}" if radii else ""
-        self.facts.append(f"{part} {len(self.rows)} images evaluated again{largest}{rest}")
-
-    def _check_fingerprint(self, pixels: np.ndarray, labels: np.ndarray, count: int) -> None:
-        """data.sha256, where it is the hash of exactly these pixels and labels."""
-        if self.sample.get("is_split") is not True:
-            if self.split is None:
-                self.facts.append("the images are not tied to the data set's hash")
-            return
-        whole = count == len(self.rows) == self.data.get("of")
-        if not whole or fingerprint(pixels, labels, self.data["pixel_max"]) != self.data.get("sha256"):
-            self.problem("certificate.json, data", "sha256 is not that of the pixels and labels")
-
-    def _check_split(self, pixels: np.ndarray, labels: np.ndarray, sample: np.ndarray, indices: list[int]) -> bool:
-        """Whether a file of the whole data set has data.sha256, the rows' labels and the sample's pixels."""
-        before, scale = len(self.problems), self.data["pixel_max"]
-        digest = fingerprint(pixels, labels, scale)
-        if digest != self.data.get("sha256") or len(labels) != self.data.get("of"):
-            message = f"{len(labels)} images with SHA-256 {digest}, but the certificate is about "
-            self.problem(str(self.source), f"{message}{self.data.get('of')!r} with {self.data.get('sha256')!r}")
-        elif (
-            pixels.shape[1:] != self.in_shape
-            or max(self.places, default=0) >= len(labels)
-            or pixels.max(initial=0) > scale
-        ):
-            self.problem(str(self.source), f"images {pixels.shape} do not fit the network or the rows")
-        elif not np.array_equal(pixels[[self.places[row] for row in indices]], sample):
-            self.problem("images.safetensors, pixels", f"not those of {self.source}")
-        else:
-            own = labels[self.places]
-            for index in np.flatnonzero(own != [row.get("label") for row in self.rows]).tolist():
-                place = f"certificate.json, images[{index}]"
-                self.problem(place, f"label {self.rows[index].get('label')!r}, not {own[index]}")
-            self.facts.append("the images are those of the data set's hash")
-        return len(self.problems) == before
-
-    def _check_batch(self, indices: list[int], x: np.ndarray) -> list[tuple[int, str]]:
-        """Proves the rows of images (b, *in_shape) in [0, 1]: the class at the image and its radius (§7, §8, §11)."""
-        error = np.full(len(x), FLOOR)
-        for op in self.ops:
-            y, local = op.evaluate(x)
-            local = local + FLOOR * (1 + lengths(x))
-            error = (max(float_up(op.claim), FLOOR) * error + local) * (1 + rounding(8))
-            x = y
-        logits, own = self.head.evaluate(x)
-        own = own + FLOOR * (1 + lengths(x))[:, None]
-        rows = [self.rows[index] for index in indices]
-        p = np.array([row["prediction"] for row in rows])
-        batch = np.arange(len(rows))
-        gaps = logits[batch, p][:, None] - logits
-
-        def slack(feature_error):
-            total = self.head_table[p] * feature_error[:, None] + own + own[batch, p][:, None]
-            return total * (1 + rounding(8)) + rounding(2) * np.abs(gaps)
-
-        room = slack(error)
-        low, high = np.nextafter(gaps - room, -np.inf), np.nextafter(gaps + room, np.inf)
-        low, high = np.where(np.isnan(low), -np.inf, low), np.where(np.isnan(high), np.inf, high)
-        found, others = [], np.arange(self.head.classes)
-        for place, (index, row) in enumerate(zip(indices, rows, strict=True)):
-            rivals, radius, rival = others[others != p[place]], row["radius"], row["rival"]
-            if not all(low[place, i] >= 0 for i in rivals):
-                self.undecided.append(index)  # list.append is atomic
-            beaten = [i for i in rivals if high[place, i] < 0]
-            if beaten:
-                found.append((index, f"prediction {p[place]}, but class {beaten[0]} has a larger logit"))
-            if len(rivals) == 0:
-                continue
-            if row["margin"] is not None and not row["margin"] <= low[place, rival]:
-                found.append((index, f"margin {row['margin']!r}, but only {float(low[place, rival])!r} can be proved"))
-            if isinstance(self.head, MLPHead):
-                continue
-            constants = {int(i): float(self.table[p[place], i]) for i in rivals}
-            proved = {i: radius_of(float(low[place, i]), c) for i, c in constants.items()}
-            short = min(proved, key=proved.__getitem__)
-            if not radius <= proved[short]:
-                found.append(
-                    (index, f"radius {radius!r}, but against class {short} only {proved[short]!r} can be proved")
-                )
-            # Another class limits the radius if it is nearer by more than the rounding errors of two evaluations (§8).
-            at_least = radius_of(float(gaps[place, rival] - 8 * room[place, rival]), constants[rival])
-            possible = {i: math.nextafter(float(high[place, i]) / c, math.inf) for i, c in constants.items() if c > 0}
-            nearest = min(possible, key=possible.__getitem__, default=rival)
-            if not beaten and not at_least <= possible.get(nearest, math.inf):
-                found.append((index, f"rival {rival}, but class {nearest} limits the radius"))
-        if isinstance(self.head, MLPHead):
-            own_room = slack(np.zeros_like(error))
-            near = np.nextafter(gaps - own_room, -np.inf)
-            found += self._check_mlp(indices, x, error, near, near > 2.0**20 * own_room, p)
+def prove_transformed(
+    liplt: Any,
+    network: Network,
+    head_table: np.ndarray,
+    stored: np.ndarray,
+    short: list[tuple[int, int]],
+    budget: Budget,
+) -> Findings:
+    """Proves the chains that are stated, and the constants `short` that are below the product of norms."""
+    found = Findings()
+    try:
+        with np.errstate(all="ignore"):
+            transformed = LoopTransformation(network.ops[1:], network.names[1:], network.head, liplt, budget)
+            scale = np.nextafter(float_up(network.ops[0].claim), np.inf)
+            table = np.nextafter(transformed.table(head_table) * scale, np.inf)
+    except Unproved as error:
+        found.problem("certificate.json, liplt", str(error))
         return found
+    for i, j in short:
+        if not table[i, j] <= stored[i, j]:
+            message = f"{float(stored[i, j])!r}, but only {float(table[i, j])!r} is proved by LipLT"
+            found.problem(f"certificate.json, margin_lipschitz[{i}][{j}]", message)
+    if not found.problems:
+        found.facts.append(f"LipLT: {len(transformed.chains)} norms of chains proved")
+    return found
 
-    def _check_mlp(self, indices, features, error, margins, clear, p) -> list[tuple[int, str]]:
-        """Radii of an MLP head: f_p > f_i on a ball around the computed features, for every rival i (§11.7).
 
-        clear (b, k): where the margin is so far above its rounding error that radii say which rival is nearer.
-        """
-        rows = [self.rows[index] for index in indices]
-        radii, rivals = np.array([row["radius"] for row in rows]), np.array([row["rival"] for row in rows])
-        reach = (error + self.scale * radii * (1 + rounding(2))) * (1 + rounding(4))
-        points, stored = self.images["minorant_points"], {}
-        pairs = zip(self.images["minorant_images"].tolist(), self.images["minorant_rivals"].tolist(), strict=True)
-        for row, (image, rival) in enumerate(pairs):
-            if 0 <= rival < self.head.classes:
-                stored[image, rival] = row
+# ---------------------------------------------------------------------------------------------------------------------
+# The images of a run (§7, §8, §11)
 
-        def at_points(places, rivals):
-            """Which of these pairs have a stored point, the points, and the curvatures."""
-            known = np.array([(indices[j], int(i)) in stored for j, i in zip(places, rivals, strict=True)], bool)
-            places, rivals = places[known], rivals[known]
-            chosen = [stored[indices[j], int(i)] for j, i in zip(places, rivals, strict=True)]
-            fine = [self.head.fine.get((int(p[j]), int(i)), math.inf) for j, i in zip(places, rivals, strict=True)]
-            curvatures = np.minimum(np.array(fine), self.head.coarse[p[places], rivals])
-            return known, points[chosen].astype(np.float64), curvatures
 
-        def not_positive(reach) -> np.ndarray:
-            """(b, k): the rivals that are not proved to stay behind within these distances, where they are not 0."""
-            open_ = np.broadcast_to(reach[:, None] > 0, clear.shape).copy()
-            open_[np.arange(len(p)), p] = False
-            # By the constant that holds everywhere, by the minorant at the image, by the minorant at a stored point.
-            open_ &= ~(margins > self.head_table[p] * reach[:, None] * (1 + rounding(4)) + FLOOR)
-            places, rivals = np.nonzero(open_)
-            if len(places):
-                a, q = features[places], p[places]
-                holds = self.head.positive_within(a, a, q, rivals, self.head.coarse[q, rivals], reach[places])
-                open_[places[holds], rivals[holds]] = False
-            places, rivals = np.nonzero(open_)
-            known, b, m = at_points(places, rivals)
-            places, rivals = places[known], rivals[known]
-            if len(places):
-                holds = self.head.positive_within(features[places], b, p[places], rivals, m, reach[places])
-                open_[places[holds], rivals[holds]] = False
-            return open_
+def check_rows(document: dict[str, Any], network: Network, constants: Constants | None) -> tuple[Findings, Rows]:
+    """Checks the form of every row, and the relation of radius, margin and constant (§8).
 
-        open_ = not_positive(np.where(radii > 0, reach, 0.0))
-        found = [
-            (indices[j], f"radius {float(radii[j])!r} cannot be proved against class {np.flatnonzero(open_[j])[0]}")
-            for j in np.flatnonzero(open_.any(axis=1))
-        ]
-        # How far each rival is by the same three proofs, and whether another one is nearer by more than 0.1 %.
-        all_, constants = np.arange(len(p)), self.head_table[p, rivals]
-        quotients = margins[all_, rivals] / np.where(constants > 0, constants, 1.0)
-        far = np.where(constants > 0, quotients, np.inf)
-        far = np.maximum(far, self.head.distance(features, features, p, rivals, self.head.coarse[p, rivals]))
-        known, b, m = at_points(all_, rivals)
-        if known.any():
-            far[known] = np.maximum(far[known], self.head.distance(features[known], b, p[known], rivals[known], m))
-        nearer = (1 - 2.0**-10) * far - 8 * error
-        tried = clear[all_, rivals] & (nearer > 0) & (nearer < 2.0**300) & (rivals != p)
-        open_ = not_positive(np.where(tried, nearer, 0.0)) & clear
-        return found + [
-            (indices[j], f"rival {rivals[j]}, but class {np.flatnonzero(open_[j])[0]} limits the radius")
-            for j in np.flatnonzero(open_.any(axis=1))
-        ]
+    Raises: Unreadable for a certificate without rows of images.
+    """
+    found = Findings()
+    rows: Any = document.get("images")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise Unreadable("certificate.json: images is no list of rows")
+    head, k, data = network.head, network.head.classes, document.get("data")
+    data = data if isinstance(data, dict) else {}
+    if type(data.get("num_images")) is not int or data["num_images"] != len(rows):
+        found.problem("certificate.json, data", f"num_images {data.get('num_images')!r}, but {len(rows)} rows")
+    placed, places = places_of(data, len(rows))
+    found.add(placed)
+    good = np.zeros(len(rows), bool)
+    for index, row in enumerate(rows):
+        message = wrong_form(row, k)
+        good[index] = message is None
+        if message is None and not (isinstance(head, MLPHead) or constants is None or k == 1):
+            margin, p, rival = row["margin"], row["prediction"], row["rival"]
+            wanted = radius_of(-math.inf if margin is None else float(margin), float(constants.table[p, rival]))
+            if number(row["radius"]) != wanted:
+                good[index] = False
+                message = f"radius {number(row['radius'])!r}, but margin and constant give {wanted!r}"
+        if message is not None:
+            found.problem(f"certificate.json, images[{index}]", message)
+    return found, Rows(rows, data, places, good)
 
-    # The report
 
-    def check_report(self) -> None:
-        """report.json: what it derives from the certificate."""
-        counted = [i for i in self.undecided if self.rows[i]["label"] == self.rows[i]["prediction"]]
-        if counted:
-            self.problem(
-                "report.json, clean_accuracy",
-                f"{len(counted)} images count as correct whose class is not proved, first images[{min(counted)}]",
+def wrong_form(row: dict[str, Any], classes: int) -> str | None:
+    """The first thing that no row of an image of so many classes may say; None for a row of the right form."""
+    if set(row) != {"label", "prediction", "rival", "margin", "radius"}:
+        return f"expected label, prediction, rival, margin and radius, got {sorted(row)}"
+    integers: list[Any] = [row.get(name) for name in ("label", "prediction", "rival")]
+    margin, radius = row.get("margin"), number(row.get("radius"))
+    if not all(type(n) is int for n in integers) or (margin is not None and number(margin) is None):
+        return "label, prediction, rival or margin is not a number"
+    label, p, rival = integers
+    if radius is None or radius < 0 or not 0 <= label < 2**31 or not (0 <= p < classes and 0 <= rival < classes):
+        return "label, prediction, rival or radius is out of range"
+    if rival == p and classes > 1:
+        return "the rival is the prediction"
+    if classes == 1 and margin is not None:
+        return f"margin {margin!r}, but there is one class, and so no difference of logits"
+    if margin is None and radius > 0 and classes > 1:
+        return f"radius {radius!r} without a margin"
+    return None
+
+
+def places_of(data: dict[str, Any], count: int) -> tuple[Findings, list[int]]:
+    """Of every row the place of its image in the data set: `data.indices`, or without them the first places."""
+    found, total, first = Findings(), data.get("of"), list(range(count))
+    indices = data.get("indices", first)
+    if type(total) is not int or total < count:
+        found.problem("certificate.json, data", f"{count} rows, but of {total!r} images")
+        return found, first
+    integers = isinstance(indices, list) and len(indices) == count and all(type(i) is int for i in indices)
+    if not integers or any(a >= b for a, b in zip([-1, *indices], [*indices, total], strict=True)):
+        message = f"indices: expected {count} different places below {total}, ascending, one for each row"
+        found.problem("certificate.json, data", message)
+        return found, first
+    if count == total:
+        found.facts.append(f"about all {total} images of the data set")
+        return found, indices
+    how = "the first ones, not drawn by hash"
+    if "indices" in data:
+        if total > MOST_IMAGES:
+            found.problem("certificate.json, data", f"{total} images: draws are checked of {MOST_IMAGES} at most")
+            return found, first
+        how = "drawn by hash" if indices == drawn(total, count) else "NOT drawn by hash, but chosen otherwise"
+    found.facts.append(f"about {count} of the {total} images of the data set ({how})")
+    return found, indices
+
+
+def check_images(
+    files: Files, network: Network, constants: Constants | None, rows: Rows, frozen_sha256: str
+) -> tuple[Findings, list[int]]:
+    """Proves what is claimed of the images whose pixels are there. Returns the rows without a proved class, too."""
+    found, undecided = Findings(), []
+    head, in_shape, data = network.head, network.in_shape, rows.data
+    expected = {"indices": (np.int64, 1), "labels": (np.int64, 1), "pixels": (np.uint8, 1 + len(in_shape))}
+    if isinstance(head, MLPHead):
+        forms = (np.int64, 1), (np.int64, 1), (np.float32, 2)
+        expected |= dict(zip(("minorant_images", "minorant_rivals", "minorant_points"), forms, strict=True))
+    if {name: (a.dtype, a.ndim) for name, a in files.images.items()} != {
+        name: (np.dtype(dtype), ndim) for name, (dtype, ndim) in expected.items()
+    }:
+        found.problem("images.safetensors", f"expected the arrays {sorted(expected)} with their types")
+        return found, undecided
+    indices, labels, pixels = (files.images[name] for name in ("indices", "labels", "pixels"))
+    wanted = sample_indices(frozen_sha256, str(data.get("sha256")), rows.rows)
+    stated = files.sample.get("num_images")
+    if indices.tolist() != wanted or type(stated) is not int:
+        found.problem("images.safetensors, indices", "not the images that the certificate's hashes draw")
+        return found, undecided
+    scale = data.get("pixel_max")
+    fit = len(labels) == len(pixels) == len(wanted) == stated and pixels.shape[1:] == in_shape
+    if type(scale) is not int or not 1 <= scale <= 255 or not fit or pixels.max(initial=0) > scale:
+        found.problem(
+            "images.safetensors", f"labels or pixels do not fit the network, pixel_max {scale!r}, or the indices"
+        )
+        return found, undecided
+    found.add(check_fingerprint(files, rows, pixels, labels, len(wanted)))
+    for place, index in enumerate(wanted):
+        label = rows.rows[index].get("label")
+        if label != int(labels[place]):
+            found.problem(f"certificate.json, images[{index}]", f"label {label!r}, not {labels[place]}")
+    chosen = sample_indices(frozen_sha256, str(data.get("sha256")), rows.rows, files.count)
+    places = np.searchsorted(wanted, chosen).tolist()
+    if files.split is not None:
+        sample = pixels
+        pixels, labels = files.split
+        pixels = pixels[..., None] if pixels.ndim == len(in_shape) else pixels
+        whole = check_split(files.source, rows, in_shape, pixels, labels, sample, wanted)
+        found.add(whole)
+        if whole.problems:
+            return found, undecided
+        places = [rows.places[row] for row in chosen]
+    if constants is None or not rows.good[chosen].all():
+        return found, undecided
+    size = max(1, min(256, CHUNK // network.widest))
+    batches = [slice(start, start + size) for start in range(0, len(chosen), size)]
+
+    def run_batch(batch: slice) -> tuple[list[tuple[int, str]], list[int]]:
+        own, x = chosen[batch], pixels[places[batch]] / np.float64(scale)
+        return prove_batch(network, constants, files.images, own, [rows.rows[i] for i in own], x)
+
+    for wrong, open_ in in_threads(run_batch, batches, 16 * size * network.widest):
+        undecided += open_
+        for index, message in wrong:
+            found.problem(f"certificate.json, images[{index}]", message)
+    part, rest = "all", ""
+    if len(chosen) < len(rows.rows):
+        part = f"{len(chosen)} (drawn by hash) of"
+        rest = "; of the others only that radius, margin and constants fit"
+    if undecided:
+        found.facts.append(f"{len(undecided)} images whose class cannot be decided (ties), with radius 0")
+    radii = [row["radius"] for row in rows.rows if row["prediction"] == row["label"]]
+    largest = f", largest certified radius {shown(float(max(radii)))}" if radii else ""
+    found.facts.append(f"{part} {len(rows.rows)} images evaluated again{largest}{rest}")
+    return found, undecided
+
+
+def check_fingerprint(files: Files, rows: Rows, pixels: np.ndarray, labels: np.ndarray, count: int) -> Findings:
+    """Checks data.sha256 where it is said to be the hash of exactly these pixels and labels."""
+    found = Findings()
+    if files.sample.get("is_split") is not True:
+        if files.split is None:
+            found.facts.append("the images are not tied to the data set's hash")
+        return found
+    whole = count == len(rows.rows) == rows.data.get("of")
+    if not whole or fingerprint(pixels, labels, rows.data["pixel_max"]) != rows.data.get("sha256"):
+        found.problem("certificate.json, data", "sha256 is not that of the pixels and labels")
+    return found
+
+
+def check_split(
+    source: str | os.PathLike | None,
+    rows: Rows,
+    in_shape: tuple[int, ...],
+    pixels: np.ndarray,
+    labels: np.ndarray,
+    sample: np.ndarray,
+    indices: list[int],
+) -> Findings:
+    """Checks that a file of the whole data set has data.sha256, the rows' labels and the sample's pixels."""
+    found, data = Findings(), rows.data
+    scale = data["pixel_max"]
+    digest = fingerprint(pixels, labels, scale)
+    if digest != data.get("sha256") or len(labels) != data.get("of"):
+        message = f"{len(labels)} images with SHA-256 {digest}, but the certificate is about "
+        found.problem(str(source), f"{message}{data.get('of')!r} with {data.get('sha256')!r}")
+    elif pixels.shape[1:] != in_shape or max(rows.places, default=0) >= len(labels) or pixels.max(initial=0) > scale:
+        found.problem(str(source), f"images {pixels.shape} do not fit the network or the rows")
+    elif not np.array_equal(pixels[[rows.places[row] for row in indices]], sample):
+        found.problem("images.safetensors, pixels", f"not those of {source}")
+    else:
+        own = labels[rows.places]
+        for index in np.flatnonzero(own != [row.get("label") for row in rows.rows]).tolist():
+            place = f"certificate.json, images[{index}]"
+            found.problem(place, f"label {rows.rows[index].get('label')!r}, not {own[index]}")
+        found.facts.append("the images are those of the data set's hash")
+    return found
+
+
+def prove_batch(
+    network: Network,
+    constants: Constants,
+    images: dict[str, np.ndarray],
+    indices: list[int],
+    rows: list[dict[str, Any]],
+    x: np.ndarray,
+) -> tuple[list[tuple[int, str]], list[int]]:
+    """Proves the rows of images (b, *in_shape) in [0, 1]: the class at the image and its radius (§7, §8, §11).
+
+    Args: images: the arrays of images.safetensors, of which minorants are taken.
+    Returns: of rows that are not proved their index and a message, and the indices of those without a proved class.
+    """
+    head = network.head
+    x, error = evaluate_in_turn(network.ops, x, np.full(len(x), FLOOR))
+    logits, own = head.evaluate(x)
+    own = own + FLOOR * (1 + lengths(x))[:, None]
+    p = np.array([row["prediction"] for row in rows])
+    batch = np.arange(len(rows))
+    gaps = logits[batch, p][:, None] - logits
+
+    def slack(feature_error: np.ndarray) -> np.ndarray:
+        total = constants.head_table[p] * feature_error[:, None] + own + own[batch, p][:, None]
+        return total * (1 + rounding(8)) + rounding(2) * np.abs(gaps)
+
+    room = slack(error)
+    low, high = np.nextafter(gaps - room, -np.inf), np.nextafter(gaps + room, np.inf)
+    low, high = np.where(np.isnan(low), -np.inf, low), np.where(np.isnan(high), np.inf, high)
+    found, undecided, others = [], [], np.arange(head.classes)
+    for place, (index, row) in enumerate(zip(indices, rows, strict=True)):
+        rivals, radius, rival = others[others != p[place]], row["radius"], row["rival"]
+        if not all(low[place, i] >= 0 for i in rivals):
+            undecided.append(index)
+        beaten = [i for i in rivals if high[place, i] < 0]
+        if beaten:
+            found.append((index, f"prediction {p[place]}, but class {beaten[0]} has a larger logit"))
+        if len(rivals) == 0:
+            continue
+        if row["margin"] is not None and not row["margin"] <= low[place, rival]:
+            found.append((index, f"margin {row['margin']!r}, but only {float(low[place, rival])!r} can be proved"))
+        if isinstance(head, MLPHead):
+            continue
+        to_rivals = {int(i): float(constants.table[p[place], i]) for i in rivals}
+        proved = {i: radius_of(float(low[place, i]), c) for i, c in to_rivals.items()}
+        short = min(proved, key=proved.__getitem__)
+        if not radius <= proved[short]:
+            found.append((index, f"radius {radius!r}, but against class {short} only {proved[short]!r} can be proved"))
+        # Another class limits the radius if it is nearer by more than the rounding errors of two evaluations (§8).
+        at_least = radius_of(float(gaps[place, rival] - 8 * room[place, rival]), to_rivals[rival])
+        possible = {i: math.nextafter(float(high[place, i]) / c, math.inf) for i, c in to_rivals.items() if c > 0}
+        nearest = min(possible, key=possible.__getitem__, default=rival)
+        if not beaten and not at_least <= possible.get(nearest, math.inf):
+            found.append((index, f"rival {rival}, but class {nearest} limits the radius"))
+    if isinstance(head, MLPHead):
+        own_room = slack(np.zeros_like(error))
+        near = np.nextafter(gaps - own_room, -np.inf)
+        evaluated = Evaluated(indices, rows, p, x, error)
+        found += prove_by_minorants(head, constants, images, evaluated, near, near > 2.0**20 * own_room)
+    return found, undecided
+
+
+def prove_by_minorants(
+    head: MLPHead,
+    constants: Constants,
+    images: dict[str, np.ndarray],
+    batch: Evaluated,
+    margins: np.ndarray,
+    clear: np.ndarray,
+) -> list[tuple[int, str]]:
+    """Proves radii of an MLP head: f_p > f_i on a ball around the computed features, for every rival i (§11.7).
+
+    Args: images: as in `prove_batch`. margins: (b, k), proved at the computed features. clear: (b, k), where the margin
+      is so far above its rounding error that radii say which rival is nearer.
+    Returns: of rows that are not proved their index and a message.
+    """
+    indices, features, error, p = batch.indices, batch.features, batch.error, batch.predictions
+    radii = np.array([row["radius"] for row in batch.rows])
+    rivals = np.array([row["rival"] for row in batch.rows])
+    reach = (error + constants.scale * radii * (1 + rounding(2))) * (1 + rounding(4))
+    points, stored = images["minorant_points"], {}
+    pairs = zip(images["minorant_images"].tolist(), images["minorant_rivals"].tolist(), strict=True)
+    for row, (image, rival) in enumerate(pairs):
+        if 0 <= rival < head.classes:
+            stored[image, rival] = row
+
+    def at_points(places, rivals):
+        """The pairs that have a stored point, as booleans; their points, and their curvatures."""
+        known = np.array([(indices[j], int(i)) in stored for j, i in zip(places, rivals, strict=True)], bool)
+        places, rivals = places[known], rivals[known]
+        chosen = [stored[indices[j], int(i)] for j, i in zip(places, rivals, strict=True)]
+        fine = [head.fine.get((int(p[j]), int(i)), math.inf) for j, i in zip(places, rivals, strict=True)]
+        curvatures = np.minimum(np.array(fine), head.coarse[p[places], rivals])
+        return known, points[chosen].astype(np.float64), curvatures
+
+    def not_positive(reach) -> np.ndarray:
+        """(b, k): the rivals that are not proved to stay behind within these distances, where they are not 0."""
+        open_ = np.broadcast_to(reach[:, None] > 0, clear.shape).copy()
+        open_[np.arange(len(p)), p] = False
+        # By the constant that holds everywhere, by the minorant at the image, by the minorant at a stored point.
+        open_ &= ~(margins > constants.head_table[p] * reach[:, None] * (1 + rounding(4)) + FLOOR)
+        places, rivals = np.nonzero(open_)
+        if len(places):
+            a, q = features[places], p[places]
+            holds = head.positive_within(a, a, q, rivals, head.coarse[q, rivals], reach[places])
+            open_[places[holds], rivals[holds]] = False
+        places, rivals = np.nonzero(open_)
+        known, b, m = at_points(places, rivals)
+        places, rivals = places[known], rivals[known]
+        if len(places):
+            holds = head.positive_within(features[places], b, p[places], rivals, m, reach[places])
+            open_[places[holds], rivals[holds]] = False
+        return open_
+
+    open_ = not_positive(np.where(radii > 0, reach, 0.0))
+    found = [
+        (indices[j], f"radius {float(radii[j])!r} cannot be proved against class {np.flatnonzero(open_[j])[0]}")
+        for j in np.flatnonzero(open_.any(axis=1))
+    ]
+    # How far each rival is by the same three proofs, and whether another one is nearer by more than 0.1 %.
+    all_, to_rivals = np.arange(len(p)), constants.head_table[p, rivals]
+    quotients = margins[all_, rivals] / np.where(to_rivals > 0, to_rivals, 1.0)
+    far = np.where(to_rivals > 0, quotients, np.inf)
+    far = np.maximum(far, head.distance(features, features, p, rivals, head.coarse[p, rivals]))
+    known, b, m = at_points(all_, rivals)
+    if known.any():
+        far[known] = np.maximum(far[known], head.distance(features[known], b, p[known], rivals[known], m))
+    nearer = (1 - 2.0**-10) * far - 8 * error
+    tried = clear[all_, rivals] & (nearer > 0) & (nearer < 2.0**300) & (rivals != p)
+    open_ = not_positive(np.where(tried, nearer, 0.0)) & clear
+    return found + [
+        (indices[j], f"rival {rivals[j]}, but class {np.flatnonzero(open_[j])[0]} limits the radius")
+        for j in np.flatnonzero(open_.any(axis=1))
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report of a run
+
+
+def check_report(
+    report: dict[str, Any],
+    layout: dict[str, Any],
+    network: Network,
+    certificate: Rows,
+    undecided: list[int],
+    frozen_sha256: str,
+    budget: Budget,
+) -> Findings:
+    """Checks what report.json derives from the certificate."""
+    found, rows, classes = Findings(), certificate.rows, network.head.classes
+    counted = [i for i in undecided if rows[i]["label"] == rows[i]["prediction"]]
+    if counted:
+        found.problem(
+            "report.json, clean_accuracy",
+            f"{len(counted)} images count as correct whose class is not proved, first images[{min(counted)}]",
+        )
+    if not certificate.good.all():
+        return found
+    right = np.array([row["label"] == row["prediction"] for row in rows], bool)
+    radii = np.array([row["radius"] for row in rows], np.float64)
+    if report.get("frozen_sha256") != frozen_sha256:
+        found.problem("report.json, frozen_sha256", "of another network")
+    if type(report.get("num_images")) is not int or report["num_images"] != len(rows):
+        found.problem("report.json, num_images", f"{report.get('num_images')!r}, but {len(rows)} rows")
+    if "of" in report and (type(report["of"]) is not int or report["of"] != certificate.data.get("of")):
+        total = certificate.data.get("of")
+        found.problem("report.json, of", f"{report['of']!r}, but the certificate's is {total!r}")
+    if len(rows) == 0:
+        found.problem("report.json", "accuracies of no images")
+        return found
+    if number(report.get("clean_accuracy")) != float(np.mean(right)):
+        found.problem("report.json, clean_accuracy", f"{report.get('clean_accuracy')!r}, not {float(np.mean(right))!r}")
+    stated, certified = report.get("radii"), report.get("certified_accuracy")
+    if not isinstance(stated, list) or not isinstance(certified, dict) or any(number(r) is None for r in stated):
+        found.problem("report.json", "radii or certified_accuracy is missing")
+        return found
+    if not all(r > 0 for r in stated) or len({shown(float(r)) for r in stated}) < len(stated):
+        found.problem("report.json, radii", "not positive, or two of one name")
+        return found
+    budget.spend("report.json, radii", len(stated) * (1 + classes) * (CALL + PASS * len(rows)))
+    wanted = {shown(float(r)): float(np.mean(right & (radii > r))) for r in stated}
+    for r in stated:
+        above = f"{r:.6g}"
+        if float(above) > r and above in certified:
+            found.problem(
+                f"report.json, certified_accuracy[{above}]",
+                f"{above} is more than the radius {r!r}, at which this was counted (earlier versions rounded names "
+                f"of radii up: certify the run again); expected {shown(float(r))!r}",
             )
-        rows, report = getattr(self, "rows", None), self.report or {}
-        if rows is None or not getattr(self, "good", np.zeros(1, bool)).all():
-            return
-        right = np.array([row["label"] == row["prediction"] for row in rows], bool)
-        radii = np.array([row["radius"] for row in rows], np.float64)
-        if report.get("frozen_sha256") != self.frozen_sha256:
-            self.problem("report.json, frozen_sha256", "of another network")
-        if type(report.get("num_images")) is not int or report["num_images"] != len(rows):
-            self.problem("report.json, num_images", f"{report.get('num_images')!r}, but {len(rows)} rows")
-        if "of" in report and (type(report["of"]) is not int or report["of"] != self.data.get("of")):
-            self.problem("report.json, of", f"{report['of']!r}, but the certificate's is {self.data.get('of')!r}")
-        if len(rows) == 0:
-            self.problem("report.json", "accuracies of no images")
-            return
-        if number(report.get("clean_accuracy")) != float(np.mean(right)):
-            self.problem(
-                "report.json, clean_accuracy", f"{report.get('clean_accuracy')!r}, not {float(np.mean(right))!r}"
-            )
-        stated, certified = report.get("radii"), report.get("certified_accuracy")
-        if not isinstance(stated, list) or not isinstance(certified, dict) or any(number(r) is None for r in stated):
-            self.problem("report.json", "radii or certified_accuracy is missing")
-            return
-        if not all(r > 0 for r in stated) or len({shown(float(r)) for r in stated}) < len(stated):
-            self.problem("report.json, radii", "not positive, or two of one name")
-            return
-        self.budget.spend("report.json, radii", len(stated) * (1 + self.head.classes) * (CALL + PASS * len(rows)))
-        wanted = {shown(float(r)): float(np.mean(right & (radii > r))) for r in stated}
-        for r in stated:
-            above = f"{r:.6g}"
-            if float(above) > r and above in certified:
-                self.problem(
-                    f"report.json, certified_accuracy[{above}]",
-                    f"{above} is more than the radius {r!r}, at which this was counted (earlier versions rounded names "
-                    f"of radii up: certify the run again); expected {shown(float(r))!r}",
-                )
-                del certified[above]
-        for key in sorted(set(certified) | set(wanted)):
-            if key not in wanted or number(certified.get(key)) != wanted[key]:
-                self.problem(
-                    f"report.json, certified_accuracy[{key}]", f"{certified.get(key)!r}, not {wanted.get(key)!r}"
-                )
-        self._check_classes(report, right, radii, {shown(float(r)): r for r in stated})
+            del certified[above]
+    for key in sorted(set(certified) | set(wanted)):
+        if key not in wanted or number(certified.get(key)) != wanted[key]:
+            place = f"report.json, certified_accuracy[{key}]"
+            found.problem(place, f"{certified.get(key)!r}, not {wanted.get(key)!r}")
+    names: list[str | None] = layout.get("class_names") or [None] * classes
+    found.add(check_classes(report, rows, right, radii, {shown(float(r)): r for r in stated}, names))
+    return found
 
-    def _check_classes(self, report: dict, right: np.ndarray, proved: np.ndarray, radii: dict[str, float]) -> None:
-        """What report.json counts class by class, where it does."""
-        fields = ("per_class", "mean_over_classes", "confusion")
-        if not any(field in report for field in fields):
-            return
-        k = self.head.classes
-        labels, predictions = (np.array([row[field] for row in self.rows]) for field in ("label", "prediction"))
-        if not ((labels >= 0) & (labels < k)).all():
-            self.problem("report.json, per_class", f"some labels are not in 0 ... {k - 1}")
-            return
-        names, table = self.layout.get("class_names") or [None] * k, []
-        for label in range(k):
-            own = labels == label
-            shares = {
-                key: float(np.mean((right & (proved > r))[own])) if own.any() else None for key, r in radii.items()
-            }
-            clean = float(np.mean(right[own])) if own.any() else None
-            row = {"class": label, "name": names[label], "num_images": int(own.sum()), "clean_accuracy": clean}
-            table.append({**row, "certified_accuracy": shares})
-        present = [row for row in table if row["num_images"]]
-        clean = math.fsum(row["clean_accuracy"] for row in present) / len(present)
-        means = {key: math.fsum(row["certified_accuracy"][key] for row in present) / len(present) for key in radii}
-        confusion = np.zeros((k, k), np.int64)
-        np.add.at(confusion, (labels, predictions), 1)
-        wanted = (table, {"clean_accuracy": clean, "certified_accuracy": means}, confusion.tolist())
-        for field, value in zip(fields, wanted, strict=True):
-            if json.dumps(report.get(field), sort_keys=True) != json.dumps(value, sort_keys=True):
-                self.problem(f"report.json, {field}", "not what the rows of the certificate count")
+
+def check_classes(
+    report: dict[str, Any],
+    rows: list[dict[str, Any]],
+    right: np.ndarray,
+    proved: np.ndarray,
+    radii: dict[str, float],
+    names: list[str | None],
+) -> Findings:
+    """Checks what report.json counts class by class, where it does.
+
+    Args: right, proved: of each row, True for a correct prediction, and the radius. radii: by name. names: of classes.
+    """
+    found, fields, k = Findings(), ("per_class", "mean_over_classes", "confusion"), len(names)
+    if not any(field in report for field in fields):
+        return found
+    labels, predictions = (np.array([row[field] for row in rows]) for field in ("label", "prediction"))
+    if not ((labels >= 0) & (labels < k)).all():
+        found.problem("report.json, per_class", f"some labels are not in 0 ... {k - 1}")
+        return found
+    table = []
+    for label in range(k):
+        own = labels == label
+        shares = {key: float(np.mean((right & (proved > r))[own])) if own.any() else None for key, r in radii.items()}
+        clean = float(np.mean(right[own])) if own.any() else None
+        row = {"class": label, "name": names[label], "num_images": int(own.sum()), "clean_accuracy": clean}
+        table.append({**row, "certified_accuracy": shares})
+    present = [row for row in table if row["num_images"]]
+    clean = math.fsum(row["clean_accuracy"] for row in present) / len(present)
+    means = {key: math.fsum(row["certified_accuracy"][key] for row in present) / len(present) for key in radii}
+    confusion = np.zeros((k, k), np.int64)
+    np.add.at(confusion, (labels, predictions), 1)
+    wanted = (table, {"clean_accuracy": clean, "certified_accuracy": means}, confusion.tolist())
+    for field, value in zip(fields, wanted, strict=True):
+        if json.dumps(report.get(field), sort_keys=True) != json.dumps(value, sort_keys=True):
+            found.problem(f"report.json, {field}", "not what the rows of the certificate count")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers as text, radii (§8), hashes and draws
 
 
 def shown(value: float, towards: str = decimal.ROUND_FLOOR) -> str:
@@ -2813,19 +3216,27 @@ def sample_indices(frozen_sha256: str, data_sha256: str, rows: list, count: int 
     return sorted(i for _, i in order[:count])
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What to call: check, run, main
+
+
 def check(
     directory: str | os.PathLike,
     images: float | None = None,
     data: str | os.PathLike | None = None,
     budget: int | float = 1.0,
 ) -> tuple[int, list[str]]:
-    """Checks one run's directory; images, data, budget: as `Check`. Returns: the exit code and the lines to print."""
+    """Checks one run's directory. Returns: the exit code and the lines to print.
+
+    Args: images, data: the `count` and `data` of `read_files`. budget: what multiplies the limits of work and memory.
+    """
     start = time.monotonic()
-    if np.float64(5e-324) * np.float64(1.0) == 0:
-        return 2, ["this process flushes subnormal numbers to zero, against what the proofs assume (§0)"]
+    wrong = arithmetic_problem()
+    if wrong is not None:
+        return 2, [wrong]
     try:
-        found = Check(pathlib.Path(directory), images, data, budget)
-        found.run()
+        spent = Budget(budget)
+        found = prove(read_files(pathlib.Path(directory), images, data, spent), spent)
     except Unreadable as error:
         return 2, [shortened(str(error))]
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError, MemoryError) as error:

@@ -126,12 +126,12 @@ def slightly_further_rival(f):
 
 
 def checker_margin(f, index, rival):
-    frozen = checker.Check(f.directory)
-    frozen.run()
+    files = checker.read_files(f.directory, None, None, checker.Budget())
+    _, network = checker.build_network(files.layout, files.arrays)
     x = f.images["pixels"][[index]] / np.float64(255)
-    for op in frozen.ops:
+    for op in network.ops:
         x = op.apply(x)
-    logits, _ = frozen.head.evaluate(x)
+    logits, _ = network.head.evaluate(x)
     return float(logits[0, f.rows[index]["prediction"]] - logits[0, rival])
 
 

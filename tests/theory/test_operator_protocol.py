@@ -26,8 +26,6 @@ PROTOCOL = ROOT / "operators" / "base.py"
 OF_OTHERS = {
     ("checker.py", "sched_getaffinity"),
     ("checker.py", "O_NONBLOCK"),
-    ("checker.py", "rows"),
-    ("checker.py", "good"),
     ("verified.py", "sched_getaffinity"),
     ("pairs.py", "is_fully_addressable"),  # of an array
     ("interop.py", "shape"),
