@@ -92,3 +92,58 @@ def test_norms_of_chains_are_neither_below_nor_far_above(name):
             chain.circular_below(method, details, above)
     x, y = (np.random.default_rng(8).normal(size=(1, *shape)) for shape in (ops[0].in_shape, ops[0].out_shape))
     assert np.sum(ops[0].apply(x) * y) == pytest.approx(np.sum(x * ops[0].back(y)))
+
+
+class Difference(checker.Composite):
+    """A composite that has a list of parts, and a field for one more."""
+
+    settings, single = ("ops", "last"), ("last",)
+    called = "a difference"
+    arrays = ("scale",)
+
+    def prepare(self):
+        self.in_shape = self.ops[0].in_shape
+
+    def combined(self, claims):
+        return sum(claims)
+
+    def evaluate(self, x):
+        y, error = checker.evaluate_in_turn(self.ops, x, np.zeros(len(x)))
+        return y - self.scale * self.last.apply(x), error
+
+
+def test_composites_are_made_of_fields_and_of_lists(monkeypatch):
+    monkeypatch.setitem(checker.OPERATORS, "Difference", Difference)
+    rng = np.random.default_rng(3)
+    first, second, last = rng.normal(size=(4, 3)), rng.normal(size=(3, 4)), rng.normal(size=(3, 3))
+    named = {"a/0/matrix": first, "a/1/matrix": second, "a/last/matrix": last, "a/scale": np.ones(1)}
+    dense = {"type": "Dense"}
+    entry = {"type": "Difference", "ops": [dense, dense], "last": dense}
+
+    def make(entry, arrays):
+        return checker.make_operator(entry, "a", arrays)
+
+    arrays = checker.Arrays(named)
+    made = make(entry, arrays)
+    assert arrays.used == set(named) and [op.matrix.shape for op in made.parts()] == [(4, 3), (3, 4), (3, 3)]
+    x = rng.normal(size=(2, 3))
+    np.testing.assert_allclose(made.evaluate(x)[0], x @ (second @ first - last).T, rtol=1e-13)
+    norms = [float(np.linalg.norm(m, 2)) * (1 + 1e-9) for m in (first, second, last)]
+    row = {"type": "Dense", "method": "Cholesky of the Gram matrix", "details": {}}
+    rows = [{**row, "bound": norm} for norm in norms]
+    assert made.proves(sum(map(Fraction, norms)), "", {"parts": rows})
+    assert not made.proves(sum(map(Fraction, norms)) * (1 - Fraction(1, 2**60)), "", {"parts": rows})
+    with pytest.raises(checker.Unproved, match="operator 2 .*cannot be proved"):
+        made.proves(Fraction(100), "", {"parts": [*rows[:2], {**row, "bound": norms[2] * (1 - 1e-6)}]})
+    for wrong, message in (
+        ({**entry, "last": entry}, "cannot stand in a difference"),
+        ({**entry, "ops": [dense, {"type": "Residual", "ops": [dense]}]}, "cannot stand in a difference"),
+        ({**entry, "last": [dense]}, "cannot stand in a difference"),
+        ({**entry, "ops": dense}, "ops is no list of operators"),
+        ({**entry, "last": {"type": ["Dense"]}}, "cannot be checked"),
+        ({key: value for key, value in entry.items() if key != "last"}, "expected the fields"),
+    ):
+        with pytest.raises(checker.Unproved, match=message):
+            make(wrong, checker.Arrays(named))
+    with pytest.raises(checker.Unproved, match="is missing"):
+        make(entry, checker.Arrays({name: value for name, value in named.items() if name != "a/last/matrix"}))
