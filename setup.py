@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the wheel carries configs/ as lipjax/_configs, beside all packages that are found.
+"""The part of packaging that pyproject.toml cannot state: the wheel carries configs/ as lipjax/_configs.
 
 An editable install needs no copy: lipjax looks for configs/ beside its package, too (lipjax/training/config_file.py).
 """

@@ -20,7 +20,7 @@ def sizes(name: str) -> tuple[tuple[int, int, int], int]:
 
 
 def made_up_run(config) -> Run:
-    """What `train.py` would make of the config, with images of zeros, on all devices."""
+    """The run that `train.py` would make of the config, with images of zeros, on all devices."""
     return Run(config, 0, dataset=planned_dataset(config.data, 0))
 
 

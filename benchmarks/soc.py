@@ -59,7 +59,7 @@ flags.DEFINE_bool("keep_memory", True, "Freed memory stays with the process: see
 flags.DEFINE_float("max_spatial_gflop", 150, "Spatial forms with more arithmetic per step are left out.")
 
 NORM = 0.7 * 3
-"""What normalisation to 0.7 promises for 3x3 kernels."""
+"""The norm that normalisation to 0.7 promises for 3x3 kernels."""
 
 
 def lipconvnet_shapes(depth: int) -> list[tuple[int, int, int, int]]:

@@ -1,4 +1,4 @@
-"""What the small LiResNets on CIFAR-10 are compared with: docs/bound_quality.md.
+"""Baselines that the small LiResNets on CIFAR-10 are compared with: docs/bound_quality.md.
 
 Run: python train.py --config=configs/baselines.py:conventional --workdir=DIR --config.num_epochs=16
      python train.py --config=configs/baselines.py:unconstrained --workdir=DIR

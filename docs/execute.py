@@ -58,7 +58,7 @@ class Cell:
 
 
 def same_text(expected: str, actual: str, tolerance: float = 0.0) -> bool:
-    """Whether two texts have the same words, and numbers that differ by one unit of the last digit at most.
+    """True if two texts have the same words, and numbers that differ by one unit of the last digit at most.
 
     tolerance: the relative difference that numbers may have, if that is more. "..." in the first stands for anything.
     """

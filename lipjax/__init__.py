@@ -48,6 +48,6 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """What tab completion shows: the names above, and submodules such as lipjax.nn once they are imported."""
+    """The names that tab completion shows: those above, and submodules such as lipjax.nn once they are imported."""
     loaded = (name for name, value in globals().items() if getattr(value, "__name__", None) == f"lipjax.{name}")
     return sorted({"__version__", *__all__, *(name for name in loaded if not name.startswith("_"))})

@@ -13,7 +13,7 @@ from jax.lax import optimization_barrier, stop_gradient
 from jaxtyping import Array, Bool, Float
 
 HOUSEHOLDER_THETA = math.pi / 2
-"""Where the paper starts `householder`: there it is (min, max) of each pair."""
+"""The angle at which the paper starts `householder`: there it is (min, max) of each pair."""
 HOUSEHOLDER2_THETA = (0.0, math.pi)
 """The paper draws the three angles of `householder2` uniformly between these."""
 
@@ -184,7 +184,7 @@ def _rotate(a, b, real, imag, keep) -> Float[Array, "*batch c"]:
 
 
 def _sectors(a, b, directions) -> tuple[Bool[Array, "..."], Bool[Array, "..."], Bool[Array, "..."]]:
-    """Which sector: whether one of the two that touch the ray p; if so, whether left of p; if not, whether left of pqr.
+    """The sector, as three answers: does it touch the ray p; if so, is it left of p; if not, is it left of pqr.
 
     docs/soundness.md shows that a comparison that rounding decides wrongly costs a few roundings of the output.
     """

@@ -17,7 +17,7 @@ ACTIVATION_PRECISIONS = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class Application:
-    """How a training step applies a network: what is kept between its layers. Nothing changes but rounding.
+    """The way a training step applies a network: what it keeps between layers. Nothing changes but rounding.
 
     A layer is a run of operators whose names agree up to the "/".
 
@@ -154,7 +154,7 @@ def _apply(x, ops, *, narrow, wide):
 
 
 def _pieces(network: Network, application: Application) -> list[tuple[int, int, int]]:
-    """What is applied at a time: (first operator, operators in a group, groups); several groups are equal: a loop."""
+    """Pieces applied one at a time: (first operator, operators in a group, groups); several equal groups are a loop."""
     layers = [
         [i for i, _ in part]
         for _, part in itertools.groupby(enumerate(network.names), lambda item: item[1].split("/")[0])

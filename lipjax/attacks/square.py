@@ -138,7 +138,7 @@ def square_l2(
     rows, columns = jnp.arange(height)[:, None], jnp.arange(width)[None]
 
     def window(numbers, side):
-        """Where a window of this side lies, for one image: the place of its corner, and 1 inside of it."""
+        """A window of this side in one image: the place of its corner, and an array that is 1 inside of it."""
         top = jnp.minimum(numbers[0] * (height - side + 1), height - side).astype(jnp.int32)
         left = jnp.minimum(numbers[1] * (width - side + 1), width - side).astype(jnp.int32)
         within = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)

@@ -77,7 +77,7 @@ def _inside(errors: np.ndarray, largest: np.ndarray) -> np.ndarray:
 
 
 def _advance(op, row: LayerBound, local: Local, at: _Values) -> _Values:
-    """What follows an operator."""
+    """The state of the recursion after an operator, given the one before it."""
     if isinstance(op, operators.Composite):
         end = at
         for part, bound, own in zip(op.parts(), row.parts, local.parts, strict=True):
@@ -96,7 +96,7 @@ def _advance(op, row: LayerBound, local: Local, at: _Values) -> _Values:
 
 
 def _head_local(head, x: np.ndarray, distance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What a head adds in binary32: its largest number (b,) at features x, and two bounds (2, b, k) of its errors.
+    """The part of a head in binary32: its largest number (b,) at features x, and two bounds (2, b, k) of its errors.
 
     The first is for all features within a distance (b,) of x, the second, at x, is continued by `HeadConstants`.
     """

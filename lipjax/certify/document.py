@@ -19,7 +19,7 @@ IMAGES = "images.safetensors"
 
 
 def sample_indices(frozen_sha256: str, data_sha256: str, rows: list[dict]) -> np.ndarray:
-    """Which images' pixels lie beside a certificate, ascending: all of at most SAMPLE, otherwise so many.
+    """Rows of the images whose pixels lie beside a certificate, ascending: all of at most SAMPLE, otherwise so many.
 
     Drawn by SHA-256 from the frozen network, the data and every row of the certificate: a change of any row draws anew.
     """
@@ -32,7 +32,7 @@ def sample_indices(frozen_sha256: str, data_sha256: str, rows: list[dict]) -> np
 
 
 def draw(indices: np.ndarray, count: int) -> np.ndarray:
-    """Which images stand for all of a data set: a draw that its order has no part in, and that nobody chooses.
+    """Places of the images that stand for a data set: a draw that its order has no part in, and that nobody chooses.
 
     Images with the least SHA-256("lipjax-subset", index as 8 bytes, little-endian) are taken, so that a smaller draw is
     a part of a larger one. The first images of a set sorted by class would all be of one class.

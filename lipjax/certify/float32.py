@@ -113,8 +113,8 @@ def _sum_before(ops: Sequence, i: int) -> int | None:
 def _merged(
     ops: Sequence, found: Sequence[Local], copies: float = 1.0, joining: int = 0
 ) -> tuple[list[Local], float, int]:
-    """Where operators are merged, both numbers of a pair may be computed twice, with other roundings each time, and
-    what follows a sum may join it.
+    """The rounding of merged operators: both numbers of a pair may be computed twice, with other roundings each time,
+    and what follows a sum may join it.
 
     copies: the factor by which the former enlarges what the last operator adds. joining: how many biases and inputs of
       blocks behind all operators may join a sum that ends them. Where more than `MOST_JOINED` may join one sum, nothing

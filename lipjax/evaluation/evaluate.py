@@ -32,7 +32,7 @@ VERSIONED = ("jax", "jaxlib", "numpy", "scipy", "flax", "optax", "orbax-checkpoi
 
 
 def drawn_indices(dataset, count: int) -> np.ndarray:
-    """Which test images are certified, ascending: all (count 0), or so many, drawn by hash (`document.draw`)."""
+    """Places of the test images to certify, ascending: all (count 0), or so many, drawn by hash (`document.draw`)."""
     everything = np.arange(dataset.size("test"))
     return everything[draw(everything, count or len(everything))]
 
@@ -132,7 +132,7 @@ def _float32(network: lipjax.FrozenNetwork, certificate: certify.Certificate, im
 
 
 def _data(dataset, indices: np.ndarray) -> dict:
-    """Which images a certificate is about: those at `indices` of the test split."""
+    """Describes the images that a certificate is about: those at `indices` of the test split."""
     total = dataset.size("test")
     found = {
         "name": dataset.name,

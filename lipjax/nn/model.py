@@ -55,7 +55,7 @@ class LipschitzModel(nn.Module):
 
 
 def _called(layer, shape: tuple[int, ...], train: bool, is_head: bool) -> Any:
-    """What a layer or a head builds. Raises: ValueError for what is neither, such as a layer of Flax."""
+    """The operators that a layer or a head builds. Raises: ValueError for what is neither, such as a layer of Flax."""
     kind = type(layer).__name__
     what, gives = ("LinearHead", "a Head") if is_head else ("Dense", "a list of (name, operator) pairs")
     wanted = f"{'a head' if is_head else 'layers'}: called with (in_shape, train), lipjax.nn.{what} returns {gives}"

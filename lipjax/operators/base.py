@@ -66,7 +66,7 @@ class Operator(abc.ABC):
         return cls(**fields)
 
     def _arrays_text(self) -> str:
-        """What `repr` says of the sizes of arrays, such as "3x3, 16 -> 32"; reads shapes alone, through `sizes`."""
+        """The sizes of arrays as `repr` states them, such as "3x3, 16 -> 32"; reads shapes alone, through `sizes`."""
         return ""
 
     def __repr__(self) -> str:

@@ -8,7 +8,7 @@ from lipjax.operators.base import Estimated, Operator, operator
 
 
 class _Around(Operator):
-    """What operators around another map share."""
+    """An operator around another map: the base of those below."""
 
     map: Any
 

@@ -99,7 +99,7 @@ def operators_of(
 
 
 def _is_nonexpansive(num_terms: int | None, promised_norm: float | None) -> bool:
-    """Whether exp(A), or its series, counts as such in training estimates, if |A| <= promised_norm (None: unknown)."""
+    """True if exp(A), or its series, counts as such in training estimates, |A| <= promised_norm (None: unknown)."""
     return num_terms is None or (promised_norm is not None and series.gain_bound(num_terms, promised_norm) <= _GAIN)
 
 

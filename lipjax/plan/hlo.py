@@ -182,7 +182,7 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-    """Where the parenthesis closes that opens a text."""
+    """The place at which the parenthesis closes that opens a text."""
     depth = 0
     for position, character in enumerate(text):
         depth += (character == "(") - (character == ")")

@@ -1,4 +1,4 @@
-"""What `norm_bound` and `norm_estimate` ask of an operator, and what they say of an argument of the wrong kind."""
+"""The methods that `norm_bound` and `norm_estimate` ask of an operator, and the errors for arguments that lack them."""
 
 from abc import abstractmethod
 from typing import Any, Protocol, runtime_checkable
@@ -9,7 +9,7 @@ import numpy as np
 
 @runtime_checkable
 class Bounded(Protocol):
-    """What has a proved norm."""
+    """An operator that has a proved norm."""
 
     @abstractmethod
     def bound(self) -> Any:
@@ -18,7 +18,7 @@ class Bounded(Protocol):
 
 @runtime_checkable
 class Estimated(Protocol):
-    """What can estimate its norm."""
+    """An operator that can estimate its norm."""
 
     @abstractmethod
     def estimate(self, v, num_iters: int) -> Any:

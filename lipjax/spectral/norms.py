@@ -55,7 +55,7 @@ class NormBound:
 
     @property
     def claimed(self) -> float:
-        """What a certificate states: the proved value, or ROOM above it unless it is exact by its method."""
+        """The value that a certificate states: the proved one, or ROOM above it unless it is exact by its method."""
         exact = self.method.startswith("exact") or (self.method == SUPREMUM and self.proved == 1)
         return self.proved if exact else with_room(self.proved)
 
@@ -222,7 +222,7 @@ def _variants(axes: Sequence[symbol.Axis], taps_shape: Sequence[int]) -> list[Em
 def embeddings(
     kernel_shape: Sequence[int], in_shape: Sequence[int], strides: Any, padding: Any
 ) -> tuple[np.ndarray, list[Embedding]]:
-    """Which circulants `conv_norm_bound` bounds in the place of a zero-padded convolution: the least norm counts.
+    """The circulants that `conv_norm_bound` bounds in the place of a zero-padded convolution: the least norm counts.
 
     Args: as of `conv_norm_bound`, but for the kernel's shape. It is taken to have no zeros.
     Returns: the taps that meet pixels, (kh, kw) bool; pairs (grid, twist) of numbers of blocks of `strides` pixels and

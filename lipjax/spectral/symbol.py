@@ -75,7 +75,7 @@ def sum_of_norms_squared_up(taps: np.ndarray) -> Fraction:
 
 
 def may_be_isometric(taps: np.ndarray, enough: float) -> bool:
-    """Whether sum_t K_t^T K_t is within `enough` of a multiple of the identity, relatively: a guess by one product."""
+    """True if sum_t K_t^T K_t is within `enough` of a multiple of the identity, relatively: a guess by one product."""
     flat = taps.reshape(-1, taps.shape[3])
     gram = flat.T @ flat
     centre = float(np.trace(gram)) / len(gram)

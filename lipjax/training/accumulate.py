@@ -65,7 +65,7 @@ def check_accumulation(config, mesh: Mesh) -> None:
 
 
 def centering_refused(count: int) -> str:
-    """Why config.accumulation and config.model.centering exclude each other."""
+    """Says why config.accumulation and config.model.centering exclude each other."""
     return (
         f"config.accumulation = {count} needs config.model.centering = False: every centred block subtracts its mean "
         "over the whole batch, which the blocks after it depend on. Set config.accumulation to 1; config.remat also "

@@ -82,7 +82,7 @@ CHOICES = (
     Choice("optimizer", "name", "optimizer", tuple(OPTIMIZERS), lambda name: OPTIMIZERS[name].fields),
     Choice("optimizer", "schedule", "schedule", tuple(SCHEDULES), lambda name: SCHEDULES[name].fields),
 )
-"""What decides which fields a group has, in the order of the arguments of `default_config`."""
+"""The choices that decide which fields a group has, in the order of the arguments of `default_config`."""
 
 # Arguments of a model that training sets, and what all models have beside attributes of their own.
 _NOT_FIELDS = ("input_shape", "num_classes", "batch_size", "parent", "name")

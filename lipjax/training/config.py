@@ -287,7 +287,7 @@ def _check_types(config, defaults, prefix: str) -> None:
 
 
 def _whose(name: str) -> str:
-    """Which other choices bring a field, if any."""
+    """Names the other choices that bring a field, if any."""
     group, _, field = name.rpartition(".")
     found = [(choice, choice.owners(field)) for choice in CHOICES if choice.group == group]
     return "".join(

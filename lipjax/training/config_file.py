@@ -103,12 +103,12 @@ def read_config(name: str, arguments: list[str], flag_values: flags.FlagValues |
 
 
 def variants(path: pathlib.Path) -> dict[str, str]:
-    """What a config file says about each of its variants; {} for a file that is one config."""
+    """The line that a config file has for each of its variants; {} for a file that is one config."""
     return dict(getattr(_load(path), "VARIANTS", {}))
 
 
 def default_workdir(name: str) -> str:
-    """Where a run of --config=NAME lies if --workdir does not say it: runs/digits, runs/liresnet_cifar10."""
+    """The directory of a run of --config=NAME if --workdir does not say it: runs/digits, runs/liresnet_cifar10."""
     variant = re.sub(r"[^\w.-]+", "_", name.partition(":")[2])
     return os.path.join("runs", find(name).stem + (f"_{variant}" if variant else ""))
 
@@ -197,7 +197,7 @@ def _settings(arguments: list[str]) -> list[tuple[str, str | None]]:
 
 
 def _use_choices(config, settings: dict[str, str | None]) -> None:
-    """Where a flag asks for another model, loss, optimizer or schedule, its fields take the place of the config's."""
+    """Gives a config the fields of another model, loss, optimizer or schedule that a flag asks for."""
     for choice in CHOICES:
         name = settings.get(choice.path)
         if name in choice.names and name != config[choice.group][choice.field]:

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.jsonl (the record), TensorBoard files, and the terminal."""
+"""Writers for the numbers of a run: metrics.jsonl (the record), TensorBoard files, and the terminal."""
 
 import contextlib
 import json

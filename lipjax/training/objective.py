@@ -15,7 +15,7 @@ Schedule = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What a loss may use of a batch.
+    """The numbers of a batch that a loss may use.
 
     Attributes: logits: (b, k). labels: (b,). lipschitz: (k, k), estimates for the logit differences.
       curvatures: () -> (b, r), of each label's difference to its largest rivals, for an MLP head alone.

@@ -91,7 +91,7 @@ def check_same_run(
 
 
 def _same_so_far(config, num_epochs: int, steps: int, steps_per_epoch: int) -> bool:
-    """Whether a run of config would have taken the same first steps with num_epochs, on which schedules depend."""
+    """True if a run of config would have taken the same first steps with num_epochs, on which schedules depend."""
     both = num_epochs, config.num_epochs
     rates = [optimizers.learning_rate_schedule(config.optimizer, steps_per_epoch, epochs) for epochs in both]
     taken = [np.asarray(jax.vmap(rate)(jnp.arange(steps))) for rate in rates]

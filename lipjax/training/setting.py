@@ -1,4 +1,4 @@
-"""What a choice brings into a config: a field with its default, comment and check (see choices.py)."""
+"""A field that a choice brings into a config, with its default, comment and check (see choices.py)."""
 
 import dataclasses
 import math

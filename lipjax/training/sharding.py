@@ -1,4 +1,4 @@
-"""Where arrays live: the one file that names mesh axes.
+"""Placement of arrays on devices: the one file that names mesh axes.
 
 Images are divided over all devices; what is trained is stored in parts over the axis "model" and gathered whole at the
 start of a step; what does not depend on images (`lipjax._spread`) is computed once, in parts over all devices.
@@ -122,7 +122,7 @@ def side_by_side(arrays, mesh: Mesh) -> Any:
 
 @contextlib.contextmanager
 def spread_over(mesh: Mesh):
-    """Where a program is traced: matrix functions and norm estimates in it are divided over the devices.
+    """A context in which a program is traced: its matrix functions and norm estimates are divided over the devices.
 
     A context, or the decorator of a function. On one device it changes nothing.
     """

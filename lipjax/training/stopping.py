@@ -96,7 +96,7 @@ def _end(number: int, frame: Any) -> None:
 
 
 def outside_training() -> contextlib.AbstractContextManager[None]:
-    """Where there is nothing to save, the REQUESTS end the command with `Preempted`.
+    """A context without anything to save, in which the REQUESTS end the command with `Preempted`.
 
     In a run of several processes they wait for its first step, until `end_of_training`.
     """

@@ -1,4 +1,4 @@
-"""Where commands print: results and warnings always, progress unless it is to be quiet."""
+"""Output of commands to a terminal: results and warnings always, progress unless it is to be quiet."""
 
 from typing import Any
 
@@ -17,5 +17,5 @@ class Terminal(Console):
 
 
 def progress_of(console: Console) -> Console:
-    """Where to show progress of work whose results go to a console: there too, unless its command is quiet."""
+    """The console for progress of work whose results go to a console: the same one, unless its command is quiet."""
     return console.progress if isinstance(console, Terminal) else console

@@ -214,7 +214,7 @@ def _npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _data_offset(stream: Any, member: zipfile.ZipInfo) -> int:
-    """Where the bytes of an uncompressed member begin: after its header, which two lengths at its end complete."""
+    """The place where an uncompressed member's bytes begin: after its header, which two lengths at its end complete."""
     stream.seek(member.header_offset + 26)
     return member.header_offset + 30 + sum(struct.unpack("<HH", stream.read(4)))
 

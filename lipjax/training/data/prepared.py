@@ -19,7 +19,7 @@ FILE_FORMAT = "array_record"
 
 @dataclasses.dataclass(frozen=True)
 class PreparedSet:
-    """Where TFDS keeps a data set, and what a complete one holds."""
+    """The place where TFDS keeps a data set, and what a complete one holds."""
 
     builder: str
     train: int  # images in the split "train"
@@ -68,7 +68,7 @@ def prepare_command(name: str, data_dir: pathlib.Path) -> str:
 
 
 def manual_dir(data_dir: pathlib.Path) -> pathlib.Path:
-    """Where a user puts archives that were fetched by hand."""
+    """The folder into which a user puts archives that were fetched by hand."""
     return data_dir / "downloads" / "manual"
 
 
