@@ -19,12 +19,14 @@ class Seen:
 
     Attributes: logits: (b, k). labels: (b,). lipschitz: (k, k), estimates for the logit differences.
       curvatures: () -> (b, r), of each label's difference to its largest rivals, for an MLP head alone.
+      class_counts: (k,), images of each class in the whole batch, of which these may be a part; None: these are all.
     """
 
     logits: jax.Array
     labels: jax.Array
     lipschitz: Any
     curvatures: Callable[[], jax.Array] | None = None
+    class_counts: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,26 @@ _CRM = {
 }
 
 
+_TEMPERATURE = positive(0.25, "t of t CE(logits / t), in units of logits")
+
+_CLL = {
+    "slack": Setting(
+        0.05,
+        "p: at distance epsilon from a boundary the probability is 1 - p / 2",
+        lambda value, config: 0 < value < 1,
+        "between 0 and 1",
+    ),
+    "shift": at_least_0(36 / 255, "radius that rivals are raised by, in pixel units"),
+    "two_sided": Setting(True, "lower the label by it, too"),
+    "weight": at_least_0(0.0, "lambda of the squared largest Lipschitz constant"),
+}
+
+_HKR = {
+    "margin": positive(1.0, "of the hinges, in units of logits"),
+    "alpha": Setting(0.9, "weight of the hinges", lambda value, config: 0 <= value <= 1, "a fraction in [0, 1]"),
+}
+
+
 def _at_epsilon(loss, **fields: Setting) -> Loss:
     """A loss at the training radius. fields: those of its own, which it takes as well."""
 
@@ -100,6 +122,16 @@ def _at_epsilon(loss, **fields: Setting) -> Loss:
         return loss(seen.logits, seen.labels, seen.lipschitz, schedule["epsilon"], **own)
 
     return Loss(apply, _RISING_EPSILON | fields, lambda *at: {"epsilon": epsilon_at(*at)})
+
+
+def _logits_alone(loss, **fields: Setting) -> Loss:
+    """A loss of logits and labels. fields: those of its own, which it takes as well."""
+
+    def apply(config, seen, schedule):
+        del schedule
+        return loss(seen.logits, seen.labels, **{field: config[field] for field in fields})
+
+    return Loss(apply, fields)
 
 
 def _crm(loss) -> Loss:
@@ -125,9 +157,22 @@ def _curvature(config, seen, schedule):
     return losses.curvature_penalty(seen.logits, seen.labels, seen.curvatures(), config.curvature_weight)
 
 
-def _cross_entropy(config, seen, schedule):
-    del config, schedule
-    return losses.cross_entropy(seen.logits, seen.labels)
+def _scaled_offset_cross_entropy(config, seen, schedule):
+    del schedule
+    own = {"offset": config.epsilon, "temperature": config.temperature}
+    return losses.scaled_offset_cross_entropy(seen.logits, seen.labels, seen.lipschitz, **own)
+
+
+def _cll(config, seen, schedule):
+    del schedule
+    own = {field: config[field] for field in ("epsilon", *_CLL)}
+    return losses.cll(seen.logits, seen.labels, seen.lipschitz, **own)
+
+
+def _hkr(config, seen, schedule):
+    del schedule
+    own = {field: config[field] for field in _HKR}
+    return losses.hkr(seen.logits, seen.labels, **own, class_counts=seen.class_counts)
 
 
 LOSSES: dict[str, Loss] = {
@@ -145,7 +190,38 @@ LOSSES: dict[str, Loss] = {
     ),
     "crm": _crm(losses.crm),
     "crm_max": _crm(losses.crm_max),
-    "cross_entropy": Loss(_cross_entropy),
+    "cross_entropy": _logits_alone(losses.cross_entropy),
+    "offset_cross_entropy": _logits_alone(
+        losses.offset_cross_entropy,
+        offset=at_least_0(2**0.5, "taken from the label's logit, in units of logits"),
+        temperature=_TEMPERATURE,
+    ),
+    "scaled_offset_cross_entropy": Loss(_scaled_offset_cross_entropy, {"temperature": _TEMPERATURE}),
+    "logit_annealing": _at_epsilon(
+        losses.logit_annealing,
+        offset=at_least_0(2.0, "xi, taken from the label's logit, in units of logits"),
+        temperature=positive(0.75, "t, in units of logits"),
+        power=Setting(
+            5.0,
+            "of 1 - p, p the label's probability: images with large p count little",
+            lambda value, config: value == 0 or value >= 1,
+            "0 or at least 1",
+        ),
+    ),
+    "cll": Loss(_cll, _CLL),
+    "hkr": Loss(_hkr, _HKR),
+    "lse_hkr": _logits_alone(
+        losses.lse_hkr,
+        **_HKR,
+        temperature=positive(1.0, "factor of the logits"),
+        penalty=positive(1.0, "how far the soft maximum may exceed the maximum, as a multiple of margin / 2"),
+    ),
+    "multi_margin": _logits_alone(
+        losses.multi_margin,
+        margin=positive(0.7, "by which the label's logit is to exceed all others"),
+        power=Setting(1.0, "of the hinges", lambda value, config: value >= 1, "at least 1"),
+    ),
+    "margin_boosting": _logits_alone(losses.margin_boosting),
 }
 
 

@@ -154,11 +154,11 @@ def _curvatures(head: MLPHead, vector, logits, labels):
     return jnp.maximum(*sides)
 
 
-def _per_example_loss(config, network, lip, logits, labels, constants, schedule):
+def _per_example_loss(config, network, lip, logits, labels, constants, schedule, class_counts):
     def curvatures():
         return _curvatures(network.head, lip["head"]["vector"], logits, labels)
 
-    seen = Seen(logits, labels, constants["lipschitz"], curvatures)
+    seen = Seen(logits, labels, constants["lipschitz"], curvatures, class_counts)
     return LOSSES[config.name].apply(config, seen, schedule)
 
 
@@ -217,6 +217,9 @@ def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int, class_
         pixels, labels = views(key, images, labels, config.data, pixel_max, mesh)
         pixels = jax.lax.with_sharding_constraint(pixels, sharding.batch_sharded(mesh))
 
+        # Of the whole batch, on all devices and in all micro-batches.
+        class_counts = losses.class_counts(labels, model.num_classes)
+
         # Parametrised once, applied to one micro-batch after the other, differentiated once.
         built, pull_back, lip = jax.vjp(lambda params: build(params, state.lip), state.params, has_aux=True)
 
@@ -229,7 +232,7 @@ def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int, class_
             if config.train_head_only:
                 features = jax.lax.stop_gradient(features)
             logits = network.head(features)
-            each = _per_example_loss(config.loss, network, lip, logits, labels, constants, schedule)
+            each = _per_example_loss(config.loss, network, lip, logits, labels, constants, schedule, class_counts)
             loss = jnp.mean(_counted(each, labels, class_weights))
             return loss, (logits, radius_estimate(network, constants, features, logits), means)
 

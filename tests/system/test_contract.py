@@ -50,6 +50,10 @@ NAMES = {
         *("include_misclassified", "boosted"),
     ),
     "losses.crm_max": ("logits", "labels", "lipschitz", "temperature", "radius", "weight"),
+    "losses.offset_cross_entropy": ("logits", "labels", "offset", "temperature"),
+    "losses.logit_annealing": ("logits", "labels", "lipschitz", "epsilon", "offset", "temperature", "power"),
+    "losses.cll": ("logits", "labels", "lipschitz", "epsilon", "slack"),
+    "losses.hkr": ("logits", "labels", "margin", "alpha", "class_counts"),
     "losses.certificate_regularization": ("logits", "labels", "lipschitz", "gamma"),
     "attacks.pgd_l2": None,
     "attacks.attack_l2": None,
@@ -79,7 +83,6 @@ NOT_YET = {
     "": (
         *("operators.PotentialStep", "operators.Sandwich"),
         *(f"parametrize.{method}" for method in ("bro", "lot", "aol", "sll", "cpl", "sandwich")),
-        *(f"losses.{loss}" for loss in ("offset_cross_entropy", "logit_annealing", "cll", "hkr")),
         *("zoo.list", "zoo.load", "zoo.card", "FrozenNetwork.to_onnx", "FrozenNetwork.to_torch_state"),
     ),
     "interop": ("interop.from_sequential", "interop.from_onnx"),

@@ -57,6 +57,7 @@ INSIDE = {
         ("frozen",),
         ("deployment", "document", "freezing"),
     ),
+    "losses": (("logits",), ("balls", "radii", "transport")),
     "nn": (("layers",), ("cholesky", "explicit", "model", "orthogonal")),
     "models": (("convnet", "lipconvnet", "liresnet"),),
     "training": (

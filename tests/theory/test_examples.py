@@ -26,7 +26,12 @@ FUNCTIONS = (
     *(f"spectral.{name}" for name in ("norm_bound", "norm_estimate", "power_iteration", "matrix_norm_bound")),
     *(f"certify.{name}" for name in ("certified_radius", "mlp_radius", "certified_accuracy")),
     *(f"losses.{name}" for name in ("cross_entropy", "emma", "margin", "gloro", "trades", "crm", "crm_max")),
-    "losses.certificate_regularization",
+    *(
+        f"losses.{name}"
+        for name in ("certificate_regularization", "offset_cross_entropy", "scaled_offset_cross_entropy")
+    ),
+    *(f"losses.{name}" for name in ("logit_annealing", "cll", "kantorovich_rubinstein", "hinge", "hkr", "lse_hkr")),
+    *(f"losses.{name}" for name in ("multi_margin", "margin_boosting", "class_counts")),
     *(f"bounds.{name}" for name in ("init_vectors", "margin_lipschitz_estimate", "margin_lipschitz_bound")),
     *(f"bounds.{name}" for name in ("liplt_vectors", "liplt_estimate", "liplt_bound")),
     *("network.make_network", "freeze", "attacks.pgd_l2", "attacks.attack_l2"),

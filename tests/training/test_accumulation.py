@@ -18,6 +18,7 @@ from lipjax.training import step as steps
 from lipjax.training.accumulate import _after, accumulate
 from lipjax.training.config import validate
 from lipjax.training.loop import METRIC, Run
+from lipjax.training.objective import LOSSES, Seen
 from lipjax.training.same_run import check_same_run, plain
 
 EPS32 = 2.0**-23
@@ -238,3 +239,20 @@ def test_a_run_may_be_resumed_with_other_switches_but_not_another_precision():
     check_same_run("there", meta, tiny_config(accumulation=4, remat=2, scan=True), 0)
     with pytest.raises(UserError, match="config.precision: 'float32' there, 'bfloat16' now"):
         check_same_run("there", meta, tiny_config(precision="bfloat16"), 0)
+
+
+@pytest.mark.x64_off
+def test_a_loss_of_class_means_counts_the_whole_batch():
+    """On eight devices in two micro-batches of 8 images, of which no device sees one of each class."""
+    found = []
+    for switches in ({}, {"accumulation": 2, "mesh.data": 8}):
+        run = Run(tiny_config(**{**SGD, "loss.name": "hkr", "loss.alpha": 0.25, **switches}), 0)
+        _, metrics = run.batch_runner(0)(run.fresh_state(), 0, {})
+        found.append([float(metrics[name]) for name in ("loss", "grad_norm")])
+    np.testing.assert_allclose(*found, rtol=100 * EPS32)
+    # Control: by their own counts the values of a micro-batch are others.
+    logits, labels = jnp.eye(3)[jnp.array([0, 0, 1])], jnp.array([0, 0, 1])
+    counts = (None, jnp.full(3, 4))
+    seen = [Seen(logits, labels, None, class_counts=of_whole) for of_whole in counts]
+    own, whole = (LOSSES["hkr"].apply(run.config.loss, part, {}).mean() for part in seen)
+    assert abs(own - whole) > 0.01

@@ -144,6 +144,14 @@ READ = {
     "crm": ({"crm_weight", "crm_radius"}, "temperature"),
     "crm_max": ({"crm_weight", "crm_radius"}, "temperature"),
     "cross_entropy": (set(), None),
+    "offset_cross_entropy": (set(), "offset"),
+    "scaled_offset_cross_entropy": (set(), "epsilon"),
+    "logit_annealing": ({"epsilon"}, "power"),
+    "cll": (set(), "shift"),
+    "hkr": (set(), "margin"),
+    "lse_hkr": (set(), "penalty"),
+    "multi_margin": (set(), "power"),
+    "margin_boosting": (set(), None),
 }
 
 

@@ -1,143 +1,12 @@
-"""Training losses that ask for a certified margin: (logits, labels, lipschitz, ...) -> one value per example.
+"""Losses of certified radii, and of what they are made of."""
 
-Everywhere lipschitz[i, j] bounds or estimates the Lipschitz constant of logit_i - logit_j in pixel units, labels are
-integers in [0, k), epsilon is an l2 radius in pixel units, z_i = y_i - y_t with the label t, and m_i = lipschitz[t, i].
-"""
+import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-Logits = Float[Array, "b k"]
-Labels = Int[Array, " b"]
-Lipschitz = Float[Array, "k k"]
-PerExample = Float[Array, " b"]
-
-
-def _own_class(labels: Labels, num_classes: int):
-    return labels[:, None] == jnp.arange(num_classes, dtype=labels.dtype)
-
-
-def cross_entropy(logits: Logits, labels: Labels) -> PerExample:
-    """-log softmax(logits)[label], one value per example.
-
-    Args:
-      logits: (b, k).
-      labels: (b,) integers in [0, k).
-    Returns: (b,), nats.
-    Example: two equal logits.
-      >>> f"{lipjax.losses.cross_entropy(jnp.zeros((1, 2)), jnp.array([0])).item():.4f}"
-      '0.6931'
-    """
-    picked = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
-    return jax.nn.logsumexp(logits, axis=1) - picked
-
-
-def shifted_logits(logits: Logits, labels: Labels, lipschitz: Lipschitz, epsilon, *, adaptive: bool) -> Logits:
-    """z_i + rho_i epsilon m_i: the rivals' logits at the worst point of a ball, relative to the label's.
-
-    Args:
-      epsilon: radius in pixel units.
-      adaptive: False for rho = 1; True for EMMA's rho = clip(-z_i / (epsilon m_i), 0.01, 1),
-        constant under differentiation: the full ball where the example is certified against i, else as far as it is.
-    Returns: (b, k), 0 in the column of the label.
-    """
-    own = _own_class(labels, logits.shape[1])
-    z = logits - jnp.take_along_axis(logits, labels[:, None], axis=1)
-    reach = epsilon * jnp.where(own, 0.0, lipschitz[labels])
-    if adaptive:
-        reach = reach * jax.lax.stop_gradient(jnp.clip(-z / jnp.maximum(reach, 1e-8), 0.01, 1.0))
-    return jnp.where(own, 0.0, z + reach)
-
-
-def emma(logits: Logits, labels: Labels, lipschitz: Lipschitz, epsilon) -> PerExample:
-    """Efficient Margin MAximization: cross-entropy of `shifted_logits` with the adaptive radius.
-
-    Not the gradient of a function, since the radius factor is held constant under differentiation.
-
-    Args:
-      logits: (b, k).
-      labels: (b,) integers in [0, k).
-      lipschitz: (k, k), logits per pixel unit; the diagonal is ignored.
-      epsilon: l2 radius in pixel units.
-    Returns: (b,), nats.
-    Source: Hu et al. 2023, arXiv:2301.12549.
-    Example: certified at 0.5, so the rival is raised by 0.5 * 2, from 2 to 1 below the label.
-      >>> loss = lipjax.losses.emma(jnp.array([[3.0, 1.0]]), jnp.array([0]), jnp.full((2, 2), 2.0), 0.5)
-      >>> f"{loss.item():.4f}"  # log(1 + exp(-1))
-      '0.3133'
-    """
-    return cross_entropy(shifted_logits(logits, labels, lipschitz, epsilon, adaptive=True), labels)
-
-
-def margin(logits: Logits, labels: Labels, lipschitz: Lipschitz, epsilon) -> PerExample:
-    """Lipschitz-margin training: cross-entropy of the logits with epsilon m_i added to every rival.
-
-    Args:
-      logits: (b, k).
-      labels: (b,) integers in [0, k).
-      lipschitz: (k, k), logits per pixel unit; the diagonal is ignored.
-      epsilon: l2 radius in pixel units.
-    Returns: (b,), nats.
-    Source: Tsuzuku, Sato & Sugiyama 2018, arXiv:1802.04034.
-    Example:
-      >>> loss = lipjax.losses.margin(jnp.array([[3.0, 1.0]]), jnp.array([0]), jnp.full((2, 2), 2.0), 1.0)
-      >>> f"{loss.item():.4f}"  # the rival reaches the label: log 2
-      '0.6931'
-    """
-    return cross_entropy(shifted_logits(logits, labels, lipschitz, epsilon, adaptive=False), labels)
-
-
-def bottom_logit(logits: Logits, lipschitz: Lipschitz, epsilon) -> PerExample:
-    """y_bot = max_{i != j} (y_i + epsilon lipschitz[j, i]), j the predicted class: below y_j if certified.
-
-    Args: as `emma`, without labels. Returns: (b,), in units of logits; for one class -inf.
-    Source: Leino, Wang & Fredrikson 2021, arXiv:2102.08452.
-    """
-    predicted = jnp.argmax(logits, axis=1)
-    raised = logits + epsilon * lipschitz[predicted]
-    return jnp.max(jnp.where(_own_class(predicted, logits.shape[1]), -jnp.inf, raised), axis=1)
-
-
-def gloro(logits: Logits, labels: Labels, lipschitz: Lipschitz, epsilon) -> PerExample:
-    """Cross-entropy over k + 1 classes, the last being the bottom logit.
-
-    Args:
-      logits: (b, k).
-      labels: (b,) integers in [0, k).
-      lipschitz: (k, k), logits per pixel unit; the diagonal is ignored.
-      epsilon: l2 radius in pixel units.
-    Returns: (b,), nats.
-    Source: Leino, Wang & Fredrikson 2021, arXiv:2102.08452.
-    Example:
-      >>> loss = lipjax.losses.gloro(jnp.array([[3.0, 1.0]]), jnp.array([0]), jnp.full((2, 2), 2.0), 0.5)
-      >>> f"{loss.item():.4f}"  # log(1 + exp(-2) + exp(-1))
-      '0.4076'
-    """
-    bottom = bottom_logit(logits, lipschitz, epsilon)
-    return cross_entropy(jnp.concatenate([logits, bottom[:, None]], axis=1), labels)
-
-
-def trades(logits: Logits, labels: Labels, lipschitz: Lipschitz, epsilon, *, weight: float = 1.0) -> PerExample:
-    """TRADES-GloRo: cross-entropy + weight KL(softmax(y) | softmax([y, y_bot])).
-
-    The divergence is softplus(y_bot - logsumexp(y)), since the two distributions differ by one normalising factor.
-
-    Args:
-      logits: (b, k).
-      labels: (b,) integers in [0, k).
-      lipschitz: (k, k), logits per pixel unit; the diagonal is ignored.
-      epsilon: l2 radius in pixel units.
-      weight: lambda of the paper.
-    Returns: (b,), nats.
-    Source: Leino, Wang & Fredrikson 2021, arXiv:2102.08452, with Zhang et al. 2019, arXiv:1901.08573.
-    Example: with weight 1 it is `gloro`.
-      >>> loss = lipjax.losses.trades(jnp.array([[3.0, 1.0]]), jnp.array([0]), jnp.full((2, 2), 2.0), 0.5)
-      >>> f"{loss.item():.4f}"
-      '0.4076'
-    """
-    gap = bottom_logit(logits, lipschitz, epsilon) - jax.nn.logsumexp(logits, axis=1)
-    return cross_entropy(logits, labels) + weight * jax.nn.softplus(gap)
+from lipjax.losses.logits import Labels, Lipschitz, Logits, PerExample, boosted_cross_entropy, cross_entropy, own_class
 
 
 def label_radius(logits: Logits, labels: Labels, lipschitz: Lipschitz) -> PerExample:
@@ -146,7 +15,7 @@ def label_radius(logits: Logits, labels: Labels, lipschitz: Lipschitz) -> PerExa
     Args, returns: as `emma`, in pixel units; infinite if no rival can reach the label.
     Source: Singla, Singla & Feizi 2022, arXiv:2108.04062.
     """
-    own = _own_class(labels, logits.shape[1])
+    own = own_class(labels, logits.shape[1])
     gaps = jnp.take_along_axis(logits, labels[:, None], axis=1) - logits
     constants = jnp.where(own, 0.0, lipschitz[labels])
     reachable = constants > 0
@@ -176,18 +45,6 @@ def certificate_regularization(logits: Logits, labels: Labels, lipschitz: Lipsch
     return cross_entropy(logits, labels) - gamma * radius
 
 
-def boosted_cross_entropy(logits: Logits, labels: Labels) -> PerExample:
-    """Cross-entropy - log(1 - p), p the largest probability among the wrong classes.
-
-    Args: logits (b, k), labels (b,). Returns: (b,), nats.
-    Source: the code of Fazlyab et al. 2023, arXiv:2310.00116.
-    """
-    own = _own_class(labels, logits.shape[1])
-    rival = jnp.argmax(jnp.where(own, -jnp.inf, logits), axis=1)
-    others = jnp.where(_own_class(rival, logits.shape[1]) & ~own, -jnp.inf, logits)
-    return cross_entropy(logits, labels) + jax.nn.logsumexp(logits, axis=1) - jax.nn.logsumexp(others, axis=1)
-
-
 def _gated_radii(logits: Logits, labels: Labels, lipschitz: Lipschitz, radius, include_misclassified: bool):
     """The gate of CRM, and what its penalties are made of; examples outside of the gate have radii 0.
 
@@ -195,7 +52,7 @@ def _gated_radii(logits: Logits, labels: Labels, lipschitz: Lipschitz, radius, i
     of them count (b, k): not the class itself nor rivals that cannot reach it.
     """
     predicted = jnp.argmax(logits, axis=1)
-    own = _own_class(predicted, logits.shape[1])
+    own = own_class(predicted, logits.shape[1])
     gaps = jnp.take_along_axis(logits, predicted[:, None], axis=1) - logits
     constants = jnp.where(own, 0.0, lipschitz[predicted])
     # Constants count as 0 if their squares underflow: derivatives of quotients by them would overflow.
@@ -305,22 +162,48 @@ def curvature_penalty(logits: Logits, labels: Labels, curvatures: Float[Array, "
     return cross_entropy(logits, labels) + beta * jnp.mean(curvatures, axis=1)
 
 
-__all__ = [
-    "boosted_cross_entropy",
-    "bottom_logit",
-    "certificate_regularization",
-    "crm",
-    "crm_max",
-    "cross_entropy",
-    "curvature_penalty",
-    "emma",
-    "gloro",
-    "label_radius",
-    "margin",
-    "shifted_logits",
-    "trades",
-]
+def cll(
+    logits: Logits,
+    labels: Labels,
+    lipschitz: Lipschitz,
+    *,
+    epsilon,
+    slack,
+    shift,
+    two_sided: bool = True,
+    weight=0.0,
+) -> PerExample:
+    """Calibrated Lipschitz-margin loss: cross-entropy of radii, on a scale that is fixed by a radius and a probability.
 
+        u_j = ((y_j - y_t) / lipschitz[t, j] + shift) / s,   u_t = -shift / s,   s = epsilon / log((2 - slack) / slack),
 
-def __dir__() -> list[str]:
-    return __all__
+    + weight max_{i != j} lipschitz[i, j]^2. At distance epsilon from a boundary between two classes the probability of
+    the nearer one is 1 - slack / 2. Gradients flow through the constants.
+
+    Args:
+      logits: (b, k).
+      labels: (b,) integers in [0, k).
+      lipschitz: (k, k), logits per pixel unit; the diagonal is ignored. Where one is 0, so that no perturbation changes
+        the order of two classes, the difference of their logits takes the place of a radius.
+      epsilon: half of the distance between classes that is calibrated for, in pixel units.
+      slack: p of the paper, in (0, 1).
+      shift: radius that rivals are raised by, in pixel units; in the paper epsilon.
+      two_sided: whether the label is lowered by `shift`, too.
+      weight: lambda, in nats.
+    Returns: (b,), nats.
+    Source: Losch et al. 2023, arXiv:2309.06166.
+    Example: the rival is a radius of 1 away, and slack 0.5 makes s = 1 / log 3.
+      >>> loss = lipjax.losses.cll(jnp.array([[3.0, 1.0]]), jnp.array([0]), jnp.full((2, 2), 2.0),
+      ...                          epsilon=1.0, slack=0.5, shift=0.0)
+      >>> f"{loss.item():.4f}"  # log(1 + 1/3)
+      '0.2877'
+    """
+    own = own_class(labels, logits.shape[1])
+    gaps = logits - jnp.take_along_axis(logits, labels[:, None], axis=1)
+    constants = jnp.where(own, 1.0, lipschitz[labels])
+    # As in `_gated_radii`: derivatives of quotients by constants whose squares underflow would overflow.
+    constants = jnp.where(constants <= jnp.finfo(constants.dtype).tiny ** 0.5, 1.0, constants)
+    raised = gaps / constants + jnp.where(own, -shift if two_sided else 0.0, shift)
+    sigma = epsilon / (math.log(2 - slack) - math.log(slack))
+    largest = jnp.max(jnp.where(jnp.eye(len(lipschitz), dtype=bool), 0.0, lipschitz))
+    return cross_entropy(raised / sigma, labels) + weight * largest**2
