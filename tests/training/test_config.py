@@ -175,6 +175,14 @@ BAD = {
     "loss.radius_growth": [-1.0, 0.4],
     "loss.include_misclassified": [1],
     "loss.boosted": ["no"],
+    "loss.offset": [-1.0],
+    "loss.power": [0.5],
+    "loss.slack": [0.0, 1.0],
+    "loss.shift": [-0.1],
+    "loss.two_sided": [1],
+    "loss.margin": [0.0],
+    "loss.alpha": [1.5, -0.1],
+    "loss.penalty": [0.0],
     "train_head_only": [1],
     "init_from": [None],
     "optimizer.name": ["lion"],
@@ -305,7 +313,7 @@ def test_a_field_of_another_choice_is_refused_with_the_choice_that_brings_it():
     ):
         validate(config)
     config = default_config()
-    config.loss.temperature = 3.0
+    config.loss.weight_growth = 3.0
     with pytest.raises(UserError, match=r'the loss crm, crm_max has it: default_config\(loss="crm"\) brings it'):
         validate(config)
 

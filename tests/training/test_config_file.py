@@ -108,7 +108,7 @@ def test_the_order_of_flags_does_not_matter():
         ("--config.image_size=3", "Did you mean config.data.image_size?"),
         ("--config.model.layer=soc", "The model lipconvnet has it, and this config's is liresnet"),
         (
-            "--config.loss.temperature=1",
+            "--config.loss.weight_growth=1",
             "The loss crm or crm_max has it, and this config's is margin: set ",
         ),
         ("--config.optimizer.decay_from=1", "The schedule exponential has it, and this config's is cosine"),
@@ -262,7 +262,7 @@ def test_every_field_has_a_comment():
     assert [field.name for field in found.values() if field.default and not field.comment] == []
     assert found["certify.radii"].default == "(36 / 255, 72 / 255, 108 / 255)"
     assert [field.name for field in own.values() if not field.comment] == []
-    assert own["loss.temperature"].note == "crm, crm_max" and own["optimizer.decay_from"].note == "exponential"
+    assert own["loss.radius_growth"].note == "crm, crm_max" and own["optimizer.decay_from"].note == "exponential"
 
 
 def test_the_config_reference_is_up_to_date():
