@@ -122,6 +122,8 @@ def _piece(name: str, op) -> Any:
     """The operator, or the `Block` that a residual block is. Raises: NotCertifiable for one of another form."""
     if not isinstance(op, Composite):
         return op
+    if not op.taken_apart:
+        raise refusal(name, op)
     parts = [part for part in op.parts() if not isinstance(part, Bias)]
     places = [i for i, part in enumerate(parts) if isinstance(part, Elementwise)]
     if not op.adds_input or len(places) != 1 or not all(map(is_linear, parts[: places[0]] + parts[places[0] + 1 :])):

@@ -33,7 +33,7 @@ def _needs_estimate(op) -> bool:
 def _estimated(name: str, op) -> list[tuple[str, Any]]:
     """The operators whose norms an operator's estimate is made of, and the names of their vectors."""
     if isinstance(op, Composite):
-        parts = [] if op.nonexpansive else [(f"{name}/{i}", part) for i, part in enumerate(op.parts())]
+        parts = [] if op.nonexpansive else [(f"{name}/{i}", part) for i, part in enumerate(op.measured())]
     else:
         parts = [(name, op)]
     return [(label, part) for label, part in parts if _needs_estimate(part)]
@@ -68,7 +68,7 @@ def norm_estimates(network: Network, vectors: Vectors, num_iters: int) -> tuple[
     """Differentiable estimates of the operators' norms, by name, and the vectors to start from next time.
 
     Operators that are made to have a norm of at most 1 are left out. That of a composite is
-    what it makes of the product of its parts' norms: of a `Residual` 1 + the product.
+    what it makes of the product of the norms it measures: of a `Residual` 1 + the product of its parts'.
 
     Args: vectors: of `init_vectors`, or of the last call. num_iters: power iterations of each operator, >= 0.
     Returns: name -> scalar, not above the norm but for rounding, so that nothing may be certified with it; and the
@@ -87,7 +87,7 @@ def norm_estimates(network: Network, vectors: Vectors, num_iters: int) -> tuple[
         found = [results[label][0] for label, _ in estimated]
         if isinstance(op, Composite):
             if not op.nonexpansive:
-                product = math.prod(found) * _slopes(op.parts()) * jnp.ones((), network.input_std.dtype)
+                product = math.prod(found) * _slopes(op.measured()) * jnp.ones((), network.input_std.dtype)
                 sigmas[name] = op.lipschitz_of(product)
         elif found:
             sigmas[name] = found[0]
@@ -169,9 +169,9 @@ class LayerBound:
         return [LayerBound.from_row({"name": f"{self.name}/{i}", **part}) for i, part in parts]
 
     @property
-    def norms(self) -> float | tuple[float, ...]:
-        """`claimed`; of a composite those of its parts, with which errors pass through them."""
-        return tuple(part.claimed for part in self.parts) if "parts" in self.details else self.claimed
+    def norms(self) -> float | tuple[float, tuple[float, ...]]:
+        """`claimed`; of a composite that and those of its parts, with which errors pass through them."""
+        return (self.claimed, tuple(p.claimed for p in self.parts)) if "parts" in self.details else self.claimed
 
 
 def operator_bounds(network: Network) -> list[LayerBound]:

@@ -17,7 +17,7 @@ from lipjax.bounds import LayerBound
 from lipjax.certify.certificate import Certificate, radius_of
 from lipjax.certify.float32 import HeadConstants, Local, locals_of
 from lipjax.certify.float32_sums import LEAVES, MOVED, SUMS, errors_at_images, sum_errors
-from lipjax.certify.float64 import add, check_arithmetic, finish, float64_on_cpu, propagate
+from lipjax.certify.float64 import add, carry, check_arithmetic, finish, float64_on_cpu, propagate
 from lipjax.certify.frozen import FrozenNetwork
 from lipjax.network import Network
 from lipjax.numerics import (
@@ -56,11 +56,13 @@ def _pixels(frozen: FrozenNetwork, images, pixel_max: int | None) -> np.ndarray:
 class _Values:
     """Of a batch, in front of an operator: its images in float64, how far they are from the exact ones, and two bounds
     (2, b) of how far those of binary32 are from the exact ones, infinite where its range may be left: the first is for
-    these images, the second is continued to a ball around them by Lipschitz constants."""
+    these images, the second is continued to a ball around them by Lipschitz constants. Inside a composite "exact" is
+    what exact parts make of the input that each evaluation has computed, and `apart` (2, b) how far the two are apart."""
 
     x: jax.Array
     error64: jax.Array
     errors: np.ndarray
+    apart: np.ndarray | float = 0.0
 
     @property
     def length(self) -> np.ndarray:
@@ -69,7 +71,7 @@ class _Values:
     @property
     def distances(self) -> np.ndarray:
         """The largest distance of the two evaluations from each other: (2, b)."""
-        return self.errors + np.asarray(self.error64)
+        return self.errors + np.asarray(self.error64) + self.apart
 
 
 def _inside(errors: np.ndarray, largest: np.ndarray) -> np.ndarray:
@@ -79,20 +81,24 @@ def _inside(errors: np.ndarray, largest: np.ndarray) -> np.ndarray:
 def _advance(op, row: LayerBound, local: Local, at: _Values) -> _Values:
     """The state of the recursion after an operator, given the one before it."""
     if isinstance(op, operators.Composite):
-        end = at
+        end = _Values(at.x, jnp.zeros_like(at.error64), np.zeros_like(at.errors), at.distances)
         for part, bound, own in zip(op.parts(), row.parts, local.parts, strict=True):
             end = _advance(part, bound, own, end)
-        total, error64 = add(at.x, at.error64, end.x, end.error64)
-        both = at.length + at.distances + end.length + end.distances
-        errors = at.errors + end.errors + local.absolute + local.relative * both
-        return _Values(total, error64, _inside(errors + local.sums * (at.length + at.distances), both))
+        total, error64, reach = end.x, end.error64, end.length + end.distances
+        errors = row.claimed * at.errors + end.errors
+        if op.adds_input:
+            total, error64 = add(at.x, end.x, end.error64)
+            reach = reach + at.length + at.distances
+            errors += local.absolute + local.relative * reach + local.sums * (at.length + at.distances)
+        return _Values(total, carry(row.claimed, at.error64, error64), _inside(errors, reach), row.claimed * at.apart)
     length, distances = at.length, at.distances
     errors = row.claimed * at.errors + local.absolute + local.relative * length + local.slope * distances
     if isinstance(op, SUMS):
         options = local.inner, local.bias, local.leaves, local.whole
         errors += np.asarray(errors_at_images(op, *options, at.x, distances[0]))
     x, error64 = propagate(op, row.claimed, at.error64, at.x)
-    return _Values(x, error64, _inside(errors, local.offset + local.gain * (length + distances)))
+    largest = local.offset + local.gain * (length + distances)
+    return _Values(x, error64, _inside(errors, largest), row.claimed * at.apart * ENLARGEMENT32)
 
 
 def _head_local(head, x: np.ndarray, distance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -164,13 +170,13 @@ class _Analysis:
             self._limit(local.gain, lipschitz + spread)
             spread = ((row.claimed + local.slope) * spread + local.slope * lipschitz) * ENLARGEMENT32
             return spread, lipschitz * row.claimed * ENLARGEMENT32
-        inner, through = spread, lipschitz
+        inner, through = 0.0, spread + lipschitz  # of the machine's own input, and of what exact parts make of it
         for part, own in zip(row.parts, local.parts, strict=True):
             inner, through = self._follow(part, own, inner, through)
         both = spread + lipschitz + inner + through
         self._limit(1.0, both)
         added = local.relative * both + local.sums * (spread + lipschitz)
-        return (spread + inner + added) * ENLARGEMENT32, (lipschitz + through) * ENLARGEMENT32
+        return (row.claimed * spread + inner + added) * ENLARGEMENT32, lipschitz * row.claimed * ENLARGEMENT32
 
     def _limit(self, gain: float, further: float) -> None:
         self.reach = min(self.reach, LARGEST / max(gain * further * ENLARGEMENT32, 2.0**-1000))

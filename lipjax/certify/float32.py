@@ -34,7 +34,7 @@ class Local:
 
     sums(x) that of `float32_sums.errors_at_images`, with `inner` for its norm, `bias`, `leaves` and `whole`, and with
     the Lipschitz constant `sums`; 0 for operators that are not in `SUMS`. Of a composite it is what the addition of x
-    and g(x) adds, absolute + relative (|x|_2 + |g(x)|_2) + sums |x|_2, and `parts` are those of g.
+    and g(x) adds, absolute + relative (|x|_2 + |g(x)|_2) + sums |x|_2, 0 without one, and `parts` are those of g.
 
     Nothing that the operator computes exceeds offset + gain |x|_2. A bias behind it may join a sum of `terms`; None
     leaves that to the operator before.
@@ -83,12 +83,12 @@ def _locals(ops: Sequence, rows: list[LayerBound], terms: int = 0) -> tuple[list
     """
     found = []
     for i, (row, op) in enumerate(zip(rows, ops, strict=True)):
-        adds_input = isinstance(op, operators.Composite) and op.adds_input
-        if type(op) not in _local.registry and not adds_input:  # a subclass may compute something else
+        composite = isinstance(op, operators.Composite)
+        if type(op) not in _local.registry and not composite:  # a subclass may compute something else
             raise NotCertifiable(
                 f"{row.name}: no bound of the float32 error is known for an operator of type {type(op).__name__}."
             )
-        fits = _fits(op) or adds_input  # of which each part is asked
+        fits = _fits(op) or composite  # of which each part is asked
         local = _local(op, row, terms) if fits else Local(absolute=math.inf)
         place = _sum_before(ops, i)
         if fits and isinstance(op, operators.Bias) and place is not None:
@@ -129,7 +129,7 @@ def _merged(
             joining = 0
         absolute, relative, parts, inner = local.absolute * copies, local.relative * copies, (), copies
         if isinstance(op, operators.Composite):
-            parts, inner, joining = _merged(op.parts(), local.parts, copies, joining + 1)
+            parts, inner, joining = _merged(op.parts(), local.parts, copies, joining + op.adds_input)
         elif isinstance(op, operators.Bias):
             joining += _sum_before(ops, i) is None  # else that has counted it
         elif local.terms is not None:
@@ -278,10 +278,18 @@ def _(op, row: LayerBound, terms: int) -> Local:
     return _pointwise(op, relative=gamma32(roundings[type(op)]), gain=64.0)
 
 
-@_local.register(operators.Residual)
-@_local.register(operators.Composite)  # one that adds its input
-def _(op, row: LayerBound, terms: int) -> Local:
+@_local.register
+def _(op: operators.ConvAdjoint, row: LayerBound, terms: int) -> Local:
+    entries = math.prod(op.in_shape) + math.prod(op.out_shape)
+    kh, kw, _, outputs = op.kernel.shape
+    return _sums(kh * kw * outputs, entries, _taps(op.kernel))
+
+
+@_local.register
+def _(op: operators.Composite, row: LayerBound, terms: int) -> Local:
     parts, terms = _locals(op.parts(), row.parts, terms)
+    if not op.adds_input:
+        return Local(terms=terms, parts=tuple(parts))
     # Of the sum alone: the input may join a sum before it, as a bias does, and the sum rounds.
     tiny = _TINY * math.sqrt(math.prod(op.in_shape))
     joined = gamma32(terms + 8) + gamma32(4)

@@ -111,6 +111,20 @@ def _(op: operators.Conv, norm, bias, options, x, distance):
 
 
 @_at_images.register
+def _(op: operators.ConvAdjoint, norm, bias, options, x, distance):
+    def back(x, kernel):
+        size, strides, padding = op.image_shape[:2], op.strides, op.padding
+        return conv.conv2d_adjoint(x, kernel, in_size=size, strides=strides, padding=padding)
+
+    sizes, values = _with_bias(back(jnp.abs(x), jnp.abs(op.kernel)), back(x, op.kernel), bias)
+    terms = back(jnp.ones((1, *op.in_shape)), (op.kernel != 0).astype(jnp.float64))
+    # Of circular padding, several taps may read one number.
+    rows = _rows(op.kernel, 0, 1, 3) if op.padding != "CIRCULAR" else jnp.sum(_rows(op.kernel, 3), (0, 1))
+    further = distance[:, None, None, None] * rows
+    return _length(sum_errors(sizes, values, _JOINED + terms, further, **options))
+
+
+@_at_images.register
 def _(op: operators.ConvExponential, norm, bias, options, x, distance):
     options = options | {"leaves": options["leaves"] + MOVED}  # the division by k moves, too
     magnitudes, terms, partial, errors = jnp.abs(op.kernel), _JOINED + 1 + _terms(op), x, jnp.zeros((2, len(x)))

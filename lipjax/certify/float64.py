@@ -59,12 +59,21 @@ def propagate(op, norm, error, x):
 
 
 @jax.jit
-def add(x, error, y, error_of_y):
-    """x + y, and a bound on its distance to the exact sum."""
+def add(x, y, error):
+    """x + y, and a bound on its distance to the exact sum of x and what y is at most `error` (b,) away from."""
     total = x + y
     size = operators.norm_per_image(total)
     local = gamma(2) * size + UNDERFLOW_OF_OPERATOR * (1 + size)
-    return total, (error + error_of_y + local) * (1 + gamma(8))
+    return total, (error + local) * (1 + gamma(8))
+
+
+@jax.jit
+def carry(norm, error, local):
+    """A bound on the distance of an operator's output to the exact output at the exact input.
+
+    norm, error: as of `propagate`. local: (b,), bound on the distance to the exact output at the computed input.
+    """
+    return (jnp.maximum(norm, UNDERFLOW_OF_OPERATOR) * error + local) * (1 + gamma(8))
 
 
 def advance(op, norms, error, x):
@@ -74,10 +83,13 @@ def advance(op, norms, error, x):
     """
     if not isinstance(op, operators.Composite):
         return propagate(op, norms, error, x)
-    y, error_of_y = x, error
-    for part, norm in zip(op.parts(), norms, strict=True):
-        y, error_of_y = propagate(part, norm, error_of_y, y)
-    return add(x, error, y, error_of_y) if op.adds_input else (y, error_of_y)
+    norm, inner = norms
+    y, local = x, jnp.zeros_like(error)
+    for part, own in zip(op.parts(), inner, strict=True):
+        y, local = propagate(part, own, local, y)
+    if op.adds_input:
+        y, local = add(x, y, local)
+    return y, carry(norm, error, local)
 
 
 @jax.jit

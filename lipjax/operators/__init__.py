@@ -2,7 +2,7 @@
 
 Every operator has static `in_shape` and `out_shape` (without the batch axis), `__call__(x)` on a batch, `bound()`
 (proved, NumPy float64), `rounding_error(x)` (float64) and, where its norm is not known beforehand, `adjoint` and
-`estimate`; a `Residual` leaves the last three to the operators that it is made of. A rounding error is a bound, one
+`estimate`; a composite leaves the last three to the operators that it is made of. A rounding error is a bound, one
 value per image, on the l2 distance between the computed and the exact value of the operator at the stored x, with
 conventional summation in any order, the operator compiled apart from its neighbours, and but for underflow, which
 FrozenNetwork adds (docs/soundness.md). `check()`, where there is one, raises ValueError for arrays of the wrong shape.
@@ -13,6 +13,7 @@ from lipjax.operators.base import (
     Composite,
     Elementwise,
     Estimated,
+    Factor,
     Head,
     Isometric,
     Leaf,
@@ -27,8 +28,9 @@ from lipjax.operators.circular import CircularConv, CircularSeries
 from lipjax.operators.elementwise import LeakyReLU, ReLU, Sigmoid, Softplus, Tanh
 from lipjax.operators.exponential import ConvExponential
 from lipjax.operators.heads import LinearHead, MLPHead
-from lipjax.operators.linear import Bias, Conv, Dense, Normalize
+from lipjax.operators.linear import Bias, Conv, ConvAdjoint, Dense, Normalize
 from lipjax.operators.pairs import Householder, Householder2, MaxMin, MaxPoolPairs, ProjectionPool
+from lipjax.operators.potential import PotentialStep, Sandwich
 from lipjax.operators.reshape import Crop, CropChannels, Flatten, PadChannels, SpaceToDepth, ZeroPad
 from lipjax.operators.residual import Residual
 from lipjax.operators.training_only import Centered, Contraction
@@ -50,9 +52,11 @@ OPERATORS = {
         MaxMin,
         MaxPoolPairs,
         PadChannels,
+        PotentialStep,
         ProjectionPool,
         ReLU,
         Residual,
+        Sandwich,
         Sigmoid,
         Softplus,
         SpaceToDepth,
@@ -75,12 +79,14 @@ __all__ = [
     "Composite",
     "Contraction",
     "Conv",
+    "ConvAdjoint",
     "ConvExponential",
     "Crop",
     "CropChannels",
     "Dense",
     "Elementwise",
     "Estimated",
+    "Factor",
     "Flatten",
     "Head",
     "Householder",
@@ -96,10 +102,12 @@ __all__ = [
     "Normalize",
     "Operator",
     "PadChannels",
+    "PotentialStep",
     "ProjectionPool",
     "ReLU",
     "Reordering",
     "Residual",
+    "Sandwich",
     "Sigmoid",
     "Softplus",
     "SpaceToDepth",

@@ -6,6 +6,7 @@ operator without it is refused by name, never taken for something harmless.
     Bounded      bound(): the proved norm
     Estimated    estimate(v, num_iters): the norm by power iteration, for training
     Linear       a linear map: Estimated, and adjoint(y)
+    Factor       a linear map that is stored once and applied twice, forward and back: Linear and Bounded
     Isometric    1-Lipschitz by construction: Bounded
     Reordering   moves numbers, appends zeros or leaves numbers out: Isometric, and adjoint(y)
     Elementwise  an activation of slopes in an interval, which loop transformation takes: Bounded
@@ -218,6 +219,21 @@ class Linear(Operator, Estimated):
         return self._adjoint(y, None)
 
 
+class Factor(Linear, Bounded):
+    """A linear map that a composite applies forward and back, or of which it applies some columns forward, some back.
+
+    Both methods give operators that store the very same numbers, but for a power of two.
+    """
+
+    @abc.abstractmethod
+    def transpose(self, factor: float) -> "Linear":
+        """The adjoint times a power of two, or minus one, as an operator: its entries are exact."""
+
+    @abc.abstractmethod
+    def channels(self, start: int, stop: int | None) -> "Factor":
+        """The map on inputs whose last axis holds the channels from `start` to `stop` alone: as many columns."""
+
+
 class Isometric(Operator, Bounded):
     """An operator that is 1-Lipschitz by construction; without rounding error unless it says otherwise."""
 
@@ -289,10 +305,16 @@ class Composite(Operator, Bounded):
 
     Every walk over a network (evaluation with error bounds, float32, estimates, attacks) enters it through this class:
     it applies the parts one by one, each compiled alone where rounding errors are bounded, and adds the input. So the
-    map is defined by `parts` and `adds_input`, and a subclass may not define `__call__` or `rounding_error`.
+    map is defined by `parts` and `adds_input`, and a subclass may not define `__call__` or `rounding_error`. Errors of
+    the input pass through it by its own constant, which may be less than what the parts' constants say.
+
+    Attributes:
+      adds_input: whether the input is added to what the parts make of it.
+      taken_apart: whether loop transformation (LipLT) may look at the parts; else it refuses the composite by name.
     """
 
     adds_input = False
+    taken_apart = True
     _reason = "the product of the operators' bounds"
 
     def __init_subclass__(cls, **options):
@@ -309,9 +331,17 @@ class Composite(Operator, Bounded):
     def with_parts(self, parts: tuple) -> Any:
         """The same with other parts, unchecked: walks put in what takes a part's place."""
 
+    def measured(self) -> tuple:
+        """The operators whose norms the constant is made of: the parts, or what they are made of."""
+        return self.parts()
+
+    def with_measured(self, ops: tuple) -> Any:
+        """The same with others in the place of `measured`, unchecked: of such a one norms are estimated, no more."""
+        return self.with_parts(ops)
+
     @abc.abstractmethod
     def lipschitz_of(self, product: Any) -> Any:
-        """A Lipschitz constant, given the product of the parts': a number, a Fraction or a JAX scalar, likewise."""
+        """A Lipschitz constant, given the product of those of `measured`: a number, a Fraction or a JAX scalar, likewise."""
 
     def __call__(self, x):
         check_input(self, x)
@@ -322,17 +352,20 @@ class Composite(Operator, Bounded):
 
     def bound(self) -> spectral.NormBound:
         """`lipschitz_of` the parts' bounds, which are in details["parts"] for error bounds to pass through them."""
-        parts = []
-        for i, op in enumerate(self.parts()):
-            kind = type(op).__name__
-            if not isinstance(op, Bounded):
-                raise NotCertifiable(f"operator {i}: no proved Lipschitz bound is known for one of type {kind}.")
-            found = op.bound()
-            claims = {"type": kind, "bound": float(found.claimed), "sigma": float(found.proved)}
-            parts.append({**claims, "method": found.method, "details": found.details})
+        parts = [bound_row(f"operator {i}", op) for i, op in enumerate(self.parts())]
         # Of the claims, so that the checker's proofs of them carry over.
         product = math.prod((Fraction(part["bound"]) for part in parts), start=Fraction(1))
         return spectral.NormBound(float_up(self.lipschitz_of(product)), self._reason, {"parts": parts})
+
+
+def bound_row(place: str, op) -> dict[str, Any]:
+    """The proved bound of an operator inside another, as a certificate states it. Raises: NotCertifiable if none is."""
+    kind = type(op).__name__
+    if not isinstance(op, Bounded):
+        raise NotCertifiable(f"{place}: no proved Lipschitz bound is known for one of type {kind}.")
+    found = op.bound()
+    claims = {"type": kind, "bound": float(found.claimed), "sigma": float(found.proved)}
+    return {**claims, "method": found.method, "details": found.details}
 
 
 class Head(Operator):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from lipjax import _dft, spectral
 from lipjax.numerics import ENLARGEMENT, check_terms, gamma
-from lipjax.operators.base import Bounded, Leaf, Linear, norm_per_image, operator, sizes
+from lipjax.operators.base import Factor, Leaf, Linear, norm_per_image, operator, sizes
 from lipjax.spectral.arithmetic import exact_float64
 
 
@@ -30,7 +30,7 @@ def _check_blocks(fixed: Any, paired: Any, in_shape: tuple[int, ...]) -> None:
 
 
 @operator("fixed", "paired", static=("in_shape", "nonexpansive"))
-class CircularConv(Linear, Bounded):
+class CircularConv(Factor):
     """x -> the exact inverse discrete Fourier transform of R(f) x^(f), a map between real images.
 
     `CircularConv(response, in_shape)` takes R on the half grid of `jnp.fft.rfft2`, complex (h, w // 2 + 1, o, i), and
@@ -107,6 +107,16 @@ class CircularConv(Linear, Bounded):
     def _adjoint(self, y, precision):
         blocks = _dft.adjoint_blocks(jnp.asarray(self.fixed), jnp.asarray(self.paired))
         return self._blocks_map(y, *blocks, precision)
+
+    def transpose(self, factor: float) -> "CircularConv":
+        # Without jnp: the blocks of a frozen network stay float64 on the host.
+        conjugate = np.array([1, -1], self.paired.dtype)[:, None, None]
+        fixed, paired = self.fixed.swapaxes(1, 2), self.paired.swapaxes(2, 3) * conjugate
+        return CircularConv.from_blocks(factor * fixed, factor * paired, self.out_shape)
+
+    def channels(self, start: int, stop: int | None) -> "CircularConv":
+        fixed, paired = self.fixed[..., start:stop], self.paired[..., start:stop]
+        return CircularConv.from_blocks(fixed, paired, (*self.in_shape[:2], fixed.shape[2]))
 
     def bound(self) -> spectral.NormBound:
         fixed, paired = (exact_float64(getattr(self, n), f"CircularConv: {n}") for n in ("fixed", "paired"))

@@ -75,7 +75,7 @@ def on_grid(op) -> Any:
     operators are kept.
     """
     if isinstance(op, Composite):
-        return op.with_parts(tuple(map(on_grid, op.parts())))
+        return op.with_measured(tuple(map(on_grid, op.measured())))
     if isinstance(op, Centered):
         return on_grid(op.map)
     if type(op) is not Conv:

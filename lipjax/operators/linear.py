@@ -10,6 +10,7 @@ from lipjax.errors import NotCertifiable
 from lipjax.numerics import ENLARGEMENT, UNIT_ROUNDOFF, gamma
 from lipjax.operators.base import (
     Bounded,
+    Factor,
     Isometric,
     Leaf,
     Linear,
@@ -24,7 +25,7 @@ from lipjax.spectral.arithmetic import check_rounding, exact_float64
 
 
 @operator("matrix", static=())
-class Dense(Linear, Bounded):
+class Dense(Factor):
     """x -> W x on vectors.
 
     Attributes:
@@ -60,6 +61,12 @@ class Dense(Linear, Bounded):
     def _adjoint(self, y, precision):
         return jnp.matmul(y, self.matrix, precision=precision)
 
+    def transpose(self, factor: float) -> "Dense":
+        return Dense(factor * self.matrix.T)
+
+    def channels(self, start: int, stop: int | None) -> "Dense":
+        return Dense(self.matrix[:, start:stop])
+
     def bound(self) -> spectral.NormBound:
         return spectral.matrix_norm_bound(exact_float64(self.matrix, "Dense: the matrix"))
 
@@ -68,7 +75,7 @@ class Dense(Linear, Bounded):
 
 
 @operator("kernel", static=("in_shape", "strides", "padding"))
-class Conv(Linear, Bounded):
+class Conv(Factor):
     """Convolution of NHWC images.
 
     Attributes:
@@ -106,6 +113,13 @@ class Conv(Linear, Bounded):
         options = {"in_size": self.in_shape[:2], "strides": self.strides, "padding": self.padding}
         return conv.conv2d_adjoint(y, self.kernel, **options, precision=precision)
 
+    def transpose(self, factor: float) -> "ConvAdjoint":
+        return ConvAdjoint(factor * self.kernel, self.in_shape, self.strides, self.padding)
+
+    def channels(self, start: int, stop: int | None) -> "Conv":
+        kernel = self.kernel[:, :, start:stop]
+        return Conv(kernel, (*self.in_shape[:2], kernel.shape[2]), self.strides, self.padding)
+
     def bound(self) -> spectral.NormBound:
         padding = self.padding
         if padding != "CIRCULAR":
@@ -116,6 +130,57 @@ class Conv(Linear, Bounded):
     def rounding_error(self, x):
         size = conv.conv2d(jnp.abs(x), jnp.abs(self.kernel), strides=self.strides, padding=self.padding)
         return gamma(math.prod(self.kernel.shape[:3]) + 2) * ENLARGEMENT * norm_per_image(size)
+
+
+@operator("kernel", static=("image_shape", "strides", "padding"))
+class ConvAdjoint(Linear, Bounded):
+    """The adjoint of a convolution, as a map of its own: from the convolution's outputs to images.
+
+    Attributes:
+      kernel, strides, padding: of the convolution.
+      image_shape: (h, w, c) of the images, the convolution's in_shape.
+    Example:
+      >>> lipjax.operators.Conv(jnp.ones((3, 3, 16, 8)), (32, 32, 16), 2).transpose(1.0).in_shape
+      (16, 16, 8)
+    """
+
+    kernel: Leaf
+    image_shape: tuple[int, ...]
+    strides: int | tuple[int, int] = 1
+    padding: conv.Padding = "ZERO"
+
+    def _arrays_text(self):
+        return kernel_text(self.kernel)
+
+    @property
+    def _conv(self) -> Conv:
+        return Conv(self.kernel, self.image_shape, self.strides, self.padding)
+
+    @property
+    def in_shape(self):
+        return self._conv.out_shape
+
+    @property
+    def out_shape(self):
+        return tuple(self.image_shape)
+
+    def check(self) -> None:
+        self._conv.check()
+
+    def _map(self, x, precision):
+        return self._conv._adjoint(x, precision)
+
+    def _adjoint(self, y, precision):
+        return self._conv._map(y, precision)
+
+    def bound(self) -> spectral.NormBound:
+        return self._conv.bound()
+
+    def rounding_error(self, x):
+        options = {"in_size": self.image_shape[:2], "strides": self.strides, "padding": self.padding}
+        size = conv.conv2d_adjoint(jnp.abs(x), jnp.abs(self.kernel), **options)
+        terms = self.kernel.shape[0] * self.kernel.shape[1] * self.kernel.shape[3]
+        return gamma(terms + 2) * ENLARGEMENT * norm_per_image(size)
 
 
 @operator("mean", "std", static=("in_shape",))

@@ -37,7 +37,7 @@ INSIDE = {
     "operators": (
         ("base",),
         ("circular", "exponential", "linear", "pairs", "reshape", "softplus", "training_only"),
-        ("elementwise", "grid", "heads", "residual"),
+        ("elementwise", "grid", "heads", "potential", "residual"),
     ),
     "parametrize": (
         ("bjorck", "cayley", "cholesky", "lln", "residual", "soc_frequency"),

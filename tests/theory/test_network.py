@@ -129,7 +129,7 @@ def test_rows_in_files_keep_their_keys():
     (stated,) = certificate.layer_rows([row], {"block": 1.75})
     assert list(stated) == ["name", "type", "bound", "method", "details", "sigma", "estimate", "gap"]
     assert (stated["bound"], stated["sigma"], stated["gap"]) == (3.5, 3.0, 1.0)
-    assert bounds.LayerBound.from_row(stated) == row and row.norms == (2.5,) and row.parts[0].proved == 2.0
+    assert bounds.LayerBound.from_row(stated) == row and row.norms == (3.5, (2.5,)) and row.parts[0].proved == 2.0
     chain = bounds.ChainBound("input", "act", 1.25, "m", {})
     report = bounds.LipLTReport((bounds.LayerConstant("act", 1.5, 2.0),), (chain,), np.ones(2), 1.0, 1.0, "rows")
     assert certificate.liplt_rows(report) == {

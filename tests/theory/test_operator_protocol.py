@@ -83,6 +83,9 @@ MADE = {
         np.zeros((3, 3, 2, 2)), SHAPE, 6, nonexpansive=True
     ),
     "Crop(crops ((1, 0), (0, 2)), in (4, 4, 2))": operators.Crop(SHAPE, ((1, 0), (0, 2))),
+    "ConvAdjoint(3x3, 16 -> 16, image_shape (32, 32, 16), strides 2)": operators.ConvAdjoint(
+        np.zeros((3, 3, 16, 16)), (32, 32, 16), 2
+    ),
     "CropChannels(channels 1, in (4, 4, 2))": operators.CropChannels(SHAPE, 1),
     "Dense(3 -> 5)": operators.Dense(np.zeros((5, 3))),
     "Flatten(in (4, 4, 2))": operators.Flatten(SHAPE),
@@ -92,9 +95,15 @@ MADE = {
     "MaxMin(in (4, 4, 2))": operators.MaxMin(SHAPE),
     "MaxPoolPairs(in (4, 4, 2))": operators.MaxPoolPairs(SHAPE),
     "PadChannels(channels 5, in (4, 4, 2))": operators.PadChannels(SHAPE, 5),
+    "PotentialStep(Dense(3 -> 5), ReLU(in (5,)), nonexpansive)": operators.PotentialStep(
+        operators.Dense(np.zeros((5, 3))), np.zeros(5), operators.ReLU((5,)), nonexpansive=True
+    ),
     "ProjectionPool(in (4, 4, 2))": operators.ProjectionPool(np.ones((2, 1)), SHAPE),
     "ReLU(in (4, 4, 2))": operators.ReLU(SHAPE),
     "Residual(Dense(4 -> 4), ReLU(in (4,)))": operators.Residual((operators.Dense(np.eye(4)), operators.ReLU((4,)))),
+    "Sandwich(Dense(3 -> 5), Tanh(in (5,)), outputs 2)": operators.Sandwich(
+        operators.Dense(np.zeros((5, 3))), np.zeros(5), operators.Tanh((5,)), 2
+    ),
     "Sigmoid(in (4, 4, 2))": operators.Sigmoid(SHAPE),
     "Softplus(in (4, 4, 2))": operators.Softplus(SHAPE),
     "SpaceToDepth(block 2, in (4, 4, 2))": operators.SpaceToDepth(SHAPE, 2),
