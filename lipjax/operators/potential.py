@@ -128,7 +128,7 @@ class _TwoPaths(Composite):
         parts = [forward, *middle, {**back, "method": "twice the bound of the stored map", "details": {}}]
         value = self.lipschitz_of(Fraction(stored["bound"]))
         reason = self._at_most_one if value == 1 else self._reason
-        return spectral.NormBound(float_up(value), reason, {"linear": stored, "parts": parts})
+        return spectral.NormBound(float_up(Fraction(value)), reason, {"linear": stored, "parts": parts})
 
     def _arrays_text(self):
         return f"{self.linear!r}, {self.activation!r}"

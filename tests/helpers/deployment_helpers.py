@@ -68,6 +68,21 @@ def convolve(x, kernel, strides=1, padding="ZERO"):
     return product(patches, kernel.reshape(-1, o)).reshape(len(x), rows, columns, o)
 
 
+def convolve_back(y, op, dtype):
+    """The adjoint of a convolution: the products of its dense matrix, which is filled tap by tap."""
+    kernel = numbers(op.kernel, dtype)
+    (kh, kw, c, o), pads = kernel.shape, conv.explicit_padding(kernel.shape[:2], op.padding)
+    (h, w), (sh, sw), (rows, columns) = op.image_shape[:2], conv.stride_pair(op.strides), y.shape[1:3]
+    matrix = np.full((rows, columns, o, h, w, c), 0 * kernel[0, 0, 0, 0])
+    for i, j, s, t in np.ndindex(rows, columns, kh, kw):
+        p, q = sh * i + s - pads[0][0], sw * j + t - pads[1][0]
+        if op.padding == "CIRCULAR":
+            p, q = p % h, q % w
+        if 0 <= p < h and 0 <= q < w:
+            matrix[i, j, :, p, q] += kernel[s, t].T
+    return product(y.reshape(len(y), -1), matrix.reshape(rows * columns * o, -1)).reshape(len(y), h, w, c)
+
+
 def transform_matrix(size, dtype):
     """Rows: fixed frequencies, then real and imaginary part of the paired ones."""
     (h, w), grid, rows = size, _dft.grid(size), []
@@ -205,6 +220,13 @@ def apply(op, x, dtype):
             for part in op.ops:
                 y = apply(part, y, dtype)
             return x + y
+        case operators.ConvAdjoint():
+            return convolve_back(x, op, dtype)
+        case operators.PotentialStep() | operators.Sandwich():
+            y = x
+            for part in op.parts():
+                y = apply(part, y, dtype)
+            return x + y if op.adds_input else y
         case operators.LinearHead():
             return product(x, of(op.matrix).T) + of(op.bias)
         case operators.MLPHead():
@@ -315,7 +337,23 @@ def residual(rng, scale):
     ]
 
 
-NETWORKS = {f.__name__: f for f in (convolutional, circulant, factored, elementwise, residual)}
+def potential(rng, scale):
+    """Steps and sandwiches: behind the normalisation, behind each other, strided, circular, with a value at 0."""
+    shape, ops = (4, 4, 2), []
+    conv = operators.Conv(draw(rng, 3, 3, 2, 3, scale=scale / 5), shape, 2)
+    ops.append(operators.PotentialStep(conv, draw(rng, 3, scale=scale), operators.ReLU((2, 2, 3))))
+    blocks = draw(rng, 4, 3, 5, scale=scale / 3), draw(rng, 6, 2, 3, 5, scale=scale / 3)
+    circle = operators.CircularConv.from_blocks(*blocks, (4, 4, 5))
+    ops.append(operators.Sandwich(circle, draw(rng, 3, scale=scale), operators.ReLU((4, 4, 3)), 3))
+    ops += [operators.Flatten((4, 4, 3))]
+    stacked = operators.Dense(draw(rng, 5, 54, scale=scale / 8))
+    ops.append(operators.Sandwich(stacked, draw(rng, 5, scale=scale), operators.Sigmoid((5,)), 6))
+    last = operators.Dense(draw(rng, 4, 6, scale=scale / 3))
+    ops.append(operators.PotentialStep(last, draw(rng, 4, scale=scale), operators.Softplus((4,))))
+    return shape, [*ops, operators.Bias(draw(rng, 6, scale=scale), (6,)), operators.MaxMin((6,))]
+
+
+NETWORKS = {f.__name__: f for f in (convolutional, circulant, factored, elementwise, residual, potential)}
 
 
 @functools.cache

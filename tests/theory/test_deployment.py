@@ -103,7 +103,7 @@ def test_no_operator_adds_more_than_its_part(name):
 
 def added(op, local, x, distance):
     """Both bounds of what an operator adds to inputs that are exactly x."""
-    if isinstance(op, operators.Residual):
+    if isinstance(op, operators.Composite):
         error64 = np.zeros(len(x))
         at = deployment._Values(jnp.asarray(x, jnp.float64), jnp.asarray(error64), np.stack([distance, distance]))
         row = bounds.operator_bounds(network_of(op))[1]
