@@ -1000,6 +1000,12 @@ class Dense(Operator):
     def back(self, y):
         return y @ self.matrix
 
+    def local_back(self, y):
+        return rounding(self.matrix.shape[0]) * GUARD * lengths(np.abs(y) @ self.size.T)
+
+    def columns(self, start, stop):
+        return Dense({"matrix": self.matrix[:, start:stop]})
+
     def spread(self):
         sums = [float(self.size.sum(axis).max()) for axis in (0, 1)]
         return (
@@ -1050,6 +1056,15 @@ class Conv(Operator):
 
     def back(self, y):
         return convolve_back(y, self.kernel, self.axes)
+
+    def local_back(self, y):
+        terms = math.prod(self.kernel.shape[:2]) * self.kernel.shape[3]
+        return rounding(terms) * GUARD * lengths(convolve_back(np.abs(y), np.abs(self.kernel), self.axes))
+
+    def columns(self, start, stop):
+        kernel = np.ascontiguousarray(self.kernel[:, :, start:stop])
+        shape = [*self.in_shape[:2], kernel.shape[2]]
+        return Conv({"kernel": kernel, "in_shape": shape, "strides": self.strides, "padding": self.padding})
 
     def spread(self):
         # An output reads every tap at most once, and so an input meets every tap at most once.
@@ -1232,6 +1247,21 @@ class CircularConv(Operator):
         products = rounding(2 * c + 2)
         relative = ((2 * transform + transform**2) * (1 + products) + products) * GUARD
         return relative * GUARD * math.sqrt(float(max(squares))) * lengths(x)
+
+    def adjoint(self):
+        blocks = {"fixed": self.fixed.swapaxes(1, 2), "paired": self.paired.swapaxes(2, 3) * [[[1]], [[-1]]]}
+        return CircularConv({**blocks, "in_shape": list(self.out_shape), "nonexpansive": False})
+
+    def back(self, y):
+        return self.adjoint().apply(y)
+
+    def local_back(self, y):
+        return self.adjoint().local(y, y)
+
+    def columns(self, start, stop):
+        blocks = {"fixed": self.fixed[..., start:stop], "paired": self.paired[..., start:stop]}
+        shape = [*self.in_shape[:2], blocks["fixed"].shape[2]]
+        return CircularConv({**blocks, "in_shape": shape, "nonexpansive": False})
 
 
 class Flatten(Operator):
@@ -1577,15 +1607,7 @@ class Composite(Operator):
         parts = self.parts()
         need(isinstance(rows, list) and len(rows) == len(parts), "details state no bounds of its operators")
         for i, (op, row) in enumerate(zip(parts, rows, strict=True)):
-            place, stated = f"operator {i} ({type(op).__name__})", isinstance(row, dict)
-            need(stated and isinstance(row.get("details"), dict), f"{place}: its details are missing")
-            need(row.get("type") == type(op).__name__, f"{place}: stated of a {row.get('type')!r}")
-            op.claim = Fraction(finite(row.get("bound"), f"{place}: bound"))
-            try:
-                proved = op.proves(op.claim, op.named(row.get("method")), row["details"])
-            except Unproved as error:
-                raise Unproved(f"{place}: {error}") from error
-            need(proved, f"{place}: the bound {row.get('bound')!r} cannot be proved ({row.get('method')})")
+            prove_row(op, row, f"operator {i} ({type(op).__name__})")
         return claim >= self.combined([op.claim for op in parts])
 
     def cost(self):
@@ -1598,6 +1620,18 @@ class Composite(Operator):
             own = row.get("details") if isinstance(row, dict) else None
             found.append(op.effort(row.get("method"), own) if isinstance(own, dict) else (CALL, 0.0))
         return sum(work for work, _ in found), max(numbers for _, numbers in found)
+
+
+def prove_row(op: Operator, row: Any, place: str) -> None:
+    """Proves the claim that a row states of an operator inside another, and sets it. Raises: Unproved."""
+    need(isinstance(row, dict) and isinstance(row.get("details"), dict), f"{place}: its details are missing")
+    need(row.get("type") == type(op).__name__, f"{place}: stated of a {row.get('type')!r}")
+    op.claim = Fraction(finite(row.get("bound"), f"{place}: bound"))
+    try:
+        proved = op.proves(op.claim, op.named(row.get("method")), row["details"])
+    except Unproved as error:
+        raise Unproved(f"{place}: {error}") from error
+    need(proved, f"{place}: the bound {row.get('bound')!r} cannot be proved ({row.get('method')})")
 
 
 class Residual(Composite):
@@ -1624,6 +1658,145 @@ class Residual(Composite):
         return total, (error + 2.0**-53 * GUARD * lengths(total)) * (1 + rounding(4))
 
 
+class Back(Operator):
+    """factor A^T y, A a linear operator and the factor a power of two but for its sign: no operator of files."""
+
+    settings = ()
+    map: Any
+    factor: float
+
+    def prepare(self):
+        self.in_shape = tuple(self.map.out_shape)
+
+    @property
+    def out_shape(self):
+        return tuple(self.map.in_shape)
+
+    def apply(self, x):
+        return self.factor * self.map.back(x)
+
+    def local(self, x, y):
+        return abs(self.factor) * self.map.local_back(x)
+
+
+class TwoPaths(Composite):
+    """What a potential step and a sandwich have in common (§6a): one stored linear map, applied forward and back.
+
+    details["linear"] states the claim of the map, and details["parts"] what follows for the four operators that an
+    evaluation goes through.
+    """
+
+    arrays = ("bias",)
+    several, single = (), ("linear", "activation")
+    bias: np.ndarray
+    linear_map: Any  # "linear" in files; here that says whether LipLT takes an operator as a linear map
+    activation: Any
+    chain: list[Operator]
+    adds_input = False
+
+    def __init__(self, fields):
+        super().__init__({"linear_map" if name == "linear" else name: value for name, value in fields.items()})
+
+    def prepare(self):
+        kinds = Dense, Conv, CircularConv
+        need(type(self.linear_map) in kinds, f"a {type(self.linear_map).__name__} is no map of two paths")
+        shape = tuple(self.linear_map.out_shape)
+        need(self.bias.shape == shape[-1:], f"a bias of shape {self.bias.shape} for inputs {shape}")
+        kind = type(self.activation).__name__
+        need(isinstance(self.activation, Elementwise), f"a {kind} does not act on every component alone")
+        low, high = self.activation.slope
+        need(0 <= low and high <= 1, f"a {kind} of slopes between {float(low):g} and {float(high):g}, beyond 0 and 1")
+        taken = tuple(self.activation.in_shape)
+        need(taken == shape, f"the linear map gives {shape}, a {kind} takes {taken}")
+        forward, back = self.ways()
+        self.chain = [forward, Bias({"bias": self.bias, "in_shape": list(shape)}), self.activation, back]
+        self.in_shape = tuple(forward.in_shape)
+
+    def ways(self) -> tuple[Operator, Operator]:
+        """The maps forward and back."""
+        raise NotImplementedError
+
+    @property
+    def out_shape(self):
+        return tuple(self.chain[-1].out_shape)
+
+    def parts(self):
+        return [self.linear_map, self.activation]
+
+    def proves(self, claim, method, details):
+        linear = self.linear_map
+        prove_row(linear, details.get("linear"), f"the linear map ({type(linear).__name__})")
+        whole, rows = self.combined([linear.claim]), details.get("parts")
+        need(isinstance(rows, list) and len(rows) == len(self.chain), "details state no bounds of its operators")
+        name = "ConvAdjoint" if type(linear) is Conv else type(linear).__name__
+        names = type(linear).__name__, "Bias", type(self.activation).__name__, name
+        # Columns of a matrix have no larger norm, and an adjoint has the same.
+        claims = linear.claim, Fraction(1), self.activation.slope[1], 2 * linear.claim
+        for i, (op, row) in enumerate(zip(self.chain, rows, strict=True)):
+            place = f"operator {i} ({names[i]})"
+            need(isinstance(row, dict) and row.get("type") == names[i], f"{place}: its row is missing")
+            op.claim = Fraction(finite(row.get("bound"), f"{place}: bound"))
+            need(op.claim >= claims[i], f"{place}: the bound {row.get('bound')!r} is not proved")
+        need(
+            method != AT_MOST_ONE or whole == 1, f"the method is that of a constant of 1, but it is {float(whole):.9g}"
+        )
+        return claim >= whole
+
+    def effort(self, method, details):
+        row = details.get("linear")
+        row = row if isinstance(row, dict) else {}
+        own = row.get("details")
+        return self.linear_map.effort(row.get("method"), own) if isinstance(own, dict) else (CALL, 0.0)
+
+    def cost(self):
+        return self.linear_map.cost() + super().cost()
+
+    def evaluate(self, x):
+        y, error = evaluate_in_turn(self.chain, x, np.zeros(len(x)))
+        if not self.adds_input:
+            return y, error
+        total = x + y
+        return total, (error + 2.0**-53 * GUARD * lengths(total)) * (1 + rounding(4))
+
+
+# A potential step whose Jacobian has no eigenvalue below -1.
+AT_MOST_ONE = "exact: 2 s^2 - 1 is at most 1, s the bound of the linear map"
+
+
+class PotentialStep(TwoPaths):
+    """x - 2 A^T f(A x + b): the Jacobian I - 2 A^T S A is symmetric with eigenvalues from 1 - 2 |A|^2 to 1 (§6a)."""
+
+    settings = ("linear", "activation", "nonexpansive")
+    methods = (AT_MOST_ONE, "2 s^2 - 1, s the bound of the linear map")
+    called = "a potential step"
+    adds_input = True
+
+    def ways(self):
+        return self.linear_map, Back({"map": self.linear_map, "factor": -2.0})
+
+    def combined(self, claims):
+        return max(Fraction(1), 2 * claims[0] ** 2 - 1)
+
+
+class Sandwich(TwoPaths):
+    """2 A^T f(B x + b): contractive by the norm of [A B], whose first columns, `outputs` many, are A's (§6a)."""
+
+    settings = ("linear", "activation", "outputs", "nonexpansive")
+    methods = ("s^2, s the bound of the linear map",)
+    called = "a sandwich"
+    outputs: Any  # a JSON value
+
+    def ways(self):
+        columns = self.linear_map.in_shape[-1]
+        fine = type(self.outputs) is int and 1 <= self.outputs < columns
+        need(fine, f"outputs {self.outputs!r} of a map of {columns} columns")
+        first = self.linear_map.columns(0, self.outputs)
+        return self.linear_map.columns(self.outputs, None), Back({"map": first, "factor": 2.0})
+
+    def combined(self, claims):
+        return claims[0] ** 2
+
+
 # All operators that a frozen network may have, by their names in files.
 OPERATORS: dict[str, type[Operator]] = {
     cls.__name__: cls
@@ -1641,9 +1814,11 @@ OPERATORS: dict[str, type[Operator]] = {
         MaxMin,
         MaxPoolPairs,
         PadChannels,
+        PotentialStep,
         ProjectionPool,
         ReLU,
         Residual,
+        Sandwich,
         Sigmoid,
         Softplus,
         SpaceToDepth,

@@ -57,7 +57,7 @@ class _Values:
     """Of a batch, in front of an operator: its images in float64, how far they are from the exact ones, and two bounds
     (2, b) of how far those of binary32 are from the exact ones, infinite where its range may be left: the first is for
     these images, the second is continued to a ball around them by Lipschitz constants. Inside a composite "exact" is
-    what exact parts make of the input that each evaluation has computed, and `apart` (2, b) how far the two are apart."""
+    what exact parts make of the input that each evaluation computed, and `apart` (2, b) how far these two are apart."""
 
     x: jax.Array
     error64: jax.Array

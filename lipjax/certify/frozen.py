@@ -203,8 +203,9 @@ class FrozenNetwork:
           [[0.75, 0.25]]
         """
         # Norms serve the error bounds only.
-        composites = [isinstance(op, operators.Composite) and op for op in self.network.ops]
-        unasked = [(0.0, (0.0,) * len(op.parts())) if op else 0.0 for op in composites]
+        unasked = [
+            (0.0, (0.0,) * len(op.parts())) if isinstance(op, operators.Composite) else 0.0 for op in self.network.ops
+        ]
         return self.evaluate(self.check_images(images), (0.0, *unasked), batch_size)[0]
 
     def margins(self, images, batch_size: int = 256) -> tuple[np.ndarray, np.ndarray]:

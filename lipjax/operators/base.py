@@ -341,7 +341,7 @@ class Composite(Operator, Bounded):
 
     @abc.abstractmethod
     def lipschitz_of(self, product: Any) -> Any:
-        """A Lipschitz constant, given the product of those of `measured`: a number, a Fraction or a JAX scalar, likewise."""
+        """A Lipschitz constant, given the product of those of `measured`: likewise a number, Fraction or JAX scalar."""
 
     def __call__(self, x):
         check_input(self, x)

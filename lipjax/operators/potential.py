@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipjax import spectral
-from lipjax.operators.base import Composite, Elementwise, Factor, Leaf, bound_row, check_input, operator
+from lipjax.operators.base import Composite, Elementwise, Factor, Leaf, bound_row, operator
 from lipjax.operators.linear import Bias
 from lipjax.spectral.verified import float_up
+
+_SUCH = "ReLU, LeakyReLU of slopes >= 0, Tanh, Sigmoid and Softplus have such slopes."
 
 
 @operator("ops", static=("adds_input",))
@@ -85,13 +87,13 @@ class _TwoPaths(Composite):
         if not isinstance(self.activation, Elementwise):
             raise ValueError(
                 f"{kind} expects an activation that acts on every component alone, with slopes in [0, 1], got a "
-                f"{type(self.activation).__name__}: its bound does not hold for it. ReLU, Tanh, Sigmoid and Softplus do."
+                f"{type(self.activation).__name__}: its bound does not hold for it. {_SUCH}"
             )
         low, high = self.activation.slope
         if not 0 <= low <= high <= 1:
             raise ValueError(
                 f"{kind} expects an activation of slopes in [0, 1], got a {type(self.activation).__name__} of slopes "
-                f"between {low:g} and {high:g}: its bound does not hold for it. ReLU, Tanh, Sigmoid and Softplus do."
+                f"between {low:g} and {high:g}: its bound does not hold for it. {_SUCH}"
             )
         if tuple(self.activation.in_shape) != shape:
             raise ValueError(
@@ -206,8 +208,8 @@ class Sandwich(_TwoPaths):
         columns = tuple(self.linear.in_shape)[-1]
         if isinstance(self.outputs, bool) or not isinstance(self.outputs, int) or not 1 <= self.outputs < columns:
             raise ValueError(
-                f"Sandwich expects outputs between 1 and {columns - 1}, so that the {columns} columns or input channels "
-                f"of [A B] are some of A and some of B, got {self.outputs!r}."
+                f"Sandwich expects outputs between 1 and {columns - 1}, so that of the {columns} columns or input "
+                f"channels of [A B] some are A's and some B's, got {self.outputs!r}."
             )
 
     def _forward(self) -> Factor:

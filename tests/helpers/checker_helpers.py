@@ -97,7 +97,37 @@ def residual_network():
     return make_network(ops, linear_head(rng, 3, 48), 0.2, 0.5)
 
 
-NETWORKS = {f.__name__: f for f in (sorted_network, many_operators, mlp_network, elementwise_network, residual_network)}
+def potential_network():
+    """Steps and sandwiches of all kinds of linear maps; of one step the norm is below 1."""
+    rng = np.random.default_rng(7)
+    shape = (4, 3, 2)
+    strided = operators.Conv(0.2 * draw(rng, 3, 3, 2, 3), shape, 2)
+    blocks = draw(rng, 2, 4, 5), draw(rng, 5, 2, 4, 5)
+    circle = operators.CircularConv.from_blocks(*blocks, (4, 3, 5))
+    around = operators.Conv(draw(rng, 3, 2, 3, 2), (4, 3, 3), 1, "CIRCULAR")
+    stacked = operators.Dense(draw(rng, 4, 41))
+    ops = [
+        ("step", operators.PotentialStep(strided, 0.1 * rng.normal(size=3), operators.ReLU((2, 2, 3)))),
+        ("circle", operators.Sandwich(circle, 0.1 * rng.normal(size=4), operators.ReLU((4, 3, 4)), 3)),
+        ("around", operators.PotentialStep(around, 0.1 * rng.normal(size=2), operators.LeakyReLU((4, 3, 2), 0.25))),
+        ("flat", operators.Flatten((4, 3, 3))),
+        ("sandwich", operators.Sandwich(stacked, 0.1 * rng.normal(size=4), operators.Tanh((4,)), 5)),
+        ("last", operators.PotentialStep(operators.Dense(draw(rng, 3, 5)), np.zeros(3), operators.Softplus((3,)))),
+    ]
+    return make_network(ops, linear_head(rng, 3, 5), 0.2, 0.5)
+
+
+NETWORKS = {
+    f.__name__: f
+    for f in (
+        sorted_network,
+        many_operators,
+        mlp_network,
+        elementwise_network,
+        residual_network,
+        potential_network,
+    )
+}
 
 
 COUNT = 12

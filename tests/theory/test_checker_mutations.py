@@ -182,7 +182,7 @@ def test_a_thousand_mutations_end_in_verdicts(tmp_path):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", ["mlp_network", "many_operators", "residual_network"])
+@pytest.mark.parametrize("name", ["mlp_network", "many_operators", "residual_network", "potential_network"])
 def test_more_mutations(runs, tmp_path, name):
     codes = [0, 0, 0]
     for seed in range(500):

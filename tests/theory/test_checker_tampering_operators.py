@@ -164,6 +164,119 @@ RESIDUAL = {
 }
 
 
+def lower_constant_of_a_step(f):
+    f.layer("around")["bound"] *= 1 - 1e-7
+    f.write()
+
+
+def lower_norm_of_a_step(f):
+    f.layer("around")["details"]["linear"]["bound"] *= 1 - 1e-6
+    f.write()
+
+
+def a_step_below_one(f):
+    f.layer("step")["bound"] = 1 - 2.0**-40
+    f.write()
+
+
+def a_step_of_another_kind_of_proof(f):
+    f.layer("around")["method"] = checker.AT_MOST_ONE
+    f.write()
+
+
+def larger_weights_of_a_step(f):
+    f.arrays["ops/around/linear/kernel"] *= 1 + 1e-6
+    f.write()
+
+
+def other_bias_of_a_step(f):
+    f.arrays["ops/step/bias"] += 0.5
+    f.write()
+
+
+def longer_bias_of_a_step(f):
+    f.arrays["ops/step/bias"] = np.zeros(4)
+    f.write()
+
+
+def lower_norm_of_the_way_back(f):
+    f.layer("sandwich")["details"]["parts"][3]["bound"] *= 1 - 1e-6
+    f.write()
+
+
+def way_back_left_out(f):
+    f.layer("sandwich")["details"]["parts"].pop()
+    f.write()
+
+
+def modulus_in_a_step(f):
+    f.op("around")["activation"]["negative_slope"] = -1.0
+    f.write()
+
+
+def pairs_in_a_step(f):
+    f.op("around")["activation"] = {"type": "MaxMin", "in_shape": [4, 3, 2]}
+    f.write()
+
+
+def series_in_a_step(f):
+    f.op("around")["linear"] = {"type": "Flatten", "in_shape": [4, 3, 3]}
+    del f.arrays["ops/around/linear/kernel"]
+    f.write()
+
+
+def step_in_a_step(f):
+    f.op("last")["activation"] = {"type": "PotentialStep"}
+    f.write()
+
+
+def other_split(f):
+    f.op("circle")["outputs"] = 2
+    f.write()
+
+
+def no_split(f):
+    f.op("sandwich")["outputs"] = True
+    f.write()
+
+
+def lower_constant_of_a_sandwich(f):
+    f.layer("circle")["bound"] *= 1 - 1e-8
+    f.write()
+
+
+def larger_block_of_a_sandwich(f):
+    f.arrays["ops/circle/linear/paired"][1] *= 3
+    f.write()
+
+
+def no_row_of_the_map(f):
+    del f.layer("circle")["details"]["linear"]
+    f.write()
+
+
+POTENTIAL = {
+    lower_constant_of_a_step: "layers, around (PotentialStep): the bound",
+    lower_norm_of_a_step: "layers, around (PotentialStep): the linear map (Conv): the bound",
+    a_step_below_one: "layers, step (PotentialStep): the bound",
+    a_step_of_another_kind_of_proof: "layers, around (PotentialStep): the method is that of a constant of 1, but",
+    larger_weights_of_a_step: "layers, around (PotentialStep): the linear map (Conv): the bound",
+    other_bias_of_a_step: "certificate.json, images",
+    longer_bias_of_a_step: "network.json, step (PotentialStep): a bias of shape (4,)",
+    lower_norm_of_the_way_back: "layers, sandwich (Sandwich): operator 3 (Dense): the bound",
+    way_back_left_out: "layers, sandwich (Sandwich): details state no bounds",
+    modulus_in_a_step: "network.json, around (PotentialStep): a LeakyReLU of slopes between -1 and 1",
+    pairs_in_a_step: "network.json, around (PotentialStep): a MaxMin does not act on every component",
+    series_in_a_step: "network.json, around (PotentialStep): a Flatten is no map of two paths",
+    step_in_a_step: "network.json, last (PotentialStep): an operator that cannot stand",
+    other_split: "network.json, ",
+    no_split: "network.json, sandwich (Sandwich): outputs True",
+    lower_constant_of_a_sandwich: "layers, circle (Sandwich): the bound",
+    larger_block_of_a_sandwich: "layers, circle (Sandwich): the linear map (CircularConv): the bound",
+    no_row_of_the_map: "layers, circle (Sandwich): the linear map (CircularConv): its details are missing",
+}
+
+
 def raise_mlp_radii(f):
     for row in f.rows:
         row["radius"] *= 1 + 1e-8
@@ -266,6 +379,7 @@ TAMPERINGS = [
         ("mlp_network", MLP),
         ("elementwise_network", ELEMENTWISE),
         ("residual_network", RESIDUAL),
+        ("potential_network", POTENTIAL),
     )
     for forge, place in table.items()
 ]

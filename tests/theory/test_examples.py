@@ -40,6 +40,7 @@ FUNCTIONS = (
 )
 CLASSES = (
     *(f"operators.{name}" for name in ("Dense", "Conv", "ConvExponential", "CircularConv", "ZeroPad", "Crop")),
+    *(f"operators.{name}" for name in ("ConvAdjoint", "PotentialStep", "Sandwich")),
     "FrozenNetwork",
 )
 GLOBALS = {"jax": jax, "jnp": jnp, "np": np, "lipjax": lipjax}

@@ -225,6 +225,8 @@ def test_loop_transformation_refuses_them_by_name_and_the_product_counts_them_as
     last = operators.Dense(np.eye(4))
     with pytest.raises(NotCertifiable, match=r"PotentialStep\): LipLT takes linear operators"):
         bounds.liplt_bound([step, last])
-    network = make_network([("step", step), ("act", operators.ReLU((4,)))], operators.LinearHead(np.eye(4), np.zeros(4)))
+    network = make_network(
+        [("step", step), ("act", operators.ReLU((4,)))], operators.LinearHead(np.eye(4), np.zeros(4))
+    )
     assert not bounds.has_liplt(network)
     assert bounds.margin_lipschitz_bound(network)[0, 1] == pytest.approx(2**0.5)
