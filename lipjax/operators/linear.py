@@ -137,8 +137,10 @@ class ConvAdjoint(Linear, Bounded):
     """The adjoint of a convolution, as a map of its own: from the convolution's outputs to images.
 
     Attributes:
-      kernel, strides, padding: of the convolution.
+      kernel: HWIO, of the convolution.
       image_shape: (h, w, c) of the images, the convolution's in_shape.
+      strides: of the convolution.
+      padding: of the convolution.
     Example:
       >>> lipjax.operators.Conv(jnp.ones((3, 3, 16, 8)), (32, 32, 16), 2).transpose(1.0).in_shape
       (16, 16, 8)
