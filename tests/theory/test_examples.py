@@ -117,5 +117,7 @@ def test_a_missing_line_and_a_wrong_example_are_noticed():
     assert complaints(halve) == ["a line in Args: for y", "no argument z", "Returns:"]
     assert "Expected:\n    3.0\nGot:\n    2.0" in failures("halve", inspect.getdoc(halve))
     assert "an example" in complaints(lambda x: x)
-    halve.__doc__ = halve.__doc__.replace("Example:\n          >>>", "Example: >>>")  # doctest passes over it
+    joined = inspect.getdoc(halve).replace("Example:\n  >>>", "Example: >>>")  # doctest passes over it
+    assert joined != inspect.getdoc(halve)
+    halve.__doc__ = joined
     assert "an example" in complaints(halve)
