@@ -3,7 +3,8 @@
 import contextlib
 import os
 
-# Read once, when JAX first makes its backends. Eight devices on one CPU let the tests of meshes run anywhere.
+# Read once, when JAX first makes its backends. Eight devices on one CPU let the tests of meshes run anywhere; to the
+# others they cost nothing (144 tests of operators: 55.6 and 60.8 processor seconds with eight, 57.0 and 58.8 with one).
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -18,7 +18,8 @@ from lipjax.nn import COLLECTION
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 PARITY = 1e-9
 FILES = sorted(path.stem for path in GOLDEN.glob("lipconvnet_*.npz"))
-# Every layer, depth, activation and head is among those of every run; the other combinations of them are nightly.
+# Every layer, depth, activation and head is among those of every run. Nightly adds, at two blocks (0.5 MB a
+# file instead of 0.85), every activation with every head.
 ALWAYS = {
     "lipconvnet_cayley_b1_hh1_ortho",
     "lipconvnet_cayley_b2_maxmin_ortho",
@@ -79,7 +80,7 @@ def torch_name(name, path):
 
 
 def test_all_files_are_here():
-    assert len(FILES) == 19 and ALWAYS < set(FILES)
+    assert len(FILES) == 16 and ALWAYS < set(FILES)
 
 
 @pytest.mark.parametrize("name", cases(FILES))
