@@ -17,7 +17,7 @@ Contents, each part under a line of dashes:
 
     Arithmetic          the rounding mode is tested; fractions and bounds rounded up                      §0, §1
     Norms of matrices   a claimed norm is proved by floating Cholesky                                     §1, §4a
-    Norms of            the same for convolutions: per frequency, dense, or for maps of every size;       §2, §3, §3a
+    Norms of            the same for convolutions: per frequency, dense, or for maps of every size;       §2, §3, §3a, b
       convolutions        how convolutions are evaluated
     Truncated           the supremum of SOC's series on an interval                                       §9
       exponential
@@ -97,6 +97,8 @@ WORK, WORK_PER_BYTE, WORK_PER_CHAIN, WORK_OF_CHAINS = 1e12, 1e6, 2e12, 2e13
 # What other things take in multiplications of a matrix product: a call of NumPy, a pass over a number, a number of the
 # tables of the circle, a small matrix in a stack, a fraction.
 CALL, PASS, ANGLE, MATRIX, FRACTION = 1e5, 40, 1.5e6, 1e5, 1e5
+# Steps towards the weights of row sums.
+PERRON_STEPS = 200
 # Words of integers that are added for one truncated exponential, at most, before it counts as not proved.
 SERIES_WORDS = 10**8
 
@@ -107,6 +109,7 @@ ONLY_TAP = "Cholesky of the Gram matrix of the only block tap"
 DENSE = "Cholesky of the dense operator's Gram matrix"
 PER_FREQUENCY = "Cholesky per frequency of a block circulant"
 EVERYWHERE = "autocorrelation of the taps, for maps of every size"
+ROW_SUMS = "row sums of the Gram matrix of the taps, for maps of every size"
 RESHAPED = "sqrt(kh kw) times the norm of the kernel as {}"
 COMPOSED = "Cholesky of the Gram matrix of the dense composition"
 BANDED = "Cholesky of the banded Gram matrix of the composition"
@@ -407,7 +410,7 @@ def matrix_effort(m: int, n: int, factor: int = 1) -> tuple[int | float, int | f
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Norms of convolutions (§2, §3, §3a), and how they are evaluated
+# Norms of convolutions (§2, §3, §3a, §3b), and how they are evaluated
 
 
 @dataclasses.dataclass
@@ -470,6 +473,8 @@ def conv_below(kernel: np.ndarray, axes: tuple[Axis, Axis], method: str, details
         return False
     if method == EVERYWHERE:  # of all taps, whether this map meets them or not
         return autocorrelation_below(kernel, axes, limit)
+    if method == ROW_SUMS:
+        return row_sums_below(kernel, (axes[0].stride, axes[1].stride), details, limit)
     keep = np.zeros(kernel.shape[:2], bool)
     keep[np.ix_(axes[0].used, axes[1].used)] = True
     kernel = np.where(keep[:, :, None, None], kernel, 0.0)
@@ -660,10 +665,74 @@ def autocorrelation_below(kernel: np.ndarray, axes: tuple[Axis, Axis], limit: Fr
     return total + error <= (limit / Fraction(2) ** exponent) ** 2
 
 
+def row_sums_below(kernel: np.ndarray, steps: tuple[int, int], details: dict, limit: Fraction) -> bool:
+    """True if the norm is at most `limit` on maps of every size, padded in any way, by row sums alone (§3b).
+
+    With matrices A_t from the taps and C_d = sum_t A_t A_(t+d)^T, every part of the Gram matrix of the map on all of
+    Z^2 is one of the C_d, so that its norm is at most that of N = sum_d |C_d|, over d of either sign, and that at most
+    max_i (N w)_i / w_i for any w > 0. For rows of outputs A_t = K_t^T, and d are multiples of the strides; for rows of
+    inputs A_t = K_t and d any, as if the strides were 1, which only adds outputs.
+    Rounding: an entry of C_d is a sum of L = kh kw m products, so that all C_d together err by gamma_L S S^T entry by
+    entry, S = sum_t |A_t|; what follows adds, multiplies and divides numbers that are not negative.
+    """
+    side = details.get("rows")
+    need(side in ("inputs", "outputs"), f"rows {side!r} are neither those of inputs nor of outputs")
+    if not kernel.any():
+        return limit >= 0
+    kernel, exponent = scaled(kernel)
+    taps = kernel if side == "inputs" else kernel.swapaxes(2, 3)
+    steps = (1, 1) if side == "inputs" else steps
+    kh, kw, n, m = taps.shape
+    pairs: dict[tuple[int, int], list] = {}
+    for t1, t2, r1, r2 in np.ndindex(kh, kw, kh, kw):
+        lag = r1 - t1, r2 - t2
+        if lag >= (0, 0) and lag[0] % steps[0] == 0 and lag[1] % steps[1] == 0:
+            pairs.setdefault(lag, []).append(((t1, t2), (r1, r2)))
+    total, size = np.zeros((n, n)), np.abs(taps).sum(axis=(0, 1))
+
+    def of_lag(lag: tuple[int, int]) -> np.ndarray:
+        found = np.zeros((n, n))
+        for first, second in pairs[lag]:
+            found += taps[first] @ taps[second].T
+        return np.abs(found)
+
+    for lag, moduli in zip(pairs, in_threads(of_lag, pairs, 3 * len(pairs) * n * n + 2 * taps.size), strict=True):
+        total += moduli if lag == (0, 0) else moduli + moduli.T
+    # Any weights prove something. These near a Perron vector, from which the diagonal's common part is no way off.
+    weights = np.ones(n)
+    best, chosen = math.inf, weights
+    for _ in range(PERRON_STEPS):
+        image = total @ weights
+        ratios = image / weights
+        if ratios.max() < best:
+            best, chosen = float(ratios.max()), weights
+        if ratios.max() - ratios.min() <= 2.0**-43 * ratios.max():
+            break
+        weights = image - float(total.diagonal().min()) * weights
+        weights = np.maximum(weights / max(float(weights.max()), 2.0**-500), 2.0**-60)
+    error = rounding(kh * kw * m + 4) * (size @ (size.T @ chosen))
+    top = float(((total @ chosen + error) / chosen).max())
+    if not math.isfinite(top):
+        return False
+    roundings = 3 * len(pairs) + kh * kw + 2 * n + m + 16
+    return Fraction(top) / (1 - gamma(roundings)) + TINY <= (limit / Fraction(2) ** exponent) ** 2
+
+
+def row_sums_effort(shape: tuple, details: dict) -> tuple[int | float, int | float]:
+    """About how many multiplications `row_sums_below` takes for a kernel of this shape, and numbers it holds."""
+    kh, kw, c, o = shape
+    n, m = (c, o) if details.get("rows") == "inputs" else (o, c)
+    taps, lags = kh * kw, 2.0 * kh * kw
+    work = taps * (taps + 1) / 2 * (float(n) * n * m + PASS * n * n + CALL) + 3 * lags * PASS * n**2
+    return work + taps**2 * CALL + PERRON_STEPS * (float(n) * n * 4 + CALL), 3.0 * taps * n * m + 4.0 * lags * n * n
+
+
 def conv_effort(shape: tuple, axes: tuple[Axis, Axis], method: str, details: dict) -> tuple[int | float, int | float]:
     """About how many multiplications `conv_below` takes for a kernel of this shape, and numbers it holds at once."""
     rows, columns = axes
     kh, kw, c, o = shape
+    if method == ROW_SUMS:
+        return row_sums_effort(shape, details)
     if method == DENSE:
         side, width = rows.size * columns.size * c, columns.size * c
         pairs, inside = kh * min(kh, rows.size), min(kh, rows.size)
@@ -971,7 +1040,7 @@ class Dense(Operator):
     """A matrix (o, i) on vectors."""
 
     arrays, settings = ("matrix",), ()
-    methods = (ZERO, "Cholesky of the Gram matrix")
+    methods = (ZERO, "Cholesky of the Gram matrix", ROW_SUMS)
     linear = True
     matrix: np.ndarray
     size: np.ndarray  # the moduli of its transpose
@@ -986,12 +1055,16 @@ class Dense(Operator):
         return self.matrix.shape[:1]
 
     def proves(self, claim, method, details):
+        if method == ROW_SUMS:
+            return row_sums_below(self.matrix.T[None, None], (1, 1), details, claim)
         return matrix_below(self.matrix, claim)
 
     def cost(self):
         return 2.0 * self.matrix.size + super().cost()
 
     def effort(self, method, details):
+        if method == ROW_SUMS:
+            return row_sums_effort((1, 1, *self.matrix.shape[::-1]), details)
         return matrix_effort(*self.matrix.shape)
 
     def apply(self, x):
@@ -1022,7 +1095,7 @@ class Conv(Operator):
     """A convolution with a kernel HWIO (§2, §3)."""
 
     arrays, settings = ("kernel",), ("in_shape", "strides", "padding")
-    methods = (ZERO, ONLY_TAP, DENSE, PER_FREQUENCY, EVERYWHERE)
+    methods = (ZERO, ONLY_TAP, DENSE, PER_FREQUENCY, EVERYWHERE, ROW_SUMS)
     linear = True
     kernel: np.ndarray
     strides: Any  # JSON values
@@ -1133,7 +1206,7 @@ class ConvExponential(Operator):
         kh, kw, c, _ = self.kernel.shape
         by = str(details.get("skew_norm_method"))
         work = SERIES_WORDS * PASS / 4
-        if by in (PER_FREQUENCY, ONLY_TAP, DENSE, EVERYWHERE):
+        if by in (PER_FREQUENCY, ONLY_TAP, DENSE, EVERYWHERE, ROW_SUMS):
             found = conv_effort(self.kernel.shape, self.axes, by, details)
         else:
             found = matrix_effort(kh * c, kw * c)

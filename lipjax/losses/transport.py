@@ -16,7 +16,7 @@ Counts = Integer[Array, " k"]
 
 
 def class_counts(labels: Labels, num_classes: int) -> Integer[Array, " k"]:
-    """How many labels there are of each class.
+    """The number of labels of each class.
 
     Args:
       labels: (b,) integers in [0, k); others are not counted.
@@ -30,7 +30,7 @@ def class_counts(labels: Labels, num_classes: int) -> Integer[Array, " k"]:
 
 
 def kantorovich_rubinstein(logits: Logits, labels: Labels, *, class_counts: Counts | None = None) -> PerExample:
-    """How far each class's logit is from being larger on its own images than on others, negative where it is.
+    """The Kantorovich-Rubinstein loss: each class's logit shall be larger on its own images than on others.
 
     The mean over the batch is -(1 / k) sum_j (mean of y_j over the images of class j - mean of y_j over the others).
     An absent class has its second mean alone.

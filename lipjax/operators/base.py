@@ -218,6 +218,10 @@ class Linear(Operator, Estimated):
         """A^T y for a batch (b, *out_shape): (b, *in_shape)."""
         return self._adjoint(y, None)
 
+    def row_sum_bound(self) -> spectral.NormBound | None:
+        """A cheap bound of the norm, `spectral.row_sum_bound`, for who needs it to be at most 1; None without one."""
+        return None
+
 
 class Factor(Linear, Bounded):
     """A linear map that a composite applies forward and back, or of which it applies some columns forward, some back.

@@ -70,6 +70,9 @@ class Dense(Factor):
     def bound(self) -> spectral.NormBound:
         return spectral.matrix_norm_bound(exact_float64(self.matrix, "Dense: the matrix"))
 
+    def row_sum_bound(self) -> spectral.NormBound:
+        return spectral.row_sum_bound(exact_float64(self.matrix, "Dense: the matrix").T[None, None])
+
     def rounding_error(self, x):
         return gamma(self.matrix.shape[1] + 2) * ENLARGEMENT * norm_per_image(jnp.abs(x) @ jnp.abs(self.matrix).T)
 
@@ -126,6 +129,9 @@ class Conv(Factor):
             padding = conv.explicit_padding(self.kernel.shape[:2], padding)
         kernel = exact_float64(self.kernel, "Conv: the kernel")
         return spectral.conv_norm_bound(kernel, self.in_shape, self.strides, padding)
+
+    def row_sum_bound(self) -> spectral.NormBound:
+        return spectral.row_sum_bound(exact_float64(self.kernel, "Conv: the kernel"), self.strides)
 
     def rounding_error(self, x):
         size = conv.conv2d(jnp.abs(x), jnp.abs(self.kernel), strides=self.strides, padding=self.padding)

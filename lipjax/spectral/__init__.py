@@ -6,6 +6,7 @@ An estimate may be low and is for training; only a bound reaches a certificate. 
 from lipjax.spectral.estimates import norm_estimate, power_iteration
 from lipjax.spectral.norms import (
     EVERYWHERE,
+    ROW_SUMS,
     SUPREMUM,
     NormBound,
     blocks_norm_bound,
@@ -14,11 +15,13 @@ from lipjax.spectral.norms import (
     matrix_norm_bound,
     norm_bound,
     response_norm_bound,
+    row_sum_bound,
     with_room,
 )
 
 __all__ = [
     "EVERYWHERE",
+    "ROW_SUMS",
     "SUPREMUM",
     "NormBound",
     "blocks_norm_bound",
@@ -29,6 +32,7 @@ __all__ = [
     "norm_estimate",
     "power_iteration",
     "response_norm_bound",
+    "row_sum_bound",
     "with_room",
 ]
 

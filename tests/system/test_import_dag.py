@@ -33,7 +33,7 @@ ROWS = (
 INSIDE = {
     "linalg": (("cholesky", "parts", "unit"), ("functions",)),
     "conv": (("blocks", "maps", "response"), ("series",)),
-    "spectral": (("arguments", "arithmetic", "verified"), ("estimates", "series", "symbol"), ("norms",)),
+    "spectral": (("arguments", "arithmetic", "verified"), ("estimates", "row_sums", "series", "symbol"), ("norms",)),
     "operators": (
         ("base",),
         ("circular", "exponential", "linear", "pairs", "reshape", "softplus", "training_only"),

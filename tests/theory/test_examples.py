@@ -24,6 +24,7 @@ FUNCTIONS = (
     *(f"activations.{name}" for name in ("maxmin", "householder", "householder2")),
     *(f"pooling.{name}" for name in ("projection_pool", "max_pool_pairs")),
     *(f"spectral.{name}" for name in ("norm_bound", "norm_estimate", "power_iteration", "matrix_norm_bound")),
+    "spectral.row_sum_bound",
     *(f"certify.{name}" for name in ("certified_radius", "mlp_radius", "certified_accuracy")),
     *(f"losses.{name}" for name in ("cross_entropy", "emma", "margin", "gloro", "trades", "crm", "crm_max")),
     *(

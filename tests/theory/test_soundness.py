@@ -5,6 +5,7 @@ never a false alarm. `pytest -m nightly tests/theory/test_soundness.py` tries mo
 --junitxml=FILE it records how far bounds are above the quotients.
 """
 
+import dataclasses
 import functools
 import math
 from fractions import Fraction
@@ -106,6 +107,26 @@ def test_convolution_bounds_are_never_below(examples, record_testsuite_property)
     search(check, convolutions(), examples)
     record_testsuite_property("looseness, convolution", max(found))
     assert max(found) < 1e-6  # maps this small are bounded as dense matrices or exactly by frequency
+
+
+def test_row_sums_are_never_below(examples):
+    """Of any kernel, those whose channels are scaled by row sums included, in `spectral` and in the checker."""
+
+    def check(op):
+        if op.kernel.any() and len(op.kernel) % 2:
+            unit = np.ldexp(op.kernel, -math.frexp(np.abs(op.kernel).max())[1])
+            size = np.abs(unit).sum(axis=(0, 1))
+            op = dataclasses.replace(op, kernel=unit / np.sqrt(size @ size.sum(axis=0) + 1e-6)[:, None])
+        bound, (matrix, exponent) = op.row_sum_bound(), conv_matrix(op)
+        squared = squared_gain(matrix) * power(2 * exponent)
+        looseness(bound.proved, squared)
+        if bound.proved > 0:
+            claim = Fraction(math.sqrt(float(squared / Fraction(bound.proved) ** 2))) * Fraction(bound.proved)
+            steps = conv.stride_pair(op.strides)
+            for rows in ("inputs", "outputs"):
+                assert not checker.row_sums_below(op.kernel, steps, {"rows": rows}, claim * (1 - Fraction(1, 2**50)))
+
+    search(check, convolutions(), examples)
 
 
 @st.composite
