@@ -36,10 +36,13 @@ from lipjax.nn.orthogonal import (
     ProjectionPool,
     SOCHead,
 )
+from lipjax.nn.scaled import AOLConv, AOLDense
 
 __all__ = [
     "ACTIVATIONS",
     "AOC",
+    "AOLConv",
+    "AOLDense",
     "BCOP",
     "COLLECTION",
     "ELEMENTWISE",

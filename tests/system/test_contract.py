@@ -23,6 +23,7 @@ NAMES = {
     "parametrize.soc.exponential": ("x", "kernel", "num_terms", "padding"),
     "parametrize.soc.exponential_response": ("kernel", "size"),
     "parametrize.aoc": None,
+    "parametrize.aol": None,
     "parametrize.bcop": None,
     "activations.maxmin": ("x",),
     "activations.householder": ("x", "theta"),
@@ -82,7 +83,7 @@ EXPLICIT = {
 NOT_YET = {
     "": (
         *("operators.PotentialStep", "operators.Sandwich"),
-        *(f"parametrize.{method}" for method in ("bro", "lot", "aol", "sll", "cpl", "sandwich")),
+        *(f"parametrize.{method}" for method in ("bro", "lot", "sll", "cpl", "sandwich")),
         *("zoo.list", "zoo.load", "zoo.card", "FrozenNetwork.to_onnx", "FrozenNetwork.to_torch_state"),
     ),
     "interop": ("interop.from_sequential", "interop.from_onnx"),

@@ -40,7 +40,7 @@ INSIDE = {
         ("elementwise", "grid", "heads", "potential", "residual"),
     ),
     "parametrize": (
-        ("bjorck", "cayley", "cholesky", "lln", "residual", "soc_frequency"),
+        ("aol", "bjorck", "cayley", "cholesky", "lln", "residual", "soc_frequency"),
         ("aoc", "soc", "soc_forms"),
         ("bcop",),
     ),
@@ -58,7 +58,7 @@ INSIDE = {
         ("deployment", "document", "freezing"),
     ),
     "losses": (("logits",), ("balls", "radii", "transport")),
-    "nn": (("layers",), ("cholesky", "explicit", "model", "orthogonal")),
+    "nn": (("layers",), ("cholesky", "explicit", "model", "orthogonal", "scaled")),
     "models": (("convnet", "lipconvnet", "liresnet"),),
     "training": (
         ("augment", "compile_alarm", "damage", "randaugment", "setting", "sharding", "stopping", "terminal"),
