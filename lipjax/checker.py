@@ -110,6 +110,7 @@ DENSE = "Cholesky of the dense operator's Gram matrix"
 PER_FREQUENCY = "Cholesky per frequency of a block circulant"
 EVERYWHERE = "autocorrelation of the taps, for maps of every size"
 ROW_SUMS = "row sums of the Gram matrix of the taps, for maps of every size"
+GROUPS = "the largest norm of its groups of channels"
 RESHAPED = "sqrt(kh kw) times the norm of the kernel as {}"
 COMPOSED = "Cholesky of the Gram matrix of the dense composition"
 BANDED = "Cholesky of the banded Gram matrix of the composition"
@@ -487,6 +488,8 @@ def conv_below(kernel: np.ndarray, axes: tuple[Axis, Axis], method: str, details
     if method not in (PER_FREQUENCY, ONLY_TAP):
         raise Unproved(f"the method {method!r} is not known")
     places, taps = block_taps(kernel, axes, axes[0].used, axes[1].used)
+    live = taps.any(axis=(1, 2))  # those between the taps of a dilated kernel add nothing
+    places, taps = places[live], taps[live]
     grid: Any = details.get("grid")
     twist: Any = details.get("twist")
     moves = [len(set(places[:, a].tolist())) > 1 for a in range(2)]
@@ -525,6 +528,60 @@ def conv_below(kernel: np.ndarray, axes: tuple[Axis, Axis], method: str, details
     return all(in_threads(prove, chunks, 12 * size * max(taps[0].size, len(taps))))
 
 
+def groups_below(parts: list[np.ndarray], axes: tuple[Axis, Axis], method: str, details: dict, limit: Fraction) -> bool:
+    """As `conv_below` of groups of channels: the map is block-diagonal, and each group has a proof of its own (§3c)."""
+    if len(parts) == 1:
+        return conv_below(parts[0], axes, method, details, limit)
+    if not any(part.any() for part in parts):
+        return limit >= 0
+    need(method == GROUPS, f"the method {method!r} is none for {len(parts)} groups of channels")
+    rows: Any = details.get("groups")
+    stated = isinstance(rows, list) and len(rows) == len(parts) and all(isinstance(row, dict) for row in rows)
+    need(stated and all(isinstance(row.get("details"), dict) for row in rows), "details state no proof of every group")
+    return all(
+        conv_below(part, axes, str(row.get("method")), row["details"], limit)
+        for part, row in zip(parts, rows, strict=True)
+    )
+
+
+def groups_effort(
+    parts: list[np.ndarray], axes: tuple[Axis, Axis], method: Any, details: dict
+) -> tuple[int | float, int | float]:
+    """As `conv_effort` of `groups_below`."""
+    rows: Any = details.get("groups") if len(parts) > 1 else [{"method": method, "details": details}]
+    rows = rows if isinstance(rows, list) else []
+    found: list[tuple[int | float, int | float]] = [(CALL, 0.0)]
+    for part, row in zip(parts, rows, strict=False):
+        own = row.get("details") if isinstance(row, dict) else None
+        if isinstance(own, dict):
+            found.append(conv_effort(part.shape, axes, str(row.get("method")), own))
+    return sum(work for work, _ in found), max(numbers for _, numbers in found)
+
+
+def kernels_of_groups(kernel: np.ndarray, channels: int, groups: Any, dilation: Any = 1) -> list[np.ndarray]:
+    """The kernels (*window, i, o) of all groups, with zeros between taps, from a kernel (kh, kw, i, o groups).
+
+    Raises: Unproved for groups or a dilation that do not fit it or the channels of the images.
+    """
+    need(type(groups) is int and groups >= 1, f"groups {groups!r}")
+    kh, kw, inner, outer = kernel.shape
+    fit = inner * groups == channels and outer % groups == 0
+    need(fit, f"a kernel {kernel.shape} in {groups} groups for images of {channels} channels")
+    steps = [dilation] * 2 if type(dilation) is int else dilation
+    need(is_shape(steps) and len(steps) == 2, f"dilation {dilation!r}")
+    window = [step * (k - 1) + 1 for step, k in zip(steps, (kh, kw), strict=True)]
+    need(math.prod(window) * inner * outer <= TERMS, f"a dilated kernel of {window} taps, more than {TERMS:,} numbers")
+    wide = np.zeros((*window, inner, outer))
+    wide[:: steps[0], :: steps[1]] = kernel
+    return [np.ascontiguousarray(part) for part in np.split(wide, groups, axis=3)]
+
+
+def by_groups(function, x: np.ndarray, parts: list[np.ndarray], axes: tuple[Axis, Axis]) -> np.ndarray:
+    """`convolve` or `convolve_back` of every group, side by side."""
+    images = np.split(x, len(parts), axis=3)
+    return np.concatenate([function(im, part, axes) for im, part in zip(images, parts, strict=True)], axis=3)
+
+
 def conv_axes(kernel: np.ndarray, in_shape, steps, padding) -> tuple[Axis, Axis]:
     """Raises: Unproved for a padding that is not known."""
     sides = kernel.shape[:2]
@@ -549,11 +606,11 @@ def conv_axes(kernel: np.ndarray, in_shape, steps, padding) -> tuple[Axis, Axis]
 
 def conv_cost(kernel: np.ndarray, axes: tuple[Axis, Axis]) -> int | float:
     """About how many multiplications `convolve` takes for one image."""
-    (kh, kw, c, o), (rows, columns) = kernel.shape, axes
-    places = rows.out * columns.out
+    (_, _, c, o), (rows, columns) = kernel.shape, axes
+    places, taps = rows.out * columns.out, int(np.count_nonzero(kernel.any(axis=(2, 3))))
     # A call of NumPy per tap is shared by the images of a batch.
     calls = CALL / max(1, min(64, CHUNK // (places * o)))
-    return kh * kw * (places * (c * o + PASS * (c + 2.0 * o)) + 3 * calls) + 2.0 * PASS * kernel.size
+    return taps * (places * (c * o + PASS * (c + 2.0 * o)) + 3 * calls) + 2.0 * PASS * kernel.size
 
 
 def convolve(x: np.ndarray, kernel: np.ndarray, axes: tuple[Axis, Axis]) -> np.ndarray:
@@ -577,7 +634,7 @@ def convolve(x: np.ndarray, kernel: np.ndarray, axes: tuple[Axis, Axis]) -> np.n
     for t1 in range(rows.taps):
         for t2 in range(columns.taps):
             places: Any = (reach(rows, t1), reach(columns, t2))
-            if places[0] is None or places[1] is None:
+            if places[0] is None or places[1] is None or not kernel[t1, t2].any():
                 continue
             (o1, i1), (o2, i2) = places
             part = np.ascontiguousarray(x[:, i1, i2])
@@ -594,6 +651,8 @@ def convolve_back(y: np.ndarray, kernel: np.ndarray, axes: tuple[Axis, Axis]) ->
     flat = y.reshape(-1, y.shape[3])
     for t1 in range(rows.taps):
         for t2 in range(columns.taps):
+            if not kernel[t1, t2].any():
+                continue
             image = (flat @ kernel[t1, t2].T).reshape(*y.shape[:3], -1)
             places = (slice(t, t + a.stride * (a.out - 1) + 1, a.stride) for t, a in zip((t1, t2), axes, strict=True))
             spread[:, *places] += image
@@ -914,6 +973,10 @@ class Operator:
 
     arrays: tuple[str, ...] = ()
     settings: tuple[str, ...] = ("in_shape",)
+    optional: dict[str, Any] = {}  # settings that files may leave out, and what they are then
+    several: tuple[str, ...] = ()  # settings that hold a list of operators
+    single: tuple[str, ...] = ()  # and those that hold one
+    called = "another"  # in messages: an operator that cannot stand in ...
     # What a certificate may call its proof: another name would say something else of the operator than is proved.
     methods: tuple[str, ...] = ("exact: a reordering",)
     # LipLT takes linear maps, translations and `Elementwise` activations, and refuses all others (§12).
@@ -925,7 +988,7 @@ class Operator:
     claim: Fraction  # the Lipschitz constant that its certificate states; 0 until then
 
     def __init__(self, fields: dict[str, Any]):
-        for name, value in fields.items():
+        for name, value in (self.optional | fields).items():
             setattr(self, name, value)
         if "in_shape" in self.settings:
             if not is_shape(self.in_shape):
@@ -935,6 +998,29 @@ class Operator:
         self.claim = Fraction(0)
         self.prepare()
         need(math.prod(self.out_shape) <= TERMS, f"{self.out_shape} has more than {TERMS:,} numbers")
+
+    @classmethod
+    def may_hold(cls, kind: str) -> bool:
+        """True if an operator of that type may stand in a field of this one."""
+        return False
+
+    @classmethod
+    def make_parts(cls, settings: dict[str, Any], prefix: str, arrays: "Arrays") -> dict[str, Any]:
+        """The fields that hold operators, made of their entries. Raises: Unproved."""
+        found: dict[str, Any] = {}
+        for name in (*cls.several, *cls.single):
+            entries, places = [settings[name]], [f"{prefix}/{name}"]
+            if name in cls.several:
+                entries = settings[name]
+                need(isinstance(entries, list), f"{name} is no list of operators")
+                places = [f"{prefix}/{i}" for i in range(len(entries))]
+            for entry in entries:
+                kind = entry.get("type") if isinstance(entry, dict) else None
+                fine = isinstance(entry, dict) and not (isinstance(kind, str) and not cls.may_hold(kind))
+                need(fine, f"an operator that cannot stand in {cls.called}")
+            made = [make_operator(entry, place, arrays) for entry, place in zip(entries, places, strict=True)]
+            found[name] = made if name in cls.several else made[0]
+        return found
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -1095,59 +1181,122 @@ class Conv(Operator):
     """A convolution with a kernel HWIO (§2, §3)."""
 
     arrays, settings = ("kernel",), ("in_shape", "strides", "padding")
-    methods = (ZERO, ONLY_TAP, DENSE, PER_FREQUENCY, EVERYWHERE, ROW_SUMS)
+    optional = {"groups": 1, "dilation": 1}
+    methods = (ZERO, ONLY_TAP, DENSE, PER_FREQUENCY, EVERYWHERE, ROW_SUMS, GROUPS)
     linear = True
     kernel: np.ndarray
     strides: Any  # JSON values
     padding: Any
+    groups: Any
+    dilation: Any
+    group_kernels: list[np.ndarray]  # kernels of the groups, with zeros between their taps
     axes: tuple[Axis, Axis]
 
     def prepare(self):
         need(
             len(self.in_shape) == 3 and self.kernel.ndim == 4 and self.kernel.size > 0, "expected images and HWIO taps"
         )
-        need(self.kernel.shape[2] == self.in_shape[2], f"a kernel {self.kernel.shape} for images {self.in_shape}")
+        if self.groups == 1:
+            need(self.kernel.shape[2] == self.in_shape[2], f"a kernel {self.kernel.shape} for images {self.in_shape}")
+        self.group_kernels = kernels_of_groups(self.kernel, self.in_shape[2], self.groups, self.dilation)
         steps = [self.strides] * 2 if type(self.strides) is int else self.strides
         need(is_shape(steps) and len(steps) == 2, f"strides {self.strides!r}")
-        self.axes = conv_axes(self.kernel, self.in_shape, steps, self.padding)
+        self.axes = conv_axes(self.group_kernels[0], self.in_shape, steps, self.padding)
 
     @property
     def out_shape(self):
         return (self.axes[0].out, self.axes[1].out, self.kernel.shape[3])
 
+    def full(self) -> np.ndarray:
+        """The kernel of the same map with one group: zeros between groups."""
+        (h, w, inner, outer), groups = self.group_kernels[0].shape, len(self.group_kernels)
+        kernel = np.zeros((h, w, inner * groups, outer * groups))
+        for g, part in enumerate(self.group_kernels):
+            kernel[:, :, g * inner : (g + 1) * inner, g * outer : (g + 1) * outer] = part
+        return kernel
+
     def proves(self, claim, method, details):
-        return conv_below(self.kernel, self.axes, method, details, claim)
+        return groups_below(self.group_kernels, self.axes, method, details, claim)
 
     def cost(self):
-        return 2 * conv_cost(self.kernel, self.axes) + super().cost()
+        return 2 * sum(conv_cost(part, self.axes) for part in self.group_kernels) + super().cost()
 
     def effort(self, method, details):
-        return conv_effort(self.kernel.shape, self.axes, method, details)
+        return groups_effort(self.group_kernels, self.axes, method, details)
 
     def apply(self, x):
-        return convolve(x, self.kernel, self.axes)
+        return by_groups(convolve, x, self.group_kernels, self.axes)
 
     def back(self, y):
-        return convolve_back(y, self.kernel, self.axes)
+        return by_groups(convolve_back, y, self.group_kernels, self.axes)
 
     def local_back(self, y):
-        terms = math.prod(self.kernel.shape[:2]) * self.kernel.shape[3]
-        return rounding(terms) * GUARD * lengths(convolve_back(np.abs(y), np.abs(self.kernel), self.axes))
+        # A number of the result adds up a product for each tap and output channel of its group, at most.
+        sizes = [np.abs(part) for part in self.group_kernels]
+        terms = math.prod(self.kernel.shape[:2]) * sizes[0].shape[3]
+        return rounding(terms) * GUARD * lengths(by_groups(convolve_back, np.abs(y), sizes, self.axes))
 
     def columns(self, start, stop):
+        need(self.groups == 1, "columns of a convolution with groups")
         kernel = np.ascontiguousarray(self.kernel[:, :, start:stop])
-        shape = [*self.in_shape[:2], kernel.shape[2]]
-        return Conv({"kernel": kernel, "in_shape": shape, "strides": self.strides, "padding": self.padding})
+        fields = {name: getattr(self, name) for name in ("strides", "padding", "dilation")}
+        return Conv({"kernel": kernel, "in_shape": [*self.in_shape[:2], kernel.shape[2]], **fields})
 
     def spread(self):
         # An output reads every tap at most once, and so an input meets every tap at most once.
-        sums = [float(np.abs(self.kernel).sum(axis).max()) for axis in ((0, 1, 2), (0, 1, 3))]
-        terms = math.prod(self.kernel.shape[:2]) * max(self.kernel.shape[2:])
+        sums = [
+            max(float(np.abs(part).sum(axis).max()) for part in self.group_kernels) for axis in ((0, 1, 2), (0, 1, 3))
+        ]
+        terms = math.prod(self.kernel.shape[:2]) * max(self.group_kernels[0].shape[2:])
         return rounding(terms) * math.sqrt(sums[0] * sums[1]) * GUARD if fits(self.kernel) else None
 
     def local(self, x, y):
-        terms = math.prod(self.kernel.shape[:3])
-        return rounding(terms) * GUARD * lengths(convolve(np.abs(x), np.abs(self.kernel), self.axes))
+        terms, sizes = math.prod(self.kernel.shape[:3]), [np.abs(part) for part in self.group_kernels]
+        return rounding(terms) * GUARD * lengths(by_groups(convolve, np.abs(x), sizes, self.axes))
+
+
+class ConvTranspose(Operator):
+    """The adjoint of a convolution: of the same norm (§2)."""
+
+    settings, single, called = ("conv",), ("conv",), "a transposed convolution"
+    linear = True
+    conv: Conv
+
+    @classmethod
+    def may_hold(cls, kind):
+        return kind == Conv.__name__
+
+    def prepare(self):
+        need(type(self.conv) is Conv, "expected a convolution")
+        self.in_shape = tuple(self.conv.out_shape)
+
+    @property
+    def out_shape(self):
+        return self.conv.in_shape
+
+    def proves(self, claim, method, details):
+        return self.conv.proves(claim, method, details)
+
+    def named(self, method):
+        return self.conv.named(method)
+
+    def cost(self):
+        return self.conv.cost()
+
+    def effort(self, method, details):
+        return self.conv.effort(method, details)
+
+    def apply(self, x):
+        return self.conv.back(x)
+
+    def back(self, y):
+        return self.conv.apply(y)
+
+    def spread(self):
+        return self.conv.spread()
+
+    def local(self, x, y):
+        return self.conv.local_back(x)
 
 
 class ConvExponential(Operator):
@@ -1155,11 +1304,14 @@ class ConvExponential(Operator):
 
     arrays = ("kernel",)
     settings = ("in_shape", "num_terms", "padding", "nonexpansive", "fast_gradient")
+    optional = {"groups": 1}
     methods = ("supremum of the truncated exponential on the imaginary axis",)
     linear = True
     kernel: np.ndarray
     num_terms: Any  # JSON values
     padding: Any
+    groups: Any
+    group_kernels: list[np.ndarray]  # kernels of the groups
     axes: tuple[Axis, Axis]
     norm: float  # proved of J; infinite until then
 
@@ -1170,12 +1322,13 @@ class ConvExponential(Operator):
         )
         need(self.padding in ("ZERO", "CIRCULAR"), f"padding {self.padding!r}")
         c, shape = self.in_shape[-1], self.kernel.shape
-        fits = len(self.in_shape) == 3 and len(shape) == 4 and shape[2:] == (c, c) and all(k % 2 for k in shape[:2])
-        need(fits and self.kernel.size <= TERMS, f"a kernel {shape} for images {self.in_shape}")
-        # Bit for bit, so that J^T = -J holds exactly.
-        adjoint = self.kernel[::-1, ::-1].swapaxes(2, 3)
-        need(bool((self.kernel == -adjoint).all()), "the kernel is not skew bit for bit")
-        self.axes = conv_axes(self.kernel, self.in_shape, [1, 1], self.padding)
+        fits = len(self.in_shape) == 3 and len(shape) == 4 and shape[3] == c and all(k % 2 for k in shape[:2])
+        need(fits and 0 < self.kernel.size <= TERMS, f"a kernel {shape} for images {self.in_shape}")
+        self.group_kernels = kernels_of_groups(self.kernel, c, self.groups)
+        # Bit for bit, so that J^T = -J holds exactly; of each group, which has channels of its own.
+        for part in self.group_kernels:
+            need(bool((part == -part[::-1, ::-1].swapaxes(2, 3)).all()), "the kernel is not skew bit for bit")
+        self.axes = conv_axes(self.group_kernels[0], self.in_shape, [1, 1], self.padding)
         self.norm = math.inf
 
     def proves(self, claim, method, details):
@@ -1183,39 +1336,37 @@ class ConvExponential(Operator):
         need(details.get("num_terms") == self.num_terms, "num_terms of the details is another")
         kh, kw, c, _ = self.kernel.shape
         self.norm, exact, by = norm, Fraction(norm), details.get("skew_norm_method")
-        shapes = dict(
-            zip(
-                (RESHAPED.format("(kh kw i, o)"), RESHAPED.format("(kh o, kw i)")),
-                (self.kernel.reshape(-1, c), self.kernel.transpose(0, 3, 1, 2).reshape(kh * c, kw * c)),
-                strict=True,
-            )
-        )
-        if by in shapes:
-            # |J| <= sqrt(kh kw) |K| for K reshaped in one of two ways (§9), compared by squares.
-            proved = matrix_below(shapes[by], exact / root_up(Fraction(kh * kw)))
+        # |J| <= sqrt(kh kw) |K| for K reshaped in one of two ways (§9), compared by squares; of every group.
+        limit = exact / root_up(Fraction(kh * kw))
+        if by == RESHAPED.format("(kh kw i, o)"):
+            proved = all(matrix_below(part.reshape(-1, c), limit) for part in self.group_kernels)
+        elif by == RESHAPED.format("(kh o, kw i)"):
+            turned = (part.transpose(0, 3, 1, 2).reshape(kh * c, kw * c) for part in self.group_kernels)
+            proved = all(matrix_below(matrix, limit) for matrix in turned)
         else:
             need(by != ZERO or not self.kernel.any(), "skew_norm_method is that of a zero kernel, which it is not")
-            proved = conv_below(self.kernel, self.axes, str(by), details, exact)
+            proved = groups_below(self.group_kernels, self.axes, str(by), details, exact)
         need(proved, f"|J| <= {norm!r} (skew_norm) cannot be proved")
         return series_below(self.num_terms, exact, claim)
 
     def cost(self):
-        return self.num_terms * (conv_cost(self.kernel, self.axes) + super().cost())
+        return self.num_terms * (sum(conv_cost(part, self.axes) for part in self.group_kernels) + super().cost())
 
     def effort(self, method, details):
         kh, kw, c, _ = self.kernel.shape
         by = str(details.get("skew_norm_method"))
         work = SERIES_WORDS * PASS / 4
-        if by in (PER_FREQUENCY, ONLY_TAP, DENSE, EVERYWHERE, ROW_SUMS):
-            found = conv_effort(self.kernel.shape, self.axes, by, details)
+        if by in (PER_FREQUENCY, ONLY_TAP, DENSE, EVERYWHERE, ROW_SUMS, GROUPS):
+            found = groups_effort(self.group_kernels, self.axes, by, details)
         else:
             found = matrix_effort(kh * c, kw * c)
+            found = len(self.group_kernels) * found[0], found[1]
         return found[0] + work, found[1]
 
     def apply(self, x):
         total = x
         for k in range(self.num_terms, 0, -1):
-            total = x + convolve(total, self.kernel, self.axes) / k
+            total = x + by_groups(convolve, total, self.group_kernels, self.axes) / k
         return total
 
     def local(self, x, y):
@@ -1382,6 +1533,36 @@ class SpaceToDepth(Operator):
         h, w, _ = self.out_shape
         k = self.block
         return y.reshape(len(y), h, w, -1, k, k).transpose(0, 1, 4, 2, 5, 3).reshape(len(y), *self.in_shape)
+
+    def spread(self):
+        return 0.0
+
+
+class ChannelShuffle(Operator):
+    """Channels, or pairs of neighbouring ones, dealt out to groups in turn."""
+
+    settings = ("in_shape", "groups", "paired")
+    linear = True
+    groups: Any  # JSON values
+    paired: Any
+    order: np.ndarray  # which input each output is
+
+    def prepare(self):
+        need(type(self.groups) is int and self.groups >= 1 and type(self.paired) is bool, f"groups {self.groups!r}")
+        channels, together = self.in_shape[-1], 1 + self.paired
+        need(
+            channels % (together * self.groups) == 0, f"{channels} channels, paired {self.paired}, {self.groups} groups"
+        )
+        dealt = np.arange(channels).reshape(-1, self.groups, together)
+        self.order = np.concatenate([dealt[:, g].ravel() for g in range(self.groups)])
+
+    def apply(self, x):
+        return x[..., self.order]
+
+    def back(self, y):
+        found = np.empty_like(y)
+        found[..., self.order] = y
+        return found
 
     def spread(self):
         return 0.0
@@ -1641,28 +1822,11 @@ class Composite(Operator):
     """
 
     settings = ("ops",)
-    several: tuple[str, ...] = ("ops",)  # fields that hold a list of operators
-    single: tuple[str, ...] = ()  # and those that hold one
-    called = "another"  # in messages: an operator that cannot stand in ...
+    several = ("ops",)
 
     @classmethod
-    def make_parts(cls, settings: dict[str, Any], prefix: str, arrays: "Arrays") -> dict[str, Any]:
-        """The fields that hold operators, made of their entries. Raises: Unproved."""
-        found: dict[str, Any] = {}
-        for name in (*cls.several, *cls.single):
-            entries, places = [settings[name]], [f"{prefix}/{name}"]
-            if name in cls.several:
-                entries = settings[name]
-                need(isinstance(entries, list), f"{name} is no list of operators")
-                places = [f"{prefix}/{i}" for i in range(len(entries))]
-            for entry in entries:
-                kind = entry.get("type") if isinstance(entry, dict) else None
-                nested = isinstance(kind, str) and issubclass(OPERATORS.get(kind, Operator), Composite)
-                fine = isinstance(entry, dict) and not nested
-                need(fine, f"an operator that cannot stand in {cls.called}")
-            made = [make_operator(entry, place, arrays) for entry, place in zip(entries, places, strict=True)]
-            found[name] = made if name in cls.several else made[0]
-        return found
+    def may_hold(cls, kind):
+        return not issubclass(OPERATORS.get(kind, Operator), Composite)
 
     def parts(self) -> list[Operator]:
         """The operators, in the order of the rows that state their claims."""
@@ -1801,7 +1965,7 @@ class TwoPaths(Composite):
         prove_row(linear, details.get("linear"), f"the linear map ({type(linear).__name__})")
         whole, rows = self.combined([linear.claim]), details.get("parts")
         need(isinstance(rows, list) and len(rows) == len(self.chain), "details state no bounds of its operators")
-        name = "ConvAdjoint" if type(linear) is Conv else type(linear).__name__
+        name = "ConvTranspose" if type(linear) is Conv else type(linear).__name__
         names = type(linear).__name__, "Bias", type(self.activation).__name__, name
         # Columns of a matrix have no larger norm, and an adjoint has the same.
         claims = linear.claim, Fraction(1), self.activation.slope[1], 2 * linear.claim
@@ -1875,9 +2039,11 @@ OPERATORS: dict[str, type[Operator]] = {
     cls.__name__: cls
     for cls in (
         Bias,
+        ChannelShuffle,
         CircularConv,
         Conv,
         ConvExponential,
+        ConvTranspose,
         CropChannels,
         Dense,
         Flatten,
@@ -2268,7 +2434,10 @@ class Chain:
         ops = [op for op in self.ops if isinstance(op, Conv) and op.padding == "CIRCULAR"]
         others = [op for op in self.ops if not op.only_reshapes]
         need(len(ops) == len(others), "a convolution that is not circular")
-        kernel, majorant, terms = ops[0].kernel, np.abs(ops[0].kernel), 0
+        for op in ops:
+            self.budget.hold(self.place, 2.0 * op.group_kernels[0].size * len(op.group_kernels) ** 2)
+        kernels = [op.full() for op in ops]
+        kernel, majorant, terms = kernels[0], np.abs(kernels[0]), 0
         strides = [axis.stride for axis in ops[0].axes]
 
         def composed(first, second):
@@ -2285,11 +2454,11 @@ class Chain:
                 )
             return total
 
-        for op in ops[1:]:
-            kernel, majorant = composed(kernel, op.kernel), composed(majorant, np.abs(op.kernel))
-            terms += math.prod(op.kernel.shape[:3]) + 1
+        for op, taps in zip(ops[1:], kernels[1:], strict=True):
+            kernel, majorant = composed(kernel, taps), composed(majorant, np.abs(taps))
+            terms += math.prod(taps.shape[:3]) + 1
             strides = [s * axis.stride for s, axis in zip(strides, op.axes, strict=True)]
-        sizes = [float(np.sqrt(np.sum(k**2, axis=(2, 3))).sum()) for k in (majorant, *(op.kernel for op in ops))]
+        sizes = [float(np.sqrt(np.sum(k**2, axis=(2, 3))).sum()) for k in (majorant, *kernels)]
         # Then all that underflows on the way stays below TINY.
         if not (math.isfinite(sizes[0]) and math.prod(max(s, 1.0) for s in sizes[1:]) < 2.0**100):
             return False
@@ -2805,10 +2974,9 @@ def make_operator(entry: dict[str, Any], prefix: str, arrays: Arrays) -> Operato
     need(isinstance(kind, str) and kind in OPERATORS, f"operators of type {kind!r} cannot be checked")
     cls = OPERATORS[kind]
     settings = {key: value for key, value in entry.items() if key != "type"}
-    need(set(settings) == set(cls.settings), f"expected the fields {sorted(cls.settings)}, got {sorted(settings)}")
-
-    if issubclass(cls, Composite):
-        settings |= cls.make_parts(settings, prefix, arrays)
+    given = {name for name in settings if name not in cls.optional}
+    need(given == set(cls.settings), f"expected the fields {sorted(cls.settings)}, got {sorted(settings)}")
+    settings |= cls.make_parts(settings, prefix, arrays)
     return cls({**settings, **{field: arrays.take(f"{prefix}/{field}") for field in cls.arrays}})
 
 

@@ -245,6 +245,7 @@ def circular_bound(ops: Sequence[Conv]) -> spectral.NormBound | None:
     y[p] = sum_t (K2 K1)[t] x[s1 s2 p + t], up to a shift of the image, which changes no norm.
     """
     kernels = [exact_float64(op.kernel, "Conv: the kernel") for op in ops]
+    kernels = [conv.without_groups(kernel, op.groups, op.dilation) for kernel, op in zip(kernels, ops, strict=True)]
     kernel = kernels[0]
     majorant, terms, strides = np.abs(kernel), 0, conv.stride_pair(ops[0].strides)
     floor = 0.0

@@ -11,7 +11,7 @@ import numpy as np
 
 from lipjax import conv
 from lipjax.numerics import ENLARGEMENT, LARGEST, SMALLEST, UNDERFLOW, gamma
-from lipjax.operators import Conv, Dense, Reordering
+from lipjax.operators import Conv, ConvTranspose, Dense, Reordering
 from lipjax.spectral.arithmetic import exact_float64
 
 
@@ -64,9 +64,14 @@ def host_map(op, norm: float) -> HostMap | None:
     shapes = tuple(op.in_shape), tuple(op.out_shape)
     if isinstance(op, Reordering):
         return HostMap(*op.host_maps(), *shapes, 1.0, 0.0, 0.0, op.window)
+    if isinstance(op, ConvTranspose):
+        found = host_map(op.conv, norm)
+        return None if found is None else found.transposed
     if not isinstance(op, (Dense, Conv)):
         return None
     array = exact_float64(op.matrix if isinstance(op, Dense) else op.kernel, type(op).__name__)
+    if isinstance(op, Conv):
+        array = conv.without_groups(array, op.groups, op.dilation)
     sizes = np.abs(array[array != 0])
     if sizes.size and not (sizes.max() <= LARGEST and sizes.min() >= SMALLEST):
         return None

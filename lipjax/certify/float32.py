@@ -189,10 +189,17 @@ def _(op: operators.Conv, row: LayerBound, terms: int) -> Local:
 
 
 @_local.register
+def _(op: operators.ConvTranspose, row: LayerBound, terms: int) -> Local:
+    kernel = op.conv.kernel
+    entries, own = math.prod(op.in_shape) + math.prod(op.out_shape), kernel.shape[3] // op.conv.groups
+    return _sums(math.prod(kernel.shape[:2]) * own, entries, _taps(kernel))
+
+
+@_local.register
 def _(op: operators.ConvExponential, row: LayerBound, terms: int) -> Local:
     terms, size = math.prod(op.kernel.shape[:3]), _taps(op.kernel)
     # The certificate may rest on a norm that is twice this one, with whose exponential errors grow.
-    plain = operators.Conv(op.kernel, op.in_shape, padding=op.padding)
+    plain = operators.Conv(op.kernel, op.in_shape, padding=op.padding, groups=op.groups)
     norm = min(row.details["skew_norm"], size, plain.bound().proved)
     local, lost = gamma32(terms + 16), 16 * LEAST_NORMAL32 * terms * math.sqrt(2 * math.prod(op.in_shape))
     # Of exact partial sums, and of what they leave out of the whole series, whose functions are at most 1.
@@ -276,13 +283,6 @@ def _(op, row: LayerBound, terms: int) -> Local:
     # The rounding of the operator, then that of its directions.
     roundings = {operators.Householder: 32 + 3, operators.Householder2: 128 + 5, operators.ProjectionPool: 16 + 2}
     return _pointwise(op, relative=gamma32(roundings[type(op)]), gain=64.0)
-
-
-@_local.register
-def _(op: operators.ConvAdjoint, row: LayerBound, terms: int) -> Local:
-    entries = math.prod(op.in_shape) + math.prod(op.out_shape)
-    kh, kw, _, outputs = op.kernel.shape
-    return _sums(kh * kw * outputs, entries, _taps(op.kernel))
 
 
 @_local.register

@@ -93,7 +93,7 @@ def _(op: operators.Dense, norm, bias, options, x, distance):
 
 def _convolve(op, x, kernel):
     """The convolution of `op` with another kernel."""
-    return conv.conv2d(x, kernel, strides=op.strides if isinstance(op, operators.Conv) else 1, padding=op.padding)
+    return conv.conv2d(x, kernel, **op.options())
 
 
 def _terms(op):
@@ -111,15 +111,13 @@ def _(op: operators.Conv, norm, bias, options, x, distance):
 
 
 @_at_images.register
-def _(op: operators.ConvAdjoint, norm, bias, options, x, distance):
-    def back(x, kernel):
-        size, strides, padding = op.image_shape[:2], op.strides, op.padding
-        return conv.conv2d_adjoint(x, kernel, in_size=size, strides=strides, padding=padding)
-
-    sizes, values = _with_bias(back(jnp.abs(x), jnp.abs(op.kernel)), back(x, op.kernel), bias)
-    terms = back(jnp.ones((1, *op.in_shape)), (op.kernel != 0).astype(jnp.float64))
-    # Of circular padding, several taps may read one number.
-    rows = _rows(op.kernel, 0, 1, 3) if op.padding != "CIRCULAR" else jnp.sum(_rows(op.kernel, 3), (0, 1))
+def _(op: operators.ConvTranspose, norm, bias, options, x, distance):
+    kernel = op.conv.kernel
+    sizes, values = _with_bias(op.through(jnp.abs(x), jnp.abs(kernel)), op.through(x, kernel), bias)
+    terms = op.through(jnp.ones((1, *op.in_shape)), (kernel != 0).astype(jnp.float64))
+    # Of each pixel of the output, a row for each channel; with circular padding several taps may meet one.
+    turned = conv.adjoint_kernel(kernel, op.conv.groups)
+    rows = _rows(turned, 0, 1, 2) if op.conv.padding != "CIRCULAR" else jnp.sum(_rows(turned, 2), (0, 1))
     further = distance[:, None, None, None] * rows
     return _length(sum_errors(sizes, values, _JOINED + terms, further, **options))
 

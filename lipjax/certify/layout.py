@@ -43,6 +43,8 @@ def entry_of(op) -> dict[str, Any]:
         return [entry_of(part) for part in value] if _is_operators(value) else value
 
     static = {name: written(value) for name, value in _fields(op) if not isinstance(value, np.ndarray)}
+    defaults = {field.name: field.default for field in dataclasses.fields(op) if field.name in op._later}
+    static = {name: value for name, value in static.items() if name not in defaults or value != defaults[name]}
     return {"type": type(op).__name__, **static}
 
 
@@ -56,7 +58,8 @@ def _operator(entry: dict, prefix: str, arrays: dict[str, np.ndarray]):
         return value
 
     cls = operators.OPERATORS[entry["type"]]
-    fields = {f.name: entry.get(f.name, arrays.get(f"{prefix}/{f.name}")) for f in dataclasses.fields(cls)}
+    stated = [f.name for f in dataclasses.fields(cls) if f.name in entry or f.name not in cls._later]
+    fields = {name: entry.get(name, arrays.get(f"{prefix}/{name}")) for name in stated}
     return cls.rebuild(**{name: read(value, f"{prefix}/{name}") for name, value in fields.items()})
 
 

@@ -9,10 +9,10 @@ from jaxtyping import Array, Float
 from lipjax.conv.maps import adjoint_kernel, check_square, conv2d
 
 
-def _check_series(x, kernel, num_terms: int, padding: str) -> None:
-    check_square(kernel)
-    if x.shape[-1] != kernel.shape[2]:
-        raise ValueError(f"Expected images with {kernel.shape[2]} channels, got {x.shape}.")
+def _check_series(x, kernel, num_terms: int, padding: str, groups: int) -> None:
+    check_square(kernel, groups)
+    if x.shape[-1] != kernel.shape[3]:
+        raise ValueError(f"Expected images with {kernel.shape[3]} channels, got {x.shape}.")
     if num_terms < 1:
         raise ValueError(f"Expected num_terms >= 1, the highest power of the series, got {num_terms}.")
     if padding not in ("ZERO", "CIRCULAR"):
@@ -21,10 +21,11 @@ def _check_series(x, kernel, num_terms: int, padding: str) -> None:
 
 def series_exponential(
     x: Float[Array, "b h w c"],
-    kernel: Float[Array, "kh kw c c"],
+    kernel: Float[Array, "kh kw i c"],
     *,
     num_terms: int,
     padding: str = "ZERO",
+    groups: int = 1,
     precision: lax.Precision | None = None,
 ) -> Float[Array, "b h w c"]:
     """Applies S_n(A) = sum_{k<=n} A^k / k!, A the stride-1 convolution with a skew kernel.
@@ -33,6 +34,7 @@ def series_exponential(
       x: images, NHWC, any unit.
       kernel: HWIO, odd sides, equal to its own `skew_kernel` (unchecked).
       num_terms: n >= 1, the highest power and the number of convolutions.
+      groups: as of `conv2d`: A is block-diagonal, and so is the result.
       padding: "ZERO" or "CIRCULAR"; A is skew for either, also on maps smaller than the kernel.
       precision: of the products; None takes JAX's default.
     Returns: S_n(A) x, in the unit of x.
@@ -44,24 +46,26 @@ def series_exponential(
       >>> lipjax.parametrize.soc.exponential(jnp.ones((1, 1, 2, 1)), jnp.zeros((3, 3, 1, 1)), num_terms=5).max().item()
       1.0
     """
-    _check_series(x, kernel, num_terms, padding)
-    return x + conv2d(_phi(x, kernel, num_terms, padding, precision), kernel, padding=padding, precision=precision)
+    _check_series(x, kernel, num_terms, padding, groups)
+    options = {"padding": padding, "groups": groups, "precision": precision}
+    return x + conv2d(_phi(x, kernel, num_terms, options), kernel, **options)
 
 
-def _phi(x, kernel, num_terms, padding, precision):
+def _phi(x, kernel, num_terms, options):
     """z = sum_{k<n} A^k x / (k+1)!, by Horner's scheme: then S_n(A) x = x + A z."""
     z = x
     for k in range(num_terms, 1, -1):
-        z = x + conv2d(z, kernel, padding=padding, precision=precision) / k
+        z = x + conv2d(z, kernel, **options) / k
     return z
 
 
 def series_exponential_fast_gradient(
     x: Float[Array, "b h w c"],
-    kernel: Float[Array, "kh kw c c"],
+    kernel: Float[Array, "kh kw i c"],
     *,
     num_terms: int,
     padding: str = "ZERO",
+    groups: int = 1,
     precision: lax.Precision | None = None,
 ) -> Float[Array, "b h w c"]:
     """`series_exponential` with a cheaper reverse-mode gradient, approximate for the kernel and exact for x.
@@ -72,26 +76,29 @@ def series_exponential_fast_gradient(
     Args, returns, errors: as `series_exponential`. Has no forward-mode derivative.
     Source: Singla & Feizi 2022, arXiv:2211.08453 (their faster SOC).
     """
-    _check_series(x, kernel, num_terms, padding)
-    return _fast_series(x, kernel, num_terms, padding, precision)
+    _check_series(x, kernel, num_terms, padding, groups)
+    return _fast_series(x, kernel, num_terms, padding, groups, precision)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _fast_series(x, kernel, num_terms, padding, precision):
-    return series_exponential(x, kernel, num_terms=num_terms, padding=padding, precision=precision)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _fast_series(x, kernel, num_terms, padding, groups, precision):
+    options = {"padding": padding, "groups": groups, "precision": precision}
+    return series_exponential(x, kernel, num_terms=num_terms, **options)
 
 
-def _fast_series_forward(x, kernel, num_terms, padding, precision):
-    z = _phi(x, kernel, num_terms, padding, precision)
-    return x + conv2d(z, kernel, padding=padding, precision=precision), (z, kernel)
+def _fast_series_forward(x, kernel, num_terms, padding, groups, precision):
+    options = {"padding": padding, "groups": groups, "precision": precision}
+    z = _phi(x, kernel, num_terms, options)
+    return x + conv2d(z, kernel, **options), (z, kernel)
 
 
-def _fast_series_backward(num_terms, padding, precision, kept, g):
+def _fast_series_backward(num_terms, padding, groups, precision, kept, g):
     z, kernel = kept
-    adjoint = adjoint_kernel(kernel)
-    h = _phi(g, adjoint, num_terms, padding, precision)
-    grad_x = g + conv2d(h, adjoint, padding=padding, precision=precision)
-    weight_gradient = jax.linear_transpose(lambda k: conv2d(z, k, padding=padding, precision=precision), kernel)
+    options = {"padding": padding, "groups": groups, "precision": precision}
+    adjoint = adjoint_kernel(kernel, groups)
+    h = _phi(g, adjoint, num_terms, options)
+    grad_x = g + conv2d(h, adjoint, **options)
+    weight_gradient = jax.linear_transpose(lambda k: conv2d(z, k, **options), kernel)
     return grad_x, *weight_gradient(h)
 
 

@@ -28,10 +28,10 @@ from lipjax.operators.circular import CircularConv, CircularSeries
 from lipjax.operators.elementwise import LeakyReLU, ReLU, Sigmoid, Softplus, Tanh
 from lipjax.operators.exponential import ConvExponential
 from lipjax.operators.heads import LinearHead, MLPHead
-from lipjax.operators.linear import Bias, Conv, ConvAdjoint, Dense, Normalize
+from lipjax.operators.linear import Bias, Conv, ConvTranspose, Dense, Normalize
 from lipjax.operators.pairs import Householder, Householder2, MaxMin, MaxPoolPairs, ProjectionPool
 from lipjax.operators.potential import PotentialStep, Sandwich
-from lipjax.operators.reshape import Crop, CropChannels, Flatten, PadChannels, SpaceToDepth, ZeroPad
+from lipjax.operators.reshape import ChannelShuffle, Crop, CropChannels, Flatten, PadChannels, SpaceToDepth, ZeroPad
 from lipjax.operators.residual import Residual
 from lipjax.operators.training_only import Centered, Contraction
 
@@ -39,9 +39,11 @@ OPERATORS = {
     cls.__name__: cls
     for cls in (
         Bias,
+        ChannelShuffle,
         CircularConv,
         Conv,
         ConvExponential,
+        ConvTranspose,
         Crop,
         CropChannels,
         Dense,
@@ -74,13 +76,14 @@ __all__ = [
     "Bias",
     "Bounded",
     "Centered",
+    "ChannelShuffle",
     "CircularConv",
     "CircularSeries",
     "Composite",
     "Contraction",
     "Conv",
-    "ConvAdjoint",
     "ConvExponential",
+    "ConvTranspose",
     "Crop",
     "CropChannels",
     "Dense",

@@ -46,6 +46,7 @@ class Operator(abc.ABC):
     in_shape: tuple[int, ...]
     out_shape: Any  # a property of most classes
     nonexpansive = False
+    _later: tuple[str, ...] = ()  # of `operator`
 
     @abc.abstractmethod
     def __call__(self, x) -> Any:
@@ -99,9 +100,10 @@ def sizes(leaf: Leaf, count: int) -> tuple:
     return shape[len(shape) - count :] if known else ("?",) * count
 
 
-def kernel_text(kernel: Leaf) -> str:
-    """3x3, 16 -> 32: the sides and channels of an HWIO kernel."""
+def kernel_text(kernel: Leaf, groups: int = 1) -> str:
+    """3x3, 16 -> 32: the sides and channels of an HWIO kernel, (kh, kw, in / groups, out)."""
     kh, kw, inputs, outputs = sizes(kernel, 4)
+    inputs = inputs if inputs == "?" else inputs * groups
     return f"{kh}x{kw}, {inputs} -> {outputs}"
 
 
@@ -130,9 +132,11 @@ def _is_size(n) -> bool:
 
 
 @dataclass_transform(frozen_default=True)
-def operator(*arrays: str, static: tuple[str, ...]):
+def operator(*arrays: str, static: tuple[str, ...], later: tuple[str, ...] = ()):
     """Class decorator: a frozen dataclass that is a pytree of `arrays` with `static` metadata.
 
+    later: those of `static` that saved networks leave out where they have their defaults: fields that a class has got
+    since networks with it were saved, whose files and hashes stay what they were.
     Its constructor checks types, shapes and numbers, through `check` where the class has one. Tree transformations do
     not call it: they may put anything in the place of arrays.
     """
@@ -147,7 +151,7 @@ def operator(*arrays: str, static: tuple[str, ...]):
                 op.check()
 
         cls.__post_init__ = __post_init__
-        cls._static = static
+        cls._static, cls._later = static, later
         cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
         keys = [jax.tree_util.GetAttrKey(name) for name in arrays]
 

@@ -12,7 +12,7 @@ from lipjax.operators.linear import Conv
 from lipjax.operators.training_only import Centered
 
 
-@operator("kernel", static=("in_shape", "strides", "variants"))
+@operator("kernel", static=("in_shape", "strides", "variants", "groups", "dilation"))
 class Circulants(Estimated):
     """Convolutions with one kernel on several grids, periodic or antiperiodic along each side: estimates only.
 
@@ -25,10 +25,12 @@ class Circulants(Estimated):
     in_shape: tuple[int, ...]
     strides: tuple[int, int]
     variants: tuple
+    groups: int = 1
+    dilation: int | tuple[int, int] = 1
     nonexpansive = False
 
     def __repr__(self):
-        return f"Circulants({kernel_text(self.kernel)}, {len(self.variants)} variants, in {self.in_shape})"
+        return f"Circulants({kernel_text(self.kernel, self.groups)}, {len(self.variants)} variants, in {self.in_shape})"
 
     def estimate(self, v, num_iters: int):
         """Differentiable estimate of the least of their norms. v: (*in_shape), start vectors.
@@ -59,13 +61,14 @@ class Circulants(Estimated):
     def _map(self, x, twist):
         """The convolution of (h, w, c) with period (h, w), up to the sign; how taps are aligned changes no norm."""
         for axis in range(2):
-            size, taps = x.shape[axis], self.kernel.shape[axis]
+            size, taps = x.shape[axis], conv.window(self.kernel.shape, self.dilation)[axis]
             places = np.arange(-((taps - 1) // 2), size + taps // 2)
             signs = 1 - 2 * (places // size % 2) * twist[axis]
             column = signs.astype(x.dtype).reshape(-1, *(1,) * (2 - axis))
             x = jnp.take(x, places % size, axis) * column
+        options = {"strides": self.strides, "groups": self.groups, "dilation": self.dilation}
         highest = jax.lax.Precision.HIGHEST
-        return conv.conv2d(x[None], self.kernel, strides=self.strides, padding="VALID", precision=highest)[0]
+        return conv.conv2d(x[None], self.kernel, padding="VALID", precision=highest, **options)[0]
 
 
 def on_grid(op) -> Any:
@@ -80,13 +83,13 @@ def on_grid(op) -> Any:
         return on_grid(op.map)
     if type(op) is not Conv:
         return op
-    padding = op.padding
-    if padding != "CIRCULAR":
-        padding = conv.explicit_padding(op.kernel.shape[:2], padding)
-    used, variants = spectral.embeddings(op.kernel.shape, op.in_shape, op.strides, padding)
+    *sides, per_group, outputs = op.kernel.shape
+    of_group = (*sides, per_group, outputs // op.groups), (*op.in_shape[:2], per_group)
+    used, variants = spectral.embeddings(*of_group, op.strides, op.pads, op.dilation)
     if not variants:
         return op
     kernel = op.kernel if used.all() else jnp.where(used[..., None, None], op.kernel, 0)
     strides = conv.stride_pair(op.strides)
     h, w = (max(grid[a] for grid, _ in variants) * strides[a] for a in range(2))
-    return Circulants(kernel, (len(variants), h, w, op.in_shape[2]), strides, tuple(variants))
+    shape = (len(variants), h, w, op.in_shape[2])
+    return Circulants(kernel, shape, strides, tuple(variants), op.groups, op.dilation)

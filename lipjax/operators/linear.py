@@ -1,6 +1,7 @@
 """Dense and convolutional maps, biases and the normalisation of the input."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -77,15 +78,17 @@ class Dense(Factor):
         return gamma(self.matrix.shape[1] + 2) * ENLARGEMENT * norm_per_image(jnp.abs(x) @ jnp.abs(self.matrix).T)
 
 
-@operator("kernel", static=("in_shape", "strides", "padding"))
+@operator("kernel", static=("in_shape", "strides", "padding", "groups", "dilation"), later=("groups", "dilation"))
 class Conv(Factor):
     """Convolution of NHWC images.
 
     Attributes:
-      kernel: HWIO.
+      kernel: HWIO; with groups (kh, kw, in / groups, out).
       in_shape: (h, w, c) of the images.
       strides: as in `conv.conv2d`.
       padding: as in `conv.conv2d`.
+      groups: of channels: part g of the outputs reads part g of the inputs alone.
+      dilation: the distance between taps, a number or one for each axis.
     Example:
       >>> lipjax.operators.Conv(jnp.ones((3, 3, 16, 8)), (32, 32, 16), strides=2).out_shape
       (16, 16, 8)
@@ -95,100 +98,124 @@ class Conv(Factor):
     in_shape: tuple[int, ...]
     strides: int | tuple[int, int] = 1
     padding: conv.Padding = "ZERO"
+    groups: int = 1
+    dilation: int | tuple[int, int] = 1
 
     def _arrays_text(self):
-        return kernel_text(self.kernel)
+        return kernel_text(self.kernel, self.groups)
 
     @property
     def out_shape(self):
-        size = conv.output_size(self.in_shape[:2], self.kernel.shape[:2], self.strides, self.padding)
+        window = conv.window(self.kernel.shape, self.dilation)
+        size = conv.output_size(self.in_shape[:2], window, self.strides, self.padding)
         return (*size, self.kernel.shape[3])
 
+    @property
+    def pads(self) -> conv.Padding:
+        """The padding, spelled out as zeros on each side unless it is "CIRCULAR"."""
+        window = conv.window(self.kernel.shape, self.dilation)
+        return self.padding if self.padding == "CIRCULAR" else conv.explicit_padding(window, self.padding)
+
     def check(self) -> None:
-        if np.ndim(self.kernel) != 4 or len(self.in_shape) != 3 or self.kernel.shape[2] != self.in_shape[2]:
+        if np.ndim(self.kernel) != 4 or len(self.in_shape) != 3:
             raise ValueError(f"Expected an HWIO kernel for images {self.in_shape}, got shape {np.shape(self.kernel)}.")
-        _ = self.out_shape  # what strides, padding and sizes do not give raises here
+        if self.groups == 1 and self.kernel.shape[2] != self.in_shape[2]:
+            raise ValueError(f"Expected an HWIO kernel for images {self.in_shape}, got shape {self.kernel.shape}.")
+        conv.check_groups(self.in_shape[2], self.kernel.shape, self.groups)
+        _ = self.out_shape  # what strides, padding, dilation and sizes do not give raises here
+
+    def options(self, precision=None) -> dict:
+        """What `conv.conv2d` takes besides images and a kernel."""
+        options = {"strides": self.strides, "padding": self.padding, "groups": self.groups, "dilation": self.dilation}
+        return {**options, "precision": precision}
 
     def _map(self, x, precision):
-        return conv.conv2d(x, self.kernel, strides=self.strides, padding=self.padding, precision=precision)
+        return conv.conv2d(x, self.kernel, **self.options(precision))
 
     def _adjoint(self, y, precision):
-        options = {"in_size": self.in_shape[:2], "strides": self.strides, "padding": self.padding}
-        return conv.conv2d_adjoint(y, self.kernel, **options, precision=precision)
+        return conv.conv2d_adjoint(y, self.kernel, in_size=self.in_shape[:2], **self.options(precision))
 
-    def transpose(self, factor: float) -> "ConvAdjoint":
-        return ConvAdjoint(factor * self.kernel, self.in_shape, self.strides, self.padding)
+    def transpose(self, factor: float) -> "ConvTranspose":
+        return ConvTranspose(self._with(factor * self.kernel))
 
     def channels(self, start: int, stop: int | None) -> "Conv":
-        kernel = self.kernel[:, :, start:stop]
-        return Conv(kernel, (*self.in_shape[:2], kernel.shape[2]), self.strides, self.padding)
+        if self.groups > 1:
+            raise ValueError(
+                f"Expected a convolution with one group, got {self.groups}: channels of groups cannot be taken apart."
+            )
+        return self._with(self.kernel[:, :, start:stop])
+
+    def _with(self, kernel) -> "Conv":
+        """The same with another kernel of as many taps."""
+        in_shape = (*self.in_shape[:2], kernel.shape[2] * self.groups)
+        return Conv(kernel, in_shape, self.strides, self.padding, self.groups, self.dilation)
 
     def bound(self) -> spectral.NormBound:
-        padding = self.padding
-        if padding != "CIRCULAR":
-            padding = conv.explicit_padding(self.kernel.shape[:2], padding)
         kernel = exact_float64(self.kernel, "Conv: the kernel")
-        return spectral.conv_norm_bound(kernel, self.in_shape, self.strides, padding)
+        return spectral.conv_norm_bound(kernel, self.in_shape, self.strides, self.pads, self.groups, self.dilation)
 
     def row_sum_bound(self) -> spectral.NormBound:
-        return spectral.row_sum_bound(exact_float64(self.kernel, "Conv: the kernel"), self.strides)
+        kernel = conv.without_groups(exact_float64(self.kernel, "Conv: the kernel"), 1, self.dilation)
+        parts = np.split(kernel, self.groups, axis=3)
+        return spectral.largest_of_groups([spectral.row_sum_bound(part, self.strides) for part in parts])
 
     def rounding_error(self, x):
-        size = conv.conv2d(jnp.abs(x), jnp.abs(self.kernel), strides=self.strides, padding=self.padding)
+        size = conv.conv2d(jnp.abs(x), jnp.abs(self.kernel), **self.options())
         return gamma(math.prod(self.kernel.shape[:3]) + 2) * ENLARGEMENT * norm_per_image(size)
 
 
-@operator("kernel", static=("image_shape", "strides", "padding"))
-class ConvAdjoint(Linear, Bounded):
-    """The adjoint of a convolution, as a map of its own: from the convolution's outputs to images.
+@operator("conv", static=())
+class ConvTranspose(Linear, Bounded):
+    """y -> A^T y, A a convolution: from images of its out_shape to images of its in_shape, usually larger ones.
+
+    What others call output padding is said by A's in_shape: (7, 7) and (8, 8) have the same number of windows of 3 with
+    stride 2.
 
     Attributes:
-      kernel: HWIO, of the convolution.
-      image_shape: (h, w, c) of the images, the convolution's in_shape.
-      strides: of the convolution.
-      padding: of the convolution.
+      conv: A, an `operators.Conv` of any strides, padding, groups and dilation.
     Example:
-      >>> lipjax.operators.Conv(jnp.ones((3, 3, 16, 8)), (32, 32, 16), 2).transpose(1.0).in_shape
-      (16, 16, 8)
+      >>> down = lipjax.operators.Conv(jnp.ones((3, 3, 8, 16)), (32, 32, 8), strides=2)
+      >>> lipjax.operators.ConvTranspose(down)
+      ConvTranspose(Conv(3x3, 8 -> 16, strides 2, in (32, 32, 8)))
     """
 
-    kernel: Leaf
-    image_shape: tuple[int, ...]
-    strides: int | tuple[int, int] = 1
-    padding: conv.Padding = "ZERO"
+    conv: Any
 
     def _arrays_text(self):
-        return kernel_text(self.kernel)
-
-    @property
-    def _conv(self) -> Conv:
-        return Conv(self.kernel, self.image_shape, self.strides, self.padding)
+        return repr(self.conv)
 
     @property
     def in_shape(self):
-        return self._conv.out_shape
+        return self.conv.out_shape
 
     @property
     def out_shape(self):
-        return tuple(self.image_shape)
+        return self.conv.in_shape
 
     def check(self) -> None:
-        self._conv.check()
+        if type(self.conv) is not Conv:
+            raise ValueError(f"ConvTranspose expects a Conv, got a {type(self.conv).__name__}.")
+        self.conv.check()
 
     def _map(self, x, precision):
-        return self._conv._adjoint(x, precision)
+        return self.conv._adjoint(x, precision)
 
     def _adjoint(self, y, precision):
-        return self._conv._map(y, precision)
+        return self.conv._map(y, precision)
 
     def bound(self) -> spectral.NormBound:
-        return self._conv.bound()
+        """The convolution's: an adjoint has the same norm."""
+        return self.conv.bound()
+
+    def through(self, x, kernel):
+        """The same map with another kernel of the same shape."""
+        return conv.conv2d_adjoint(x, kernel, in_size=self.out_shape[:2], **self.conv.options())
 
     def rounding_error(self, x):
-        options = {"in_size": self.image_shape[:2], "strides": self.strides, "padding": self.padding}
-        size = conv.conv2d_adjoint(jnp.abs(x), jnp.abs(self.kernel), **options)
-        terms = self.kernel.shape[0] * self.kernel.shape[1] * self.kernel.shape[3]
-        return gamma(terms + 2) * ENLARGEMENT * norm_per_image(size)
+        kernel = self.conv.kernel
+        # A pixel of the output meets every tap once at most: out channels / groups of products.
+        terms = math.prod(kernel.shape[:2]) * kernel.shape[3] // self.conv.groups
+        return gamma(terms + 2) * ENLARGEMENT * norm_per_image(self.through(jnp.abs(x), jnp.abs(kernel)))
 
 
 @operator("mean", "std", static=("in_shape",))

@@ -66,6 +66,47 @@ class SpaceToDepth(Reordering):
         return y.reshape(len(y), h, w, -1, k, k).transpose(0, 1, 4, 2, 5, 3).reshape(len(y), *self.in_shape)
 
 
+@operator(static=("in_shape", "groups", "paired"))
+class ChannelShuffle(Reordering):
+    """Channels dealt out to groups in turn: output g c / groups + i takes input i groups + g, c channels in all.
+
+    Attributes:
+      in_shape: (..., c).
+      groups: how many, a divisor of c.
+      paired: pairs of neighbouring channels stay together: c / 2 pairs are dealt out.
+    Source: Zhang et al. 2018, arXiv:1707.01083; Gorbunov, Yudin, Soboleva, Alanov, Naumov & Rakhuba 2024,
+      arXiv:2406.10019 (with grouped orthogonal layers).
+    Example:
+      >>> lipjax.operators.ChannelShuffle((6,), groups=2)(jnp.arange(6.0)[None])[0].tolist()
+      [0.0, 2.0, 4.0, 1.0, 3.0, 5.0]
+    """
+
+    in_shape: tuple[int, ...]
+    groups: int
+    paired: bool = False
+    _reason = "exact: a reordering"
+
+    def __post_init__(self):
+        together, channels = 2 if self.paired else 1, self.in_shape[-1]
+        if self.groups < 1 or channels % (together * self.groups):
+            what = f"pairs of the {channels} channels" if self.paired else f"{channels} channels"
+            raise ValueError(f"ChannelShuffle expects groups >= 1 that divide the {what}, got {self.groups}.")
+
+    @property
+    def window(self):
+        return (1, 0, 1) if len(self.in_shape) == 3 else None
+
+    def _move(self, x):
+        return self._deal(x, self.groups)
+
+    def _move_back(self, y):
+        return self._deal(y, self.in_shape[-1] // (2 if self.paired else 1) // self.groups)
+
+    def _deal(self, x, hands: int):
+        dealt = x.reshape(*x.shape[:-1], -1, hands, 2 if self.paired else 1)
+        return dealt.swapaxes(-3, -2).reshape(x.shape)
+
+
 @operator(static=("in_shape", "channels"))
 class PadChannels(Reordering):
     """(..., c) -> (..., channels): zeros appended to the last axis."""

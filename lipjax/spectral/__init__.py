@@ -6,12 +6,14 @@ An estimate may be low and is for training; only a bound reaches a certificate. 
 from lipjax.spectral.estimates import norm_estimate, power_iteration
 from lipjax.spectral.norms import (
     EVERYWHERE,
+    GROUPS,
     ROW_SUMS,
     SUPREMUM,
     NormBound,
     blocks_norm_bound,
     conv_norm_bound,
     embeddings,
+    largest_of_groups,
     matrix_norm_bound,
     norm_bound,
     response_norm_bound,
@@ -21,12 +23,14 @@ from lipjax.spectral.norms import (
 
 __all__ = [
     "EVERYWHERE",
+    "GROUPS",
     "ROW_SUMS",
     "SUPREMUM",
     "NormBound",
     "blocks_norm_bound",
     "conv_norm_bound",
     "embeddings",
+    "largest_of_groups",
     "matrix_norm_bound",
     "norm_bound",
     "norm_estimate",

@@ -35,6 +35,9 @@ EVERYWHERE = "autocorrelation of the taps, for maps of every size"
 ROW_SUMS = "row sums of the Gram matrix of the taps, for maps of every size"
 """Likewise, of any kernel: tight where rows are scaled by their row sums (AOL, SLL), far above the norm elsewhere."""
 
+GROUPS = "the largest norm of its groups of channels"
+"""The method of bounds of grouped convolutions; details["groups"] has the method and details of each group."""
+
 SUPREMUM = "supremum of the truncated exponential on the imaginary axis"
 
 
@@ -143,25 +146,32 @@ def conv_norm_bound(
     in_shape: Sequence[int],
     strides: int | tuple[int, int],
     padding: str | tuple[tuple[int, int], tuple[int, int]],
+    groups: int = 1,
+    dilation: int | tuple[int, int] = 1,
 ) -> NormBound:
-    """Proved upper bound of the spectral norm of the convolution y[p] = sum_t K[t] x[s p + t - lo].
+    """Proved upper bound of the spectral norm of the convolution y[p] = sum_t K[t] x[s p + d t - lo].
 
     Orthogonal kernels are bounded by the autocorrelation of their taps, for maps of all sizes and any padding at once.
     Circular convolutions and the dense operators of small maps (h w c <= 4096) are bounded as tightly as matrices.
     Other zero-padded ones are compressions of (twisted) block circulants, whose norm is bounded instead: 0 to 1 %
-    more on maps much larger than the kernel.
+    more on maps much larger than the kernel. Of groups the largest bound counts; a dilated kernel is the one with zeros
+    between its taps.
 
     Args:
-      kernel: HWIO, real.
+      kernel: HWIO, real; (kh, kw, c / groups, o) for groups.
       in_shape: (h, w, c) of the input.
       strides: one number or one per axis.
-      padding: ((lo, hi), (lo, hi)) zeros, or "CIRCULAR" (tap (k - 1) // 2 aligned with the output, sizes divisible by
-        the strides, taps beyond the map wrapped and summed).
+      padding: ((lo, hi), (lo, hi)) zeros, or "CIRCULAR" (the window's tap (k - 1) // 2 aligned with the output, sizes
+        divisible by the strides, taps beyond the map wrapped and summed).
+      groups, dilation: as of `conv.conv2d`.
     Returns: value >= the norm for the stored kernel.
     Raises: ValueError for shapes, strides or padding that do not fit, and as `matrix_norm_bound`.
-    Source: docs/soundness.md, sections 2, 3 and 3a.
+    Source: docs/soundness.md, sections 2, 3, 3a and 3c.
     """
     kernel = _checked(kernel, 4, "conv_norm_bound: the kernel")
+    if groups != 1:
+        return _groups_bound(kernel, in_shape, strides, padding, groups, dilation)
+    kernel = conv.without_groups(kernel, 1, dilation)
     axes = _axes(kernel, in_shape, strides, padding)
     used = symbol.without_idle_taps(kernel, axes)
     if not used.any():
@@ -220,6 +230,22 @@ def row_sum_bound(kernel: Num[np.ndarray, "kh kw i o"] | Num[Array, "kh kw i o"]
     return _finish(found[rows], Fraction(0), exponent, ROW_SUMS, {"rows": rows})
 
 
+def _groups_bound(kernel: np.ndarray, in_shape: Sequence[int], strides, padding, groups: int, dilation) -> NormBound:
+    """The largest of the bounds of groups: the map is block-diagonal."""
+    conv.check_groups(in_shape[2], kernel.shape, groups)
+    shape = (*in_shape[:2], in_shape[2] // groups)
+    parts = np.split(kernel, groups, axis=3)
+    return largest_of_groups([conv_norm_bound(part, shape, strides, padding, 1, dilation) for part in parts])
+
+
+def largest_of_groups(found: list[NormBound]) -> NormBound:
+    """The bound of a block-diagonal map, given those of its blocks, of which it states all; that of a single block."""
+    if len(found) == 1 or not any(bound.proved for bound in found):
+        return found[0]
+    details = {"groups": [{"method": bound.method, "details": bound.details} for bound in found]}
+    return NormBound(max(bound.proved for bound in found), GROUPS, details)
+
+
 def _axes(kernel: np.ndarray, in_shape: Sequence[int], strides: Any, padding: Any) -> tuple[symbol.Axis, symbol.Axis]:
     """Checks the geometry of a convolution and describes its two axes."""
     if len(in_shape) != 3 or in_shape[2] != kernel.shape[2]:
@@ -255,20 +281,21 @@ def _variants(axes: Sequence[symbol.Axis], taps_shape: Sequence[int]) -> list[Em
 
 
 def embeddings(
-    kernel_shape: Sequence[int], in_shape: Sequence[int], strides: Any, padding: Any
+    kernel_shape: Sequence[int], in_shape: Sequence[int], strides: Any, padding: Any, dilation: Any = 1
 ) -> tuple[np.ndarray, list[Embedding]]:
     """The circulants that `conv_norm_bound` bounds in the place of a zero-padded convolution: the least norm counts.
 
-    Args: as of `conv_norm_bound`, but for the kernel's shape. It is taken to have no zeros.
+    Args: as of `conv_norm_bound`, of one group, but for the kernel's shape. It is taken to have no zeros.
     Returns: the taps that meet pixels, (kh, kw) bool; pairs (grid, twist) of numbers of blocks of `strides` pixels and
       of flags per side whether a period changes the sign. None where the operator itself is bounded: small maps, a
       single block tap, circular padding.
     """
-    ones = np.ones(tuple(kernel_shape), bool)
+    ones = conv.without_groups(np.ones(tuple(kernel_shape), bool), 1, dilation)
     axes = _axes(ones, in_shape, strides, padding)
     kept = symbol.without_idle_taps(ones, axes)
-    used = np.any(kept, axis=(2, 3))
-    if padding == "CIRCULAR" or _is_dense(kernel_shape, in_shape) or not used.any():
+    rows, columns = conv.dilation_pair(dilation)
+    used = np.any(kept, axis=(2, 3))[::rows, ::columns]
+    if padding == "CIRCULAR" or _is_dense(ones.shape, in_shape) or not used.any():
         return used, []
     taps = symbol.polyphase(kept, axes)
     return used, [] if taps.shape[:2] == (1, 1) else _variants(axes, taps.shape)

@@ -83,6 +83,13 @@ def may_be_isometric(taps: np.ndarray, enough: float) -> bool:
     return bool(np.linalg.norm(gram) <= enough * centre)
 
 
+def _meet(used: np.ndarray, d1: int, d2: int) -> bool:
+    """Whether two taps that are used lie (d1, d2) apart, d1 >= 0."""
+    q1, q2 = used.shape
+    low, high = max(0, -d2), min(q2, q2 - d2)
+    return bool((used[: q1 - d1, low:high] & used[d1:, low + d2 : high + d2]).any())
+
+
 class GramPolynomial:
     """G(omega) = K(omega)^H K(omega) = sum_d C_d e^(i omega d), C_d = sum_t K_t^T K_(t+d), for real taps.
 
@@ -96,6 +103,8 @@ class GramPolynomial:
         q1, q2, m, n = taps.shape
         self.taps, self.side = taps, n
         pairs = [(d1, d2) for d1 in range(q1) for d2 in range(1 - q2, q2) if d1 > 0 or d2 > 0]
+        used = np.asarray(taps.any(axis=(2, 3)))
+        pairs = [pair for pair in pairs if _meet(used, *pair)]  # between the taps of dilated kernels are zeros
         self.displacements = np.array(pairs, int).reshape(-1, 2)
         self.even, self.odd = np.empty((len(pairs) + 1, n * n)), np.empty((len(pairs), n * n))
         self.even[0] = self._product(0, 0).reshape(-1)

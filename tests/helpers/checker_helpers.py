@@ -117,6 +117,28 @@ def potential_network():
     return make_network(ops, linear_head(rng, 3, 5), 0.2, 0.5)
 
 
+def grouped_network():
+    """Groups, dilation, transposition and shuffles, with activations that LipLT takes."""
+    rng = np.random.default_rng(8)
+    skew = np.asarray(conv.skew_kernel(jnp.asarray(2 * draw(rng, 3, 3, 2, 4)), 2))
+    down = operators.Conv(draw(rng, 2, 2, 1, 4), (6, 6, 4), 2, "VALID", 4)
+    ops = [
+        ("groups", operators.Conv(draw(rng, 3, 3, 2, 4), (6, 6, 4), 2, groups=2)),
+        ("act", operators.ReLU((3, 3, 4))),
+        ("deal", operators.ChannelShuffle((3, 3, 4), 2)),
+        ("up", operators.ConvTranspose(down)),
+        ("bias", operators.Bias(0.1 * rng.normal(size=4), (6, 6, 4))),
+        ("act2", operators.ReLU((6, 6, 4))),
+        ("around", operators.Conv(draw(rng, 3, 3, 2, 4), (6, 6, 4), 1, "CIRCULAR", 2, 2)),
+        ("again", operators.Conv(draw(rng, 3, 2, 1, 4), (6, 6, 4), 2, "CIRCULAR", 4, (2, 3))),
+        ("act3", operators.ReLU((3, 3, 4))),
+        ("exponential", operators.ConvExponential(skew, (3, 3, 4), 5, groups=2)),
+        ("pairs", operators.ChannelShuffle((3, 3, 4), 1, paired=True)),
+        ("flat", operators.Flatten((3, 3, 4))),
+    ]
+    return make_network(ops, linear_head(rng, 3, 36), 0.3, 0.5)
+
+
 NETWORKS = {
     f.__name__: f
     for f in (
@@ -126,6 +148,7 @@ NETWORKS = {
         elementwise_network,
         residual_network,
         potential_network,
+        grouped_network,
     )
 }
 

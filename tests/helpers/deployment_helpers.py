@@ -6,6 +6,7 @@ import functools
 from decimal import Decimal
 
 import jax
+import jax.numpy as jnp
 import mpmath
 import numpy as np
 
@@ -70,9 +71,9 @@ def convolve(x, kernel, strides=1, padding="ZERO"):
 
 def convolve_back(y, op, dtype):
     """The adjoint of a convolution: the products of its dense matrix, which is filled tap by tap."""
-    kernel = numbers(op.kernel, dtype)
+    kernel = numbers(conv.without_groups(op.kernel, op.groups, op.dilation), dtype)
     (kh, kw, c, o), pads = kernel.shape, conv.explicit_padding(kernel.shape[:2], op.padding)
-    (h, w), (sh, sw), (rows, columns) = op.image_shape[:2], conv.stride_pair(op.strides), y.shape[1:3]
+    (h, w), (sh, sw), (rows, columns) = op.in_shape[:2], conv.stride_pair(op.strides), y.shape[1:3]
     matrix = np.full((rows, columns, o, h, w, c), 0 * kernel[0, 0, 0, 0])
     for i, j, s, t in np.ndindex(rows, columns, kh, kw):
         p, q = sh * i + s - pads[0][0], sw * j + t - pads[1][0]
@@ -164,11 +165,17 @@ def apply(op, x, dtype):
         case operators.Dense():
             return product(x, of(op.matrix).T)
         case operators.Conv():
-            return convolve(x, of(op.kernel), op.strides, op.padding)
+            kernel = conv.without_groups(op.kernel, op.groups, op.dilation)
+            return convolve(x, of(kernel), op.strides, op.padding)
+        case operators.ConvTranspose():
+            return convolve_back(x, op.conv, dtype)
+        case operators.ChannelShuffle():
+            channels = np.arange(x.shape[-1]).reshape(-1, op.groups, 1 + op.paired)
+            return x[..., channels.swapaxes(0, 1).ravel()]
         case operators.ConvExponential():
             y = x
             for k in range(op.num_terms, 0, -1):
-                y = x + convolve(y, of(op.kernel), 1, op.padding) / of(float(k))
+                y = x + convolve(y, of(conv.without_groups(op.kernel, op.groups)), 1, op.padding) / of(float(k))
             return y
         case operators.CircularConv():
             return circular(op, x, dtype)
@@ -220,8 +227,6 @@ def apply(op, x, dtype):
             for part in op.ops:
                 y = apply(part, y, dtype)
             return x + y
-        case operators.ConvAdjoint():
-            return convolve_back(x, op, dtype)
         case operators.PotentialStep() | operators.Sandwich():
             y = x
             for part in op.parts():
@@ -267,6 +272,27 @@ def convolutional(rng, scale):
         operators.MaxPoolPairs((2, 4, 6)),
         operators.Flatten((2, 4, 3)),
         operators.Dense(draw(rng, 6, 24, scale=scale / 5)),
+    ]
+
+
+def grouped(rng, scale):
+    """Groups, dilation (on a map of two pixels, too), transposed convolutions and channels in another order."""
+    kernel = draw(rng, 3, 3, 2, 4, scale=0.3)
+    skew = np.asarray(conv.skew_kernel(jnp.asarray(kernel), 2))
+    transposed = operators.Conv(draw(rng, 3, 2, 1, 8, scale=scale / 3), (4, 4, 4), 2, ((1, 1), (0, 1)), 4)
+    return (4, 4, 4), [
+        operators.ChannelShuffle((4, 4, 4), 2),
+        operators.Conv(draw(rng, 3, 3, 2, 8, scale=scale / 4), (4, 4, 4), 2, "ZERO", 2),
+        operators.Bias(draw(rng, 8, scale=scale), (2, 2, 8)),
+        operators.MaxMin((2, 2, 8)),
+        operators.Conv(draw(rng, 3, 2, 1, 8, scale=scale / 2), (2, 2, 8), 1, "CIRCULAR", 8, (2, 3)),
+        operators.ConvTranspose(transposed),
+        operators.Bias(draw(rng, 4, scale=scale), (4, 4, 4)),
+        operators.ChannelShuffle((4, 4, 4), 2, paired=True),
+        operators.ConvExponential(skew, (4, 4, 4), 5, groups=2),
+        operators.MaxMin((4, 4, 4)),
+        operators.Flatten((4, 4, 4)),
+        operators.Dense(draw(rng, 6, 64, scale=scale / 8)),
     ]
 
 
@@ -353,7 +379,7 @@ def potential(rng, scale):
     return shape, [*ops, operators.Bias(draw(rng, 6, scale=scale), (6,)), operators.MaxMin((6,))]
 
 
-NETWORKS = {f.__name__: f for f in (convolutional, circulant, factored, elementwise, residual, potential)}
+NETWORKS = {f.__name__: f for f in (convolutional, grouped, circulant, factored, elementwise, residual, potential)}
 
 
 @functools.cache

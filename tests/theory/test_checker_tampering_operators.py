@@ -277,6 +277,162 @@ POTENTIAL = {
 }
 
 
+def lower_bound_of_groups(f):
+    f.layer("groups")["bound"] *= 1 - 1e-7
+    f.write()
+
+
+def other_method_of_groups(f):
+    f.layer("groups")["method"] = f.layer("groups")["details"]["groups"][0]["method"]
+    f.write()
+
+
+def group_left_out(f):
+    f.layer("groups")["details"]["groups"].pop()
+    f.write()
+
+
+def larger_group(f):
+    f.arrays["ops/groups/kernel"][..., 2:] *= 3
+    f.write()
+
+
+def fewer_groups(f):
+    f.op("groups")["groups"] = 1
+    f.write()
+
+
+def groups_that_divide_nothing(f):
+    f.op("groups")["groups"] = 3
+    f.write()
+
+
+def groups_left_out(f):
+    del f.op("groups")["groups"]
+    f.write()
+
+
+def groups_that_are_true(f):
+    f.op("groups")["groups"] = True
+    f.write()
+
+
+def other_dilation(f):
+    f.op("around")["dilation"] = 1
+    f.write()
+
+
+def huge_dilation(f):
+    f.op("around")["dilation"] = [2**20, 2**20]
+    f.write()
+
+
+def twist_of_a_group(f):
+    f.layer("around")["details"]["groups"][1]["details"]["twist"] = [1, 0]
+    f.write()
+
+
+def grid_of_a_group(f):
+    f.layer("around")["details"]["groups"][0]["details"]["grid"] = [5, 6]
+    f.write()
+
+
+def lower_bound_of_transposed(f):
+    f.layer("up")["bound"] *= 1 - 1e-7
+    f.write()
+
+
+def transposed_of_something_else(f):
+    f.op("up")["conv"] = {"type": "Flatten", "in_shape": [6, 6, 4]}
+    f.write()
+
+
+def transposed_of_itself(f):
+    f.op("up")["conv"] = {"type": "ConvTranspose", "conv": f.op("up")["conv"]}
+    f.write()
+
+
+def transposed_without_its_kernel(f):
+    del f.arrays["ops/up/conv/kernel"]
+    f.write()
+
+
+def transposed_zero(f):
+    f.layer("up").update(method="zero", bound=0.0)
+    f.write()
+
+
+def transposed_of_a_larger_map(f):
+    f.op("up")["conv"]["in_shape"] = [7, 6, 4]
+    f.write()
+
+
+def other_order_of_channels(f):
+    f.op("deal")["groups"] = 4
+    f.op("pairs")["groups"] = 2
+    f.write()
+
+
+def groups_of_a_shuffle_that_divide_nothing(f):
+    f.op("deal")["groups"] = 3
+    f.write()
+
+
+def pairs_that_are_a_number(f):
+    f.op("pairs")["paired"] = 1
+    f.write()
+
+
+def lower_bound_of_a_shuffle(f):
+    f.layer("deal")["bound"] = 1 - 1e-12
+    f.write()
+
+
+def group_that_is_not_skew(f):
+    kernel = f.arrays["ops/exponential/kernel"]
+    kernel[0, 0, 1, 3] = np.nextafter(kernel[0, 0, 1, 3], 1)
+    f.write()
+
+
+def lower_norm_of_groups(f):
+    f.layer("exponential")["details"]["skew_norm"] *= 0.5
+    f.write()
+
+
+def larger_second_group(f):
+    f.arrays["ops/exponential/kernel"][..., 2:] *= 3
+    f.write()
+
+
+GROUPED = {
+    lower_bound_of_groups: "layers, groups (Conv): the bound",
+    other_method_of_groups: "layers, groups (Conv): the method",
+    group_left_out: "layers, groups (Conv): details state no proof of every group",
+    larger_group: "layers, groups (Conv): the bound",
+    fewer_groups: "network.json, groups (Conv): a kernel (3, 3, 2, 4) for images (6, 6, 4)",
+    groups_that_divide_nothing: "network.json, groups (Conv): a kernel (3, 3, 2, 4) in 3 groups",
+    groups_left_out: "network.json, groups (Conv): a kernel (3, 3, 2, 4) for images (6, 6, 4)",
+    groups_that_are_true: "network.json, groups (Conv): ",
+    other_dilation: "around",
+    huge_dilation: "network.json, around (Conv): a dilated kernel of",
+    twist_of_a_group: "layers, around (Conv): grid [6, 6] with twist [1, 0]",
+    grid_of_a_group: "layers, around (Conv): grid [5, 6]",
+    lower_bound_of_transposed: "layers, up (ConvTranspose): the bound",
+    transposed_of_something_else: "network.json, up (ConvTranspose): an operator that cannot stand",
+    transposed_of_itself: "network.json, up (ConvTranspose): an operator that cannot stand",
+    transposed_without_its_kernel: "network.json, up (ConvTranspose): the array ops/up/conv/kernel is missing",
+    transposed_zero: "layers, up (ConvTranspose): the method is that of a zero operator",
+    transposed_of_a_larger_map: "network.json, bias: takes (6, 6, 4), but up gives (7, 6, 4)",
+    other_order_of_channels: "certificate.json, liplt: chain from input to act2",
+    groups_of_a_shuffle_that_divide_nothing: "network.json, deal (ChannelShuffle): 4 channels",
+    pairs_that_are_a_number: "network.json, pairs (ChannelShuffle): groups 1",
+    lower_bound_of_a_shuffle: "layers, deal (ChannelShuffle): the bound",
+    group_that_is_not_skew: "network.json, exponential (ConvExponential): the kernel is not skew",
+    lower_norm_of_groups: "layers, exponential (ConvExponential): |J|",
+    larger_second_group: "layers, exponential (ConvExponential): |J|",
+}
+
+
 def raise_mlp_radii(f):
     for row in f.rows:
         row["radius"] *= 1 + 1e-8
@@ -380,6 +536,7 @@ TAMPERINGS = [
         ("elementwise_network", ELEMENTWISE),
         ("residual_network", RESIDUAL),
         ("potential_network", POTENTIAL),
+        ("grouped_network", GROUPED),
     )
     for forge, place in table.items()
 ]

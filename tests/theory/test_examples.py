@@ -42,7 +42,7 @@ FUNCTIONS = (
 )
 CLASSES = (
     *(f"operators.{name}" for name in ("Dense", "Conv", "ConvExponential", "CircularConv", "ZeroPad", "Crop")),
-    *(f"operators.{name}" for name in ("ConvAdjoint", "PotentialStep", "Sandwich")),
+    *(f"operators.{name}" for name in ("ConvTranspose", "ChannelShuffle", "PotentialStep", "Sandwich")),
     "FrozenNetwork",
 )
 GLOBALS = {"jax": jax, "jnp": jnp, "np": np, "lipjax": lipjax}

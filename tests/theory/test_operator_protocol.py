@@ -79,13 +79,21 @@ MADE = {
     "Conv(2x2, 2 -> 6, strides 2, padding CIRCULAR, in (4, 4, 2))": operators.Conv(
         np.zeros((2, 2, 2, 6)), SHAPE, 2, "CIRCULAR"
     ),
+    "Conv(3x3, 16 -> 16, groups 4, in (32, 32, 16))": operators.Conv(np.zeros((3, 3, 4, 16)), (32, 32, 16), groups=4),
+    "Conv(3x3, 2 -> 4, groups 2, dilation (1, 2), in (4, 4, 2))": operators.Conv(
+        np.zeros((3, 3, 1, 4)), SHAPE, groups=2, dilation=(1, 2)
+    ),
+    "ConvTranspose(Conv(3x3, 2 -> 6, strides 2, in (4, 4, 2)))": operators.ConvTranspose(
+        operators.Conv(np.zeros((3, 3, 2, 6)), SHAPE, 2)
+    ),
+    "ChannelShuffle(groups 2, in (4, 4, 2))": operators.ChannelShuffle(SHAPE, 2),
+    "ConvExponential(3x3, 2 -> 2, num_terms 6, groups 2, in (4, 4, 2))": operators.ConvExponential(
+        np.zeros((3, 3, 1, 2)), SHAPE, 6, groups=2
+    ),
     "ConvExponential(3x3, 2 -> 2, num_terms 6, nonexpansive, in (4, 4, 2))": operators.ConvExponential(
         np.zeros((3, 3, 2, 2)), SHAPE, 6, nonexpansive=True
     ),
     "Crop(crops ((1, 0), (0, 2)), in (4, 4, 2))": operators.Crop(SHAPE, ((1, 0), (0, 2))),
-    "ConvAdjoint(3x3, 16 -> 16, image_shape (32, 32, 16), strides 2)": operators.ConvAdjoint(
-        np.zeros((3, 3, 16, 16)), (32, 32, 16), 2
-    ),
     "CropChannels(channels 1, in (4, 4, 2))": operators.CropChannels(SHAPE, 1),
     "Dense(3 -> 5)": operators.Dense(np.zeros((5, 3))),
     "Flatten(in (4, 4, 2))": operators.Flatten(SHAPE),

@@ -23,6 +23,11 @@ def conv_operator(kernel=(3, 3), size=(5, 4), strides=1, padding="ZERO", seed=0,
     return operators.Conv(jnp.asarray(values), (*size, channels[0]), strides, padding)
 
 
+def grouped(groups, kernel=(3, 3), size=(5, 4), channels=(2, 3), strides=1, padding="ZERO", dilation=1):
+    values = np.random.default_rng(groups).normal(size=(*kernel, channels[0] // groups, channels[1]))
+    return operators.Conv(jnp.asarray(values), (*size, channels[0]), strides, padding, groups, dilation)
+
+
 LINEAR = {
     "dense tall": operators.Dense(jnp.asarray(np.random.default_rng(0).normal(size=(7, 4)))),
     "dense wide": operators.Dense(jnp.asarray(np.random.default_rng(1).normal(size=(3, 9)))),
@@ -32,6 +37,18 @@ LINEAR = {
     "conv patches": conv_operator((4, 4), (8, 8), 4, "VALID"),
     "conv circular": conv_operator(padding="CIRCULAR", size=(4, 6), strides=2),
     "conv 1x1 map": conv_operator(size=(1, 1)),
+    "conv groups": grouped(2, channels=(4, 6)),
+    "conv depthwise dilated": grouped(4, channels=(4, 8), dilation=2),
+    "conv groups circular strided dilated even": grouped(
+        2, (2, 4), (6, 4), channels=(2, 4), strides=2, padding="CIRCULAR", dilation=(3, 2)
+    ),
+    "conv dilation beyond the map": grouped(1, (3, 3), (2, 2), dilation=3),
+    "conv circular dilation beyond the map": grouped(1, (3, 3), (4, 3), padding="CIRCULAR", dilation=5),
+    "transposed": operators.ConvTranspose(conv_operator(strides=2)),
+    "transposed circular groups": operators.ConvTranspose(
+        grouped(2, (3, 2), (4, 6), channels=(4, 4), strides=2, padding="CIRCULAR", dilation=2)
+    ),
+    "transposed unpadded": operators.ConvTranspose(grouped(1, (4, 4), (9, 8), strides=4, padding="VALID")),
     "conv kernel larger than map": conv_operator((5, 5), (2, 3), padding="CIRCULAR"),
 }
 

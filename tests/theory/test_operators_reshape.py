@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lipjax import conv
-from lipjax.operators.reshape import Crop, CropChannels, Flatten, PadChannels, SpaceToDepth, ZeroPad
+from lipjax.operators.reshape import ChannelShuffle, Crop, CropChannels, Flatten, PadChannels, SpaceToDepth, ZeroPad
 
 OPERATORS = [
     Flatten((4, 6, 3)),
@@ -19,6 +19,9 @@ OPERATORS = [
     PadChannels((3,), 4),
     CropChannels((4, 6, 3), 2),
     CropChannels((4, 6, 3), 3),
+    ChannelShuffle((4, 6, 12), 3),
+    ChannelShuffle((4, 6, 12), 3, paired=True),
+    ChannelShuffle((6,), 1),
     ZeroPad((4, 6, 3), ((1, 2), (0, 3))),
     ZeroPad((4, 6, 3), ((0, 0), (0, 0))),
     Crop((4, 6, 3), ((1, 2), (0, 3))),
@@ -79,6 +82,19 @@ def test_values(key):
     margins = ((1, 2), (0, 3))
     np.testing.assert_array_equal(ZeroPad((4, 6, 3), margins)(x), np.pad(x, ((0, 0), *margins, (0, 0))))
     np.testing.assert_array_equal(Crop((4, 6, 3), margins)(x), x[:, 1:2, :3])
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_channels_are_dealt_out_in_turn(paired, key):
+    c, groups = 12, 3
+    op = ChannelShuffle((2, 2, c), groups, paired)
+    x = np.asarray(jax.random.normal(key, (2, 2, 2, c)))
+    y, size = np.asarray(op(x)), 2 if paired else 1
+    hands = c // size // groups
+    for g, i, p in np.ndindex(groups, hands, size):
+        np.testing.assert_array_equal(y[..., (g * hands + i) * size + p], x[..., (i * groups + g) * size + p])
+    np.testing.assert_array_equal(op._move_back(y), x)
+    assert (np.asarray(op(y)) != x).any()  # control: dealt out again, to as many
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ never a false alarm. `pytest -m nightly tests/theory/test_soundness.py` tries mo
 
 import dataclasses
 import functools
+import json
 import math
 from fractions import Fraction
 
@@ -31,6 +32,7 @@ from soundness_helpers import (
 
 from benchmarks import power_iteration
 from lipjax import FrozenNetwork, NotCertifiable, bounds, checker, conv, operators
+from lipjax.certify.layout import entry_of
 from lipjax.network import make_network
 from lipjax.spectral import EVERYWHERE, norms
 
@@ -48,10 +50,15 @@ def dense_operators(draw):
 
 @st.composite
 def convolutions(draw):
-    """Zero-padded, unpadded and circular ones; kernels of any side, also larger than the map; strides."""
+    """Zero-padded, unpadded and circular ones; kernels of any side, also beyond the map; strides, groups, dilation."""
     h, w, c, o = (draw(st.integers(1, n)) for n in (9, 9, 3, 3))
     kernel_size = draw(st.integers(1, 5)), draw(st.integers(1, 5))
     strides = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    groups, dilation = draw(st.sampled_from([1, 1, 2, 3])), (1, 1)
+    if draw(st.booleans()):
+        kernel_size = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+        dilation = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    window = [d * (k - 1) + 1 for d, k in zip(dilation, kernel_size, strict=True)]
     kind = draw(st.sampled_from(["CIRCULAR", "ZERO", "explicit"]))
     if kind == "CIRCULAR":
         h, w = (max(s, n // s * s) for n, s in zip((h, w), strides, strict=True))
@@ -59,29 +66,33 @@ def convolutions(draw):
     else:
         low = st.integers(0, 3)
         padding = ((draw(low), draw(low)), (draw(low), draw(low))) if kind == "explicit" else "ZERO"
-        pads = [(2 * ((k - 1) // 2), 0) for k in kernel_size] if padding == "ZERO" else padding
-        # An output needs a padded map that is no smaller than the kernel.
-        h, w = (max(n, k - sum(p)) for n, k, p in zip((h, w), kernel_size, pads, strict=True))
-    return functools.partial(operators.Conv, draw(arrays(*kernel_size, c, o)), (h, w, c), strides, padding)
+        pads = [(2 * ((k - 1) // 2), 0) for k in window] if padding == "ZERO" else padding
+        # An output needs a padded map that is no smaller than the window.
+        h, w = (max(n, k - sum(p)) for n, k, p in zip((h, w), window, pads, strict=True))
+    kernel, in_shape = draw(arrays(*kernel_size, c, o * groups)), (h, w, c * groups)
+    return functools.partial(operators.Conv, kernel, in_shape, strides, padding, groups, dilation)
 
 
 def conv_matrix(op) -> tuple[np.ndarray, int]:
-    """The matrix of y[p] = sum_t K[t] x[s p + t - lo], tap by tap, exactly."""
+    """The matrix of y[p] = sum_t K[t] x[s p + d t - lo], tap by tap, exactly; of every group apart."""
     (h, w, c), (out_h, out_w, o) = op.in_shape, op.out_shape
     kernel, exponent = integers(op.kernel)
-    k1, k2 = kernel.shape[:2]
+    k1, k2, inner, _ = kernel.shape
     s1, s2 = (op.strides, op.strides) if isinstance(op.strides, int) else op.strides
-    circular = op.padding == "CIRCULAR"
-    low = ((k1 - 1) // 2, (k2 - 1) // 2)
-    if not circular:
-        low = tuple(pad[0] for pad in conv.explicit_padding((k1, k2), op.padding))
+    d1, d2 = (op.dilation, op.dilation) if isinstance(op.dilation, int) else op.dilation
+    circular, own = op.padding == "CIRCULAR", o // op.groups
+    low = (d1 * (k1 - 1) // 2, d2 * (k2 - 1) // 2)
+    if not isinstance(op.padding, str):
+        low = tuple(pad[0] for pad in op.padding)
     matrix = np.zeros((out_h, out_w, o, h, w, c), dtype=object)
     for p1, p2, t1, t2 in np.ndindex(out_h, out_w, k1, k2):
-        x1, x2 = s1 * p1 + t1 - low[0], s2 * p2 + t2 - low[1]
+        x1, x2 = s1 * p1 + d1 * t1 - low[0], s2 * p2 + d2 * t2 - low[1]
         if circular:
             x1, x2 = x1 % h, x2 % w
         if 0 <= x1 < h and 0 <= x2 < w:
-            matrix[p1, p2, :, x1, x2, :] += kernel[t1, t2].T
+            for g in range(op.groups):
+                outputs, inputs = slice(g * own, (g + 1) * own), slice(g * inner, (g + 1) * inner)
+                matrix[p1, p2, outputs, x1, x2, inputs] += kernel[t1, t2][:, outputs].T
     return matrix.reshape(out_h * out_w * o, h * w * c), exponent
 
 
@@ -103,6 +114,8 @@ def test_convolution_bounds_are_never_below(examples, record_testsuite_property)
     def check(op):
         matrix, exponent = conv_matrix(op)
         found.append(looseness(op.bound().proved, squared_gain(matrix), power(exponent)))
+        transposed = operators.ConvTranspose(op).bound().proved
+        looseness(transposed, squared_gain(matrix.T), power(exponent))
 
     search(check, convolutions(), examples)
     record_testsuite_property("looseness, convolution", max(found))
@@ -123,10 +136,36 @@ def test_row_sums_are_never_below(examples):
         if bound.proved > 0:
             claim = Fraction(math.sqrt(float(squared / Fraction(bound.proved) ** 2))) * Fraction(bound.proved)
             steps = conv.stride_pair(op.strides)
+            full = conv.without_groups(op.kernel, op.groups, op.dilation)
             for rows in ("inputs", "outputs"):
-                assert not checker.row_sums_below(op.kernel, steps, {"rows": rows}, claim * (1 - Fraction(1, 2**50)))
+                assert not checker.row_sums_below(full, steps, {"rows": rows}, claim * (1 - Fraction(1, 2**50)))
 
     search(check, convolutions(), examples)
+
+
+def checked(op):
+    """The checker's operator for a convolution."""
+    fields = json.loads(json.dumps(entry_of(op)))
+    return checker.Conv(fields | {"kernel": op.kernel})
+
+
+def test_the_checker_proves_convolutions_and_nothing_below(examples, monkeypatch):
+    monkeypatch.setattr(norms, "_DENSE_SIDE", 0)  # frequencies are looked at for small maps, too
+    kinds = []
+
+    def check(op):
+        bound, (matrix, exponent) = op.bound(), conv_matrix(op)
+        made, method = checked(op), bound.method
+        assert made.proves(Fraction(bound.claimed), made.named(method), bound.details)
+        kinds.append((op.groups > 1, op.dilation != (1, 1)))
+        if bound.proved < 2.0**-900:
+            return
+        squared = squared_gain(matrix) * power(exponent) ** 2 / Fraction(bound.proved) ** 2
+        below = Fraction(bound.proved) * Fraction(math.sqrt(squared)) * (1 - Fraction(1, 2**30))
+        assert not made.proves(below, method, bound.details)
+
+    search(check, convolutions(), examples)
+    assert {*kinds} == {(False, False), (False, True), (True, False), (True, True)}  # control: all were met
 
 
 @st.composite
@@ -159,9 +198,7 @@ def test_bounds_for_all_sizes_are_never_below(examples, monkeypatch, record_test
         if bound.method != EVERYWHERE:
             return
         found.append(bound.proved)
-        padding = op.padding if isinstance(op.padding, str) else [list(pair) for pair in op.padding]
-        fields = {"kernel": op.kernel, "in_shape": list(op.in_shape), "padding": padding, "strides": [op.strides] * 2}
-        axes = checker.Conv(fields).axes
+        axes = checked(op).axes
         assert checker.conv_below(op.kernel, axes, bound.method, bound.details, Fraction(bound.claimed))
         ratio = math.sqrt(float(squared * power(exponent) ** 2 / Fraction(bound.proved) ** 2))
         below = Fraction(bound.proved) * Fraction(ratio) * (1 - Fraction(1, 2**30))
@@ -201,20 +238,20 @@ def test_frequency_bounds_are_never_below(examples, record_testsuite_property):
 @st.composite
 def exponentials(draw):
     h, w, c = (draw(st.integers(1, n)) for n in (5, 5, 3))
-    side = st.sampled_from([1, 3, 5])
+    side, groups = st.sampled_from([1, 3, 5]), draw(st.sampled_from([1, 1, 2]))
     shape = draw(side), draw(side), c, c
-    kernel = array_of(draw(st.sampled_from(PATTERNS)), shape, draw(st.integers(0, 2**32)))
+    parts = [array_of(draw(st.sampled_from(PATTERNS)), shape, draw(st.integers(0, 2**32))) for _ in range(groups)]
+    kernel = np.concatenate([part - np.flip(part, (0, 1)).swapaxes(2, 3) for part in parts], 3) / 2
     kernel = scaled(kernel, draw(st.integers(-12, 3)))
-    kernel = (kernel - np.flip(kernel, (0, 1)).swapaxes(2, 3)) / 2
-    padding = draw(st.sampled_from(["ZERO", "CIRCULAR"]))
-    return functools.partial(operators.ConvExponential, kernel, (h, w, c), draw(st.integers(1, 7)), padding)
+    options = {"padding": draw(st.sampled_from(["ZERO", "CIRCULAR"])), "groups": groups}
+    return functools.partial(operators.ConvExponential, kernel, (h, w, c * groups), draw(st.integers(1, 7)), **options)
 
 
 def test_truncated_exponentials_are_never_below(examples, record_testsuite_property):
     found = []
 
     def check(op):
-        skew, exponent = conv_matrix(operators.Conv(op.kernel, op.in_shape, 1, op.padding))
+        skew, exponent = conv_matrix(operators.Conv(op.kernel, op.in_shape, 1, op.padding, op.groups))
         rough = floats(skew)
         matrix = np.ldexp(rough[0], min(rough[1] + exponent, 900))
         term = total = np.eye(len(matrix))
