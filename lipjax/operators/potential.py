@@ -211,6 +211,7 @@ class Sandwich(_TwoPaths):
                 f"Sandwich expects outputs between 1 and {columns - 1}, so that of the {columns} columns or input "
                 f"channels of [A B] some are A's and some B's, got {self.outputs!r}."
             )
+        self.linear.channels(0, self.outputs)  # a map that cannot be split raises here
 
     def _forward(self) -> Factor:
         return self.linear.channels(self.outputs, None)

@@ -142,7 +142,11 @@ WRONG = [
     (PotentialStep, {"activation": LeakyReLU((2,), -0.5)}, "got a LeakyReLU of slopes between -0.5 and 1"),
     (PotentialStep, {"activation": ReLU((3,))}, r"gives shape \(2,\), but the ReLU takes \(3,\)"),
     (Sandwich, {"activation": LeakyReLU((2,), -1.0)}, "got a LeakyReLU of slopes between -1 and 1"),
-    (Sandwich, {"linear": Conv(np.ones((1, 1, 1, 2)), IMAGE, groups=2)}, "one group, got 2: channels of groups"),
+    (
+        Sandwich,
+        {"linear": Conv(np.ones((1, 1, 1, 2)), IMAGE, groups=2), "activation": ReLU(IMAGE)},
+        "one group, got 2: channels of groups",
+    ),
     (Sandwich, {"outputs": 2}, "outputs between 1 and 1, .* got 2"),
     (Sandwich, {"outputs": 0}, "outputs between 1 and 1"),
     (SpaceToDepth, {"block": 3}, "divides"),
