@@ -13,6 +13,7 @@ import durations
 import jax
 import pytest
 from jaxtyping import install_import_hook
+from threadpoolctl import threadpool_limits
 
 # Enforces the shapes and dtypes in every annotation of lipjax; must precede its first import.
 install_import_hook("lipjax", "beartype.beartype")
@@ -63,4 +64,11 @@ def _strict_dtypes(request):
     """An accidental float32 among float64 costs a bound its proof. Ranks may differ: a bias is added to images."""
     theory = request.path.parent.name == "theory" and "mixed_dtypes" not in request.keywords
     with jax.numpy_dtype_promotion("strict" if theory else "standard"):
+        yield
+
+
+@pytest.fixture
+def one_blas_thread():
+    """For oracles by dense matrices: two OpenBLAS threads on a busy machine make a QR of 1100 rows take seconds."""
+    with threadpool_limits(limits=1, user_api="blas"):
         yield

@@ -10,9 +10,11 @@ import sys
 import time
 
 import numpy as np
+from absl import flags
 from training_helpers import scratch
 
-from lipjax.training.checkpoint import Checkpointer
+from lipjax import run
+from lipjax.training import cluster
 from lipjax.training.same_run import plain
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -135,14 +137,17 @@ def assert_agree(ours, theirs):
             np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=f"{name} of step {a['step']}")
 
 
-def latest_step(directory):
-    with Checkpointer(directory / "checkpoints", read_only=True) as checkpointer:
-        return checkpointer.latest_step()
-
-
 def keep_until(directory, target, step):
     """A copy of a run as it was when it had saved a step."""
     shutil.copytree(directory, target)
     for path in (target / "checkpoints").iterdir():
         if int(path.name) > step:
             shutil.rmtree(path)
+
+
+def launch(config, workdir):
+    """A run in this process, as train.py starts it."""
+    values = flags.FlagValues()
+    cluster.define_flags(values)
+    values(["train.py"])
+    return cluster.launch(lambda: run.run(config, workdir), "interrupted", values)

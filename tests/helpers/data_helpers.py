@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import tarfile
 import types
 
@@ -91,3 +92,8 @@ def write_imagenet(data_dir):
             pixels = random_images(1, *size, 3, seed=index)[0]
             add_file(test, f"ILSVRC2012_val_{index:08}.JPEG", encoded(pixels))
     return data_dir
+
+
+def take(batches, count):
+    """The first batches of a stream."""
+    return list(itertools.islice(batches, count))

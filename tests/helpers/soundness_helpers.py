@@ -5,10 +5,18 @@ import os
 from fractions import Fraction
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-EXAMPLES = {"normal": 60, "nightly": int(os.environ.get("LIPJAX_EXAMPLES", "2000"))}
+# A test with the argument `examples` tries so many, and many more at night.
+few_and_nightly_many = pytest.mark.parametrize(
+    "examples",
+    [
+        pytest.param(60, id="normal"),
+        pytest.param(int(os.environ.get("LIPJAX_EXAMPLES", "2000")), id="nightly", marks=pytest.mark.nightly),
+    ],
+)
 
 
 # Exponents of two by which whole operators are scaled: about 1e-30 to 1e30, and now and then the ends of the range.

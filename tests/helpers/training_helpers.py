@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import json
 import os
 import pathlib
 import shutil
@@ -113,6 +114,21 @@ def trained() -> pathlib.Path:
     directory = scratch() / "trained"
     train(tiny_config(), directory, 0)
     return directory
+
+
+def read(path: pathlib.Path):
+    """What a JSON file holds."""
+    return json.loads(path.read_text())
+
+
+def metric_lines(directory: pathlib.Path) -> list[str]:
+    return (directory / "metrics.jsonl").read_text().splitlines()
+
+
+def latest_step(directory: pathlib.Path) -> int | None:
+    """The last step of which a run has a checkpoint."""
+    with Checkpointer(directory / "checkpoints", read_only=True) as checkpointer:
+        return checkpointer.latest_step()
 
 
 def final_state(directory, config, seed: int = 0):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_helpers import relative
 from ml_collections import ConfigDict
 from training_helpers import quick_compiles  # noqa: F401
 
@@ -174,10 +175,6 @@ def original():
         arrays = dict(file)
     state = {name.removeprefix("param/"): a for name, a in arrays.items() if name.startswith("param/")}
     return arrays, state, json.loads(str(arrays["meta"]))["constructor"]
-
-
-def relative(ours, theirs):
-    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
 
 
 def test_logits_are_the_originals():

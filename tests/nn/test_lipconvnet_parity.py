@@ -3,19 +3,16 @@
 The golden files hold what the original PyTorch code computed in float64 (tests/golden/README.md).
 """
 
-import json
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_helpers import GOLDEN, load, relative
 from training_helpers import quick_compiles  # noqa: F401
 
 from lipjax import bounds, certify, interop, losses
 from lipjax.nn import COLLECTION
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 PARITY = 1e-9
 FILES = sorted(path.stem for path in GOLDEN.glob("lipconvnet_*.npz"))
 # Every layer, depth, activation and head is among those of every run. Nightly adds, at two blocks (0.5 MB a
@@ -35,17 +32,6 @@ ALWAYS = {
 
 def cases(names):
     return [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.nightly) for name in names]
-
-
-def load(name):
-    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
-        arrays = dict(file)
-    return arrays, json.loads(str(arrays.pop("meta")))
-
-
-def relative(ours, theirs):
-    scale = np.abs(theirs).max()
-    return float(np.abs(np.asarray(ours) - theirs).max() / (scale if scale else 1.0))
 
 
 def imported(name):

@@ -1,29 +1,15 @@
 """The blocks of LiResNet against the papers' own code (golden files), in float64 to 1e-9."""
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_helpers import GOLDEN, hwio, nhwc, relative
 
 from lipjax import activations, conv, operators
 from lipjax.parametrize.residual import linear_residual
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 PARITY = 1e-9
-
-
-def nhwc(a):
-    return jnp.asarray(np.moveaxis(a, 1, -1))
-
-
-def hwio(a):
-    return jnp.asarray(np.moveaxis(a, (-4, -3, -2, -1), (-1, -2, -4, -3)))
-
-
-def relative(a, b):
-    return np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max()
 
 
 def test_stem_convolution_and_its_norm():

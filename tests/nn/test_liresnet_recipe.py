@@ -1,12 +1,10 @@
 """What the recipe of 2024 adds to LiResNet: against the original code to 1e-9, in training, and when it is frozen."""
 
-import json
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_helpers import GOLDEN, hwio, load, nhwc, relative
 from training_helpers import differing, quick_compiles, tiny_config  # noqa: F401  quick_compiles is a fixture
 
 import lipjax
@@ -16,7 +14,6 @@ from lipjax.models import LiResNet
 from lipjax.nn import COLLECTION, CholeskyConv, CholeskyDense, CholeskyStack, LinearResidual, advance_means
 from lipjax.training.loop import Run
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 PARITY = 1e-9
 NETS = sorted(path.stem for path in GOLDEN.glob("liresnet*.npz"))
 RECIPE = {
@@ -28,26 +25,6 @@ RECIPE = {
     "optimizer.lookahead_period": 2,
 }
 SCHEDULE = {"epsilon": 0.1}
-
-
-def load(name):
-    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
-        arrays = dict(file)
-    return arrays, json.loads(str(arrays.pop("meta")))
-
-
-def nhwc(a):
-    return jnp.asarray(np.moveaxis(a, 1, -1))
-
-
-def hwio(a):
-    return jnp.asarray(np.moveaxis(a, (-4, -3, -2, -1), (-1, -2, -4, -3)))
-
-
-def relative(a, b):
-    a, b = np.asarray(a), np.asarray(b)
-    assert a.shape == b.shape
-    return np.abs(a - b).max() / np.abs(b).max()
 
 
 def run_through(ops, x):

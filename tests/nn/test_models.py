@@ -5,11 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_helpers import tiny
 from training_helpers import shipped_configs
 
 from lipjax import bounds
 from lipjax.errors import UserError
-from lipjax.models import LiResNet, get_model
+from lipjax.models import get_model
 from lipjax.nn.model import COLLECTION
 from lipjax.training import config_file
 from lipjax.training.config import validate
@@ -23,11 +24,6 @@ DATA = {
     "imagenet": ((224, 224, 3), 1000),
     "folder": ((32, 32, 3), 10),  # of any size: tests/training/test_config_file.py
 }
-
-
-def tiny(**options):
-    sizes = {"depth": 2, "width": 4, "stem_kernel": 3, "stem_strides": 1, "stem_padding": 1, **options}
-    return LiResNet(input_shape=(8, 8, 1), num_classes=3, **sizes)
 
 
 def count(tree):

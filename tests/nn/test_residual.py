@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_helpers import tiny
 from rich.console import Console
 from training_helpers import quick_compiles, tiny_config  # noqa: F401  quick_compiles is a fixture
 
@@ -15,7 +16,7 @@ from lipjax import FrozenNetwork, bounds, checker, operators
 from lipjax.errors import NotCertifiable, UserError
 from lipjax.evaluation import evaluate
 from lipjax.evaluation.html.page import write_reports
-from lipjax.models import LiResNet, get_model
+from lipjax.models import get_model
 from lipjax.network import make_network
 from lipjax.nn import COLLECTION
 from lipjax.training import loop
@@ -229,11 +230,6 @@ def test_liplt_refuses_it_by_name():
     with pytest.raises(NotCertifiable, match=r"block \(Residual\): LipLT takes linear operators"):
         bounds.margin_liplt_bound(network)
     assert FrozenNetwork(jax.tree.map(np.asarray, network)).margin_lipschitz()[0, 1] == pytest.approx(2 * 2**0.5)
-
-
-def tiny(**options):
-    sizes = {"depth": 2, "width": 4, "stem_kernel": 3, "stem_strides": 1, "stem_padding": 1, **options}
-    return LiResNet(input_shape=(8, 8, 1), num_classes=3, **sizes)
 
 
 def test_the_model_is_the_papers_alternative_to_its_block(key):

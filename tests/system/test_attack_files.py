@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from test_falsify import certified
-from training_helpers import made_up_images, quick_compiles, tiny_config  # noqa: F401
+from training_helpers import made_up_images, quick_compiles, read, tiny_config  # noqa: F401
 
 from lipjax import __main__ as program
 from lipjax.certify import FrozenNetwork
@@ -29,10 +29,6 @@ def workdir(tmp_path):
     for name in FILES:
         (tmp_path / "run" / name).unlink()
     return tmp_path / "run"
-
-
-def read(path):
-    return json.loads(path.read_text())
 
 
 def kept(workdir):

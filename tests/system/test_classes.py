@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from checker_helpers import NETWORKS, Forger, contents, write_run
 from rich.console import Console
+from training_helpers import read
 
 from lipjax import FrozenNetwork, checker
 from lipjax.errors import UserError
@@ -18,10 +19,6 @@ from lipjax.evaluation.html.page import write_reports
 
 NAMES = ("cat", "hot dog", "Öre", "<b>[bold]\x1b[31m")  # of the four classes of `mlp_network`
 RADII = {"0.01": 0.01, "0.05": 0.05}
-
-
-def read(path):
-    return json.loads(path.read_text())
 
 
 # ---- the frozen network

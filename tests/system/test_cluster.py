@@ -18,20 +18,20 @@ from cluster_helpers import (
     Processes,
     assert_agree,
     keep_until,
-    latest_step,
+    launch,
     metrics,
 )
 from training_helpers import (  # noqa: F401  quick_compiles is a fixture
     differing,
     final_state,
     interrupt_at,
+    latest_step,
     quick_compiles,
     signal_in,
     tiny_config,
     trained,
 )
 
-from lipjax import run
 from lipjax.errors import UserError
 from lipjax.training import cluster, lock, stopping
 from lipjax.training.loop import train
@@ -134,13 +134,6 @@ def test_an_error_in_one_process_ends_the_others_with_a_word(tmp_path):
     assert (code, out, other_code, other_out) == (2, "", 2, "")
     assert f"Error: process 0 of 2: {tmp_path / 'run'} is in use by another training (process {os.getpid()} on" in err
     assert "Error: process 0 stopped with exit code 2: see its output. Start all processes again" in other_err
-
-
-def launch(config, workdir):
-    values = flags.FlagValues()
-    cluster.define_flags(values)
-    values(["train.py"])
-    return cluster.launch(lambda: run.run(config, workdir), "interrupted", values)
 
 
 # In the middle of an epoch; at the end of one that neither validates nor saves; in the last step.

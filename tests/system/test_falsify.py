@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
-from training_helpers import npz_file, quick_compiles, scratch, tiny_config, trained  # noqa: F401
+from training_helpers import npz_file, quick_compiles, read, scratch, tiny_config, trained  # noqa: F401
 
 from lipjax import __main__ as program
 from lipjax import attacks, operators
@@ -173,10 +173,6 @@ def command(capsys):
         return code, out, err
 
     return call
-
-
-def read(path):
-    return json.loads(path.read_text())
 
 
 @pytest.mark.x64_off

@@ -13,27 +13,19 @@ import time
 
 import jax.numpy as jnp
 import pytest
-from absl import flags
-from cluster_helpers import CONFIG, ROOT
+from cluster_helpers import CONFIG, ROOT, launch
 from rich.console import Console
 from training_helpers import quick_compiles, tiny_config, trained  # noqa: F401  quick_compiles is a fixture
 
 from lipjax import files, run
 from lipjax.errors import UserError, run_command
-from lipjax.training import cluster, lock
+from lipjax.training import lock
 from lipjax.training.checkpoint import Checkpointer
 from lipjax.training.loop import train
 from lipjax.training.metrics import FILE_NAME, MetricWriter
 from lipjax.training.same_run import plain
 
 STATE = {"w": jnp.ones((64, 64)), "v": jnp.ones((8,)), "step": jnp.int32(1)}
-
-
-def launch(config, workdir):
-    values = flags.FlagValues()
-    cluster.define_flags(values)
-    values(["train.py"])
-    return cluster.launch(lambda: run.run(config, workdir), "interrupted", values)
 
 
 # What a process may not write is limited to 2 kB a file, as by a quota; Python and TensorStore get EFBIG then.

@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 from rich.console import Console
-from training_helpers import made_up_images, quick_compiles, tiny_config, trained  # noqa: F401
+from training_helpers import made_up_images, quick_compiles, read, tiny_config, trained  # noqa: F401
 
 import lipjax
 from lipjax import checker
@@ -27,10 +27,6 @@ from lipjax.training.same_run import plain
 def workdir(tmp_path):
     shutil.copytree(trained(), tmp_path / "run")
     return tmp_path / "run"
-
-
-def read(path):
-    return json.loads(path.read_text())
 
 
 @pytest.mark.x64_off

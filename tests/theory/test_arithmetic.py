@@ -1,16 +1,13 @@
 """What proofs take for granted is tested before they are made: the rounding mode, and numbers that float64 holds."""
 
-import contextlib
-import ctypes
-import ctypes.util
 import inspect
-import platform
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from rounding_helpers import MODES, rounding
 
 import lipjax
 from lipjax import bounds, curvature, operators, spectral
@@ -20,21 +17,8 @@ from lipjax.network import make_network
 from lipjax.numerics import gamma
 from lipjax.spectral import arithmetic
 
-# What <fenv.h> calls FE_DOWNWARD, FE_UPWARD and FE_TOWARDZERO. To nearest is 0 on both.
-MODES = {"x86_64": (0x400, 0x800, 0xC00), "aarch64": (0x800000, 0x400000, 0xC00000)}.get(platform.machine(), ())
 pytestmark = pytest.mark.filterwarnings("error")
 RNG = np.random.default_rng(0)
-
-
-@contextlib.contextmanager
-def rounding(mode):
-    """The block computes in another rounding mode; afterwards to nearest again, whatever happens in it."""
-    library = ctypes.CDLL(ctypes.util.find_library("m"))
-    assert library.fesetround(mode) == 0
-    try:
-        yield
-    finally:
-        assert library.fesetround(0) == 0
 
 
 def mlp_head():

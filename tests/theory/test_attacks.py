@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from array_helpers import norms
 from training_helpers import quick_compiles  # noqa: F401
 
 from lipjax import attacks, bounds, operators
@@ -46,10 +47,6 @@ def linear():
     score = images.reshape(20, -1) @ w + b
     model = Linear(jnp.asarray(w), jnp.asarray(b))
     return model, images, (score > 0).astype(np.int32), np.abs(score) / np.linalg.norm(w)
-
-
-def norms(delta):
-    return np.sqrt((np.asarray(delta, np.float64) ** 2).reshape(len(delta), -1).sum(1))
 
 
 def test_pgd_finds_the_closed_form_optimum(linear, key):

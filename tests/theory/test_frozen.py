@@ -2,9 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
-import subprocess
-import sys
 from fractions import Fraction
 
 import flax.linen as nn
@@ -12,32 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from frozen_helpers import frozen_network, small_model, small_network
 
 import lipjax
 from lipjax import bounds, operators
 from lipjax.certify import FrozenNetwork
 from lipjax.certify.frozen import float64_on_cpu
 from lipjax.errors import NotCertifiable, UserError
-from lipjax.models import LiResNet
 from lipjax.network import make_network
 
 
-def small_network(scale=1.0, seed=0, mean=0.3, std=0.7):
-    rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape) * scale)  # noqa: E731
-    ops = [
-        ("conv", operators.Conv(draw(3, 3, 1, 2), (3, 3, 1))),
-        ("bias", operators.Bias(draw(2), (3, 3, 2))),
-        ("act", operators.MaxMin((3, 3, 2))),
-        ("flat", operators.Flatten((3, 3, 2))),
-        ("dense", operators.Dense(draw(4, 18))),
-        ("act2", operators.MaxMin((4,))),
-    ]
-    return make_network(ops, operators.LinearHead(draw(3, 4), draw(3)), mean, std)
-
-
-def frozen_network(**kwargs):
-    return FrozenNetwork(jax.tree.map(np.asarray, small_network(**kwargs)))
+@pytest.fixture(scope="module")
+def model_and_variables():
+    return small_model()
 
 
 def exact_logits(network, image):
@@ -137,19 +121,6 @@ def test_certificates_hold_against_steps_towards_the_nearest_rival():
     assert flips > 5  # control: further out, the class does change
 
 
-@pytest.fixture(scope="module")
-def model_and_variables():
-    model = LiResNet(
-        input_shape=(8, 8, 1), num_classes=3, depth=2, width=4, stem_kernel=3, stem_strides=1, stem_padding=1
-    )
-    jax.config.update("jax_enable_x64", False)
-    try:
-        variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1), jnp.float32))
-    finally:
-        jax.config.update("jax_enable_x64", True)
-    return model, variables
-
-
 def test_freeze_gives_the_models_function(model_and_variables):
     model, variables = model_and_variables
     assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(variables))
@@ -180,53 +151,6 @@ def test_report_names_every_layer(model_and_variables):
     for row in rows:
         if row.name in estimates:
             assert estimates[row.name] <= row.claimed <= estimates[row.name] * 1.05
-
-
-def test_save_and_load_give_the_same_certificate(tmp_path, model_and_variables):
-    frozen = lipjax.freeze(*model_and_variables)
-    frozen.save(tmp_path)
-    loaded = FrozenNetwork.load(tmp_path)
-    assert loaded.sha256() == frozen.sha256() and loaded.network.names == frozen.network.names
-    x = np.random.default_rng(1).uniform(0, 1, (3, 8, 8, 1))
-    first, second = frozen.certify(x), loaded.certify(x)
-    np.testing.assert_array_equal(first.radii, second.radii)
-    np.testing.assert_array_equal(first.margins, second.margins)
-    other = frozen_network()
-    assert other.sha256() != frozen.sha256()
-
-
-def flip_byte(path, position):
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(bytes(data))
-
-
-def edit_json(path, change):
-    document = json.loads(path.read_text())
-    change(document)
-    path.write_text(json.dumps(document))
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda d: flip_byte(d / "network.safetensors", -1), "hash"),
-        (lambda d: (d / "network.safetensors").write_bytes(b"abc"), "damaged"),
-        (lambda d: (d / "network.safetensors").unlink(), "missing"),
-        (lambda d: (d / "network.json").unlink(), "missing"),
-        (lambda d: (d / "network.json").write_text("{"), "damaged"),
-        (lambda d: edit_json(d / "network.json", lambda j: j.update(schema=99)), "schema"),
-        (lambda d: edit_json(d / "network.json", lambda j: j["ops"][0].update(type="Unknown")), "fit"),
-        (lambda d: edit_json(d / "network.json", lambda j: j["ops"][0].update(padding="CIRCULAR")), "hash"),
-        (lambda d: edit_json(d / "network.json", lambda j: j.update(sha256="0" * 64)), "hash"),
-    ],
-)
-def test_damaged_files_are_refused(tmp_path, damage, message):
-    frozen_network().save(tmp_path)
-    FrozenNetwork.load(tmp_path)  # control: undamaged files load
-    damage(tmp_path)
-    with pytest.raises(UserError, match=message):
-        FrozenNetwork.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -359,61 +283,6 @@ def test_freeze_takes_any_model_that_builds():
     model = Tiny()
     frozen = lipjax.freeze(model, model.init(jax.random.key(0), method="build"))
     assert frozen.num_classes == 2 and frozen.in_shape == (3,)
-
-
-def test_the_arrays_cannot_be_made_writable_again(tmp_path):
-    """Bounds are computed once: an array that changed after that would be certified with them."""
-    matrix = np.eye(3)
-    network = make_network([("dense", operators.Dense(matrix))], operators.LinearHead(np.eye(3), np.zeros(3)))
-    frozen = FrozenNetwork(jax.tree.map(lambda a: np.asarray(a, np.float64), network))
-    for array in frozen.arrays().values():
-        with pytest.raises(ValueError, match="WRITEABLE"):
-            array.setflags(write=True)
-    matrix[0, 0] = 100.0  # control: the caller's own array is another one
-    assert frozen.network.ops[0].matrix[0, 0] == 1.0
-
-
-@pytest.mark.parametrize("shape", [[], [3, 4, 5, 6], "wide", {}])
-def test_a_damaged_layout_ends_as_one_error(tmp_path, shape):
-    network = make_network(
-        [("sort", operators.MaxMin((4,)))], operators.LinearHead(np.eye(4), np.zeros(4)), np.zeros(1), np.ones(1)
-    )
-    FrozenNetwork(jax.tree.map(lambda a: np.asarray(a, np.float64), network)).save(tmp_path)
-    document = json.loads((tmp_path / "network.json").read_text())
-    document["ops"][0]["in_shape"] = shape
-    (tmp_path / "network.json").write_text(json.dumps(document))
-    with pytest.raises(UserError):
-        FrozenNetwork.load(tmp_path)
-
-
-RUN_ELSEWHERE = """
-import sys
-import jax
-import jax.export
-import numpy as np
-jax.config.update("jax_enable_x64", sys.argv[4] == "float64")
-with open(sys.argv[1], "rb") as file:
-    program = jax.export.deserialize(bytearray(file.read()))
-np.save(sys.argv[3], program.call(np.load(sys.argv[2]).astype(sys.argv[4])))
-assert not any(name.split(".")[0] in ("lipjax", "flax") for name in sys.modules)
-"""
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_an_exported_program_runs_without_lipjax(tmp_path, model_and_variables, dtype):
-    frozen = lipjax.freeze(*model_and_variables)
-    (tmp_path / "program").write_bytes(frozen.export(dtype))
-    images = np.random.default_rng(0).random((3, *frozen.in_shape))
-    np.save(tmp_path / "images.npy", images)
-    files = [str(tmp_path / name) for name in ("program", "images.npy", "logits.npy")]
-    subprocess.run([sys.executable, "-I", "-c", RUN_ELSEWHERE, *files, dtype], check=True, cwd=tmp_path)
-    logits = np.load(files[2])
-    assert logits.dtype == dtype
-    np.testing.assert_allclose(logits, frozen(images), rtol=0, atol=1e-4 if dtype == "float32" else 1e-12)
-    if dtype == "float32":
-        assert (logits != frozen(images)).any()  # control: it is the rounded network
-    with pytest.raises(ValueError, match="float16"):
-        frozen.export("float16")
 
 
 def test_a_users_mesh_does_not_move_the_proof_off_the_host(model_and_variables):

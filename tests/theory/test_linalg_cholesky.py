@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from golden_helpers import relative
 
 from lipjax import linalg
 from lipjax.linalg import cholesky
@@ -28,10 +29,6 @@ def exact(w, ridge):
     gram = w @ w.T
     lower = scipy.linalg.cholesky(gram + ridge * np.diag(gram).mean() * np.eye(len(gram)), lower=True)
     return scipy.linalg.solve_triangular(lower, w, lower=True)
-
-
-def relative(a, b):
-    return np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max()
 
 
 @pytest.mark.parametrize("method", ["products", "auto"])

@@ -1,23 +1,18 @@
 """Losses against the papers' own code (golden files), and against loops over the definitions."""
 
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_helpers import GOLDEN, relative
 
 from lipjax import certify, losses
 from lipjax.operators import LinearHead
 from lipjax.parametrize import lln
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 PARITY = 1e-9  # relative, float64: the golden files' own tolerance
-
-
-def relative(a, b):
-    return np.abs(np.asarray(a) - b).max() / np.abs(b).max()
 
 
 @pytest.mark.parametrize("setting", ["0", "1"])

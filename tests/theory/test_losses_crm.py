@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_helpers import relative
 
 from lipjax import certify, losses
 
@@ -21,10 +22,6 @@ VARIANTS = {
     "crm_max": losses.crm_max,
 }
 SETTING_ARRAYS = {name: np.float64(value) for name, value in SETTING.items()}
-
-
-def relative(a, b):
-    return np.abs(np.asarray(a) - b).max() / np.abs(b).max()
 
 
 @pytest.fixture(scope="module")

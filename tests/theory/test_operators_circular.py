@@ -8,19 +8,14 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_limits
 
 from lipjax import _dft, conv, spectral
 from lipjax.errors import NotCertifiable
 from lipjax.operators.circular import CircularConv, CircularSeries
 
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
+
 SIZES = [(1, 1), (2, 2), (1, 6), (3, 4), (4, 5), (8, 9), (10, 8)]
-
-
-@pytest.fixture(autouse=True)
-def _one_blas_thread():
-    with threadpool_limits(limits=1, user_api="blas"):
-        yield
 
 
 def normal(shape, seed=0, scale=1.0):

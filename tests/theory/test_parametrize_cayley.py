@@ -2,17 +2,16 @@
 
 import functools
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_helpers import GOLDEN, hwio, nhwc, relative
 
 from lipjax import conv, linalg
 from lipjax.parametrize import cayley
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 PARITY = 1e-9
 UNIT = 2.0**-53
 CONVS = ("up", "down", "k5", "s2", "s2_k4", "odd_size")
@@ -25,18 +24,6 @@ SIZES = [  # kernel sides, map; even, odd and not square, kernels beyond the map
     ((3, 3), (1, 1)),
     ((1, 1), (4, 3)),
 ]
-
-
-def nhwc(a):
-    return jnp.asarray(np.moveaxis(a, 1, -1))
-
-
-def hwio(a):
-    return jnp.asarray(np.transpose(a, (2, 3, 1, 0)))
-
-
-def relative(a, b):
-    return np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max()
 
 
 def convolve(response, x):

@@ -2,34 +2,21 @@
 
 import functools
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_helpers import GOLDEN, hwio, nhwc, relative
 
 from lipjax import conv
 from lipjax.operators.exponential import ConvExponential
 from lipjax.parametrize import soc
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 PARITY = 1e-9
 EXACT = ("s1_up", "s1_down", "s1_k1", "s2_up", "s2_down")
 FAST = ("s1_up", "s1_down", "s2")
 VECTORS = ("u1", "v1", "u2", "v2", "u3", "v3", "u4", "v4")
-
-
-def nhwc(a):
-    return jnp.asarray(np.moveaxis(a, 1, -1))
-
-
-def hwio(a):
-    return jnp.asarray(np.transpose(a, (2, 3, 1, 0)))
-
-
-def relative(a, b):
-    return np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max()
 
 
 class Layer:

@@ -8,19 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
-from threadpoolctl import threadpool_limits
 
 from lipjax import conv
 from lipjax.operators.circular import CircularConv, CircularSeries
 from lipjax.parametrize import soc_frequency
 
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
+
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-
-
-@pytest.fixture(autouse=True)
-def _one_blas_thread():
-    with threadpool_limits(limits=1, user_api="blas"):
-        yield
 
 
 def skew(seed=0, channels=3, taps=(3, 5), scale=0.3, dtype=jnp.float64):

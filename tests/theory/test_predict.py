@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from test_frozen import frozen_network
+from frozen_helpers import frozen_network
 
 from lipjax.certify import frozen as module
 from lipjax.errors import UserError

@@ -1,7 +1,7 @@
 """Attempts to break bounds: random hostile operators against lower bounds of their norms in exact rational arithmetic.
 
 A quotient |A v| / |v| of rationals is computed without any rounding, so that a bound below one is a false proof and
-never a false alarm. `pytest -m nightly tests/theory/test_soundness.py` tries more than 10,000 operators; with
+never a false alarm. `pytest -m nightly` of this file and of test_soundness_networks.py tries more than 10,000; with
 --junitxml=FILE it records how far bounds are above the quotients.
 """
 
@@ -11,15 +11,14 @@ import json
 import math
 from fractions import Fraction
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 from soundness_helpers import (
-    EXAMPLES,
     PATTERNS,
     array_of,
     arrays,
+    few_and_nightly_many,
     floats,
     integers,
     looseness,
@@ -31,15 +30,9 @@ from soundness_helpers import (
 )
 
 from benchmarks import power_iteration
-from lipjax import FrozenNetwork, NotCertifiable, bounds, checker, conv, operators
+from lipjax import NotCertifiable, checker, conv, operators
 from lipjax.certify.layout import entry_of
-from lipjax.network import make_network
 from lipjax.spectral import EVERYWHERE, norms
-
-
-@pytest.fixture(params=[pytest.param("normal"), pytest.param("nightly", marks=pytest.mark.nightly)])
-def examples(request):
-    return EXAMPLES[request.param]
 
 
 @st.composite
@@ -96,6 +89,7 @@ def conv_matrix(op) -> tuple[np.ndarray, int]:
     return matrix.reshape(out_h * out_w * o, h * w * c), exponent
 
 
+@few_and_nightly_many
 def test_dense_bounds_are_never_below(examples, record_testsuite_property):
     found = []
 
@@ -108,6 +102,7 @@ def test_dense_bounds_are_never_below(examples, record_testsuite_property):
     assert max(found) < 1e-11
 
 
+@few_and_nightly_many
 def test_convolution_bounds_are_never_below(examples, record_testsuite_property):
     found = []
 
@@ -122,6 +117,7 @@ def test_convolution_bounds_are_never_below(examples, record_testsuite_property)
     assert max(found) < 1e-6  # maps this small are bounded as dense matrices or exactly by frequency
 
 
+@few_and_nightly_many
 def test_row_sums_are_never_below(examples):
     """Of any kernel, those whose channels are scaled by row sums included, in `spectral` and in the checker."""
 
@@ -149,6 +145,7 @@ def checked(op):
     return checker.Conv(fields | {"kernel": op.kernel})
 
 
+@few_and_nightly_many
 def test_the_checker_proves_convolutions_and_nothing_below(examples, monkeypatch):
     monkeypatch.setattr(norms, "_DENSE_SIDE", 0)  # frequencies are looked at for small maps, too
     kinds = []
@@ -186,6 +183,7 @@ def orthogonal_convolutions(draw):
     return functools.partial(operators.Conv, kernel, (h, w, c), block, padding)
 
 
+@few_and_nightly_many
 def test_bounds_for_all_sizes_are_never_below(examples, monkeypatch, record_testsuite_property):
     monkeypatch.setattr(norms, "_TINY_SIDE", 0)
     found, methods = [], []
@@ -217,6 +215,7 @@ def frequency_operators(draw):
     return functools.partial(operators.CircularConv.from_blocks, draw(arrays(fixed, o, i)), paired, (h, w, i))
 
 
+@few_and_nightly_many
 def test_frequency_bounds_are_never_below(examples, record_testsuite_property):
     """The map is block diagonal in an orthonormal basis (test_dft.py): its norm is that of the largest block."""
     found = []
@@ -247,6 +246,7 @@ def exponentials(draw):
     return functools.partial(operators.ConvExponential, kernel, (h, w, c * groups), draw(st.integers(1, 7)), **options)
 
 
+@few_and_nightly_many
 def test_truncated_exponentials_are_never_below(examples, record_testsuite_property):
     found = []
 
@@ -293,6 +293,7 @@ def residuals(draw):
     return make
 
 
+@few_and_nightly_many
 def test_residual_bounds_are_never_below(examples, record_testsuite_property):
     found = []
 
@@ -308,153 +309,6 @@ def test_residual_bounds_are_never_below(examples, record_testsuite_property):
     search(check, residuals(), examples)
     record_testsuite_property("looseness, residual, median", float(np.median(found)))
     assert min(found) < 1e-6  # a branch that is small, or points the same way
-
-
-@st.composite
-def linear_heads(draw):
-    classes, features = draw(st.integers(1, 6)), draw(st.integers(1, 9))
-    matrix = draw(arrays(classes, features))
-    if draw(st.booleans()):
-        matrix[-1] = matrix[0]
-    return functools.partial(operators.LinearHead, matrix, np.zeros(classes))
-
-
-def test_pairwise_bounds_of_heads_are_never_below(examples):
-    def check(head):
-        matrix, exponent = integers(head.matrix)
-        table = head.pairwise_bound()
-        for i, j in np.ndindex(table.shape):
-            row = matrix[i] - matrix[j]
-            looseness(table[i, j], Fraction(int(sum(row * row))), power(exponent))
-            assert (table[i, j] == 0) == (not row.any())
-
-    search(check, linear_heads(), examples)
-
-
-@st.composite
-def mlp_heads(draw):
-    classes, hidden, features = (draw(st.integers(1, n)) for n in (4, 6, 6))
-    w1, w2 = (
-        scaled(
-            array_of(draw(st.sampled_from(PATTERNS)), shape, draw(st.integers(0, 2**32))), draw(st.integers(-30, 20))
-        )
-        for shape in ((hidden, features), (classes, hidden))
-    )
-    slopes = np.array(draw(st.lists(st.integers(0, 8), min_size=hidden, max_size=hidden)), dtype=object)
-    return lambda: (operators.MLPHead(w1, np.zeros(hidden), w2, np.zeros(classes)), slopes)
-
-
-def test_pairwise_bounds_of_mlp_heads_are_never_below(examples):
-    """Whatever the slopes of the hidden units in [0, 1], here multiples of 1/8."""
-
-    def check(example):
-        head, slopes = example
-        (w1, e1), (w2, e2) = integers(head.w1), integers(head.w2)
-        table = head.pairwise_bound()
-        for i, j in np.ndindex(table.shape):
-            row = ((w2[i] - w2[j]) * slopes) @ w1
-            looseness(table[i, j], Fraction(int(sum(row * row))), power(e1 + e2 - 3))
-
-    search(check, mlp_heads(), examples)
-
-
-@st.composite
-def chains(draw):
-    widths = draw(st.lists(st.integers(1, 6), min_size=3, max_size=5))
-    slope = draw(st.sampled_from([(0.0, 1.0), (0.25, 1.0), (-0.5, 1.5), (-1.0, 1.0), (-1.0, 0.5), (0.0, 0.25)]))
-    exponents = [draw(st.integers(-40, 40)) for _ in widths[1:]]
-    weights = [
-        np.ldexp(array_of(draw(st.sampled_from(PATTERNS)), (n, m), draw(st.integers(0, 2**32))), exponent)
-        for m, n, exponent in zip(widths[:-1], widths[1:], exponents, strict=True)
-    ]
-    factors = [[draw(st.integers(0, 4)) for _ in range(n)] for n in widths[1:-1]]
-    return lambda: ([operators.Dense(w) for w in weights], slope, factors)
-
-
-def test_liplt_is_never_below_a_choice_of_slopes(examples, record_testsuite_property):
-    """x -> D x is an activation that the bound speaks of, for every diagonal D with entries in [alpha, beta]."""
-    found = []
-
-    def check(example):
-        layers, slope, factors = example
-        pairwise, report = bounds.liplt_bound(layers, slope)
-        matrix, exponent = integers(layers[0].matrix)
-        low, high = (int(8 * s) for s in slope)
-        for layer, steps in zip(layers[1:], factors, strict=True):
-            # alpha + k (beta - alpha) / 4 in units of 1/32
-            diagonal = np.array([4 * low + k * (high - low) for k in steps], dtype=object)
-            weights, e = integers(layer.matrix)
-            matrix, exponent = weights @ (diagonal[:, None] * matrix), exponent + e - 5
-        gain = squared_gain(matrix)
-        found.append(looseness(report.total, gain, power(exponent)) if gain else 0.0)
-        for i, j in np.ndindex(pairwise.shape):
-            row = matrix[i] - matrix[j]
-            looseness(pairwise[i, j], Fraction(int(sum(row * row))), power(exponent))
-
-    search(check, chains(), examples)
-    record_testsuite_property("looseness, LipLT, median", float(np.median(found)))
-    assert min(found) < 1e-6  # some choices are the worst case
-
-
-SHAPE, HIDDEN, CLASSES = (2, 2, 2), 5, 3
-
-
-@st.composite
-def affine_networks(draw):
-    """Normalisation, flattening, a dense layer, a bias and a head of fixed shapes; an image; perhaps equal rows."""
-    pattern, seed = st.sampled_from(PATTERNS), st.integers(0, 2**32)
-    matrix = scaled(array_of(draw(pattern), (HIDDEN, math.prod(SHAPE)), draw(seed)), draw(st.integers(-100, 100)))
-    rng = np.random.default_rng(draw(seed))
-    head = scaled(array_of(draw(pattern), (CLASSES, HIDDEN), draw(seed)), draw(st.integers(-20, 20)))
-    bias = rng.normal(size=CLASSES) * draw(st.sampled_from([0.0, 1e-12, 1.0]))
-    if draw(st.booleans()):
-        head[2], bias[2] = head[0], bias[0]
-    mean = rng.random(SHAPE[-1]) * draw(st.sampled_from([0.0, 1.0]))
-    std = draw(st.sampled_from([0.25, 1.0, 0.3, 7.0])) * np.ones(1)
-    shift = rng.normal(size=HIDDEN) * float(np.abs(matrix).max()) * draw(st.sampled_from([0.0, 1e-9, 1.0]))
-    images = rng.random((2, *SHAPE))
-
-    def make():
-        layers = [
-            ("flatten", operators.Flatten(SHAPE)),
-            ("linear", operators.Dense(matrix)),
-            ("bias", operators.Bias(shift, (HIDDEN,))),
-        ]
-        network = make_network(layers, operators.LinearHead(head, bias), mean, std)
-        return FrozenNetwork(jax.tree.map(np.asarray, network)), images
-
-    return make
-
-
-def rational(array) -> np.ndarray:
-    return np.array([Fraction(float(v)) for v in np.asarray(array).ravel()], dtype=object).reshape(np.shape(array))
-
-
-def test_certified_radii_are_never_above_the_distance_to_the_boundary(examples):
-    certified = []
-
-    def check(example):
-        frozen, images = example
-        network = frozen.network
-        certificate = frozen.certify(images)
-        _, dense, bias = network.ops
-        matrix, weights = rational(dense.matrix), rational(network.head.matrix)
-        std = Fraction(float(network.input_std[0]))
-        mean = rational(np.broadcast_to(network.input_mean, SHAPE)).ravel()
-        jacobian = weights @ matrix / std
-        for image, prediction, radius in zip(images, certificate.predictions, certificate.radii, strict=True):
-            features = matrix @ ((rational(image).ravel() - mean) / std) + rational(bias.bias)
-            logits = weights @ features + rational(network.head.bias)
-            for rival in range(CLASSES):
-                if rival == prediction or radius == 0:
-                    continue
-                margin, row = logits[prediction] - logits[rival], jacobian[prediction] - jacobian[rival]
-                assert margin > 0
-                assert Fraction(float(radius)) ** 2 * sum(row * row) <= margin**2
-            certified.append(radius > 0)
-
-    search(check, affine_networks(), examples)
-    assert 0.1 < np.mean(certified) < 1  # control: neither vacuous nor blind to ties
 
 
 def test_a_certificate_by_power_iteration_is_broken_where_the_proof_holds():

@@ -10,20 +10,14 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_limits
 
 from lipjax import spectral
 from lipjax.errors import NotCertifiable
 from lipjax.spectral import norms, symbol, verified
 
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
+
 EPS = 2.0**-52
-
-
-@pytest.fixture(autouse=True)
-def _one_blas_thread():
-    # For the oracles: two OpenBLAS threads on a busy machine make a QR of 1100 rows take seconds.
-    with threadpool_limits(limits=1, user_api="blas"):
-        yield
 
 
 def dense_matrix(kernel, size, strides, padding):

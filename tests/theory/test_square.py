@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from array_helpers import norms
 from training_helpers import quick_compiles  # noqa: F401
 
 from lipjax import attacks
@@ -16,10 +17,6 @@ from lipjax.attacks import square
 pytestmark = pytest.mark.mixed_dtypes
 
 SHAPE = (8, 8, 1)
-
-
-def norms(delta):
-    return np.sqrt((np.asarray(delta, np.float64) ** 2).reshape(len(delta), -1).sum(1))
 
 
 @jax.tree_util.register_dataclass

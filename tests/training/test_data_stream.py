@@ -8,7 +8,7 @@ import signal
 
 import numpy as np
 import pytest
-from data_helpers import block_network, data_config, encoded, expect, write_imagenet
+from data_helpers import block_network, data_config, encoded, expect, take, write_imagenet
 
 from lipjax.errors import UserError
 from lipjax.training.data import StreamDataset, load_dataset, prepare, stream
@@ -37,10 +37,6 @@ def imagenet(imagenet_archive, monkeypatch):
     dataset = load_stream(imagenet_archive, seed=0)
     assert dataset.image_shape == (224, 224, 3)
     return dataclasses.replace(dataset, image_size=16)
-
-
-def take(batches, count):
-    return list(itertools.islice(batches, count))
 
 
 def same(one, other):

@@ -10,7 +10,9 @@ from training_helpers import (  # noqa: F401  quick_compiles is a fixture
     differing,
     final_state,
     interrupt_at,
+    latest_step,
     made_up_images,
+    metric_lines,
     npz_file,
     quick_compiles,
     scratch,
@@ -20,20 +22,10 @@ from training_helpers import (  # noqa: F401  quick_compiles is a fixture
 
 from lipjax.errors import UserError
 from lipjax.training import loop, objective
-from lipjax.training.checkpoint import Checkpointer
 from lipjax.training.loop import METRIC, Run, train
 from lipjax.training.same_run import check_same_run, plain
 
 pytestmark = pytest.mark.x64_off
-
-
-def metric_lines(directory):
-    return (directory / "metrics.jsonl").read_text().splitlines()
-
-
-def latest_step(directory):
-    with Checkpointer(directory / "checkpoints", read_only=True) as checkpointer:
-        return checkpointer.latest_step()
 
 
 # Nine steps in three epochs, saved after 2, 3, 4, 6, 8 and 9: the first is the middle of an epoch, the second its end.

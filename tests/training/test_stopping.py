@@ -8,10 +8,11 @@ import sys
 
 import pytest
 from absl import flags
-from cluster_helpers import ROOT, latest_step
+from cluster_helpers import ROOT
 from training_helpers import (  # noqa: F401  quick_compiles is a fixture
     differing,
     final_state,
+    latest_step,
     quick_compiles,
     signal_in,
     tiny_config,

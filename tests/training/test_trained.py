@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from training_helpers import (  # noqa: F401  quick_compiles is a fixture
     final_state,
+    metric_lines,
     quick_compiles,
     tiny_config,
     trained,
@@ -18,10 +19,6 @@ from lipjax.training.loop import Run, load_best, train
 from lipjax.training.same_run import check_same_run, plain
 
 pytestmark = pytest.mark.x64_off
-
-
-def metric_lines(directory):
-    return (directory / "metrics.jsonl").read_text().splitlines()
 
 
 GROWS = {"optimizer.final_fraction": 1.0, "optimizer.warmup_epochs": 1.0, "loss.epsilon_ramp": 0.0}
