@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lipjax import spectral
+from lipjax.linalg.unit import unit
 from lipjax.numerics import gamma
 from lipjax.operators.heads import checked
 
@@ -81,16 +82,11 @@ def estimate(
     def advance(_, vectors):
         image = ((vectors @ constant_w1.T) * constant_negative) @ constant_w1
         # Where the curvature is 0 any vector will do.
-        return jnp.where(jnp.any(image != 0, axis=1, keepdims=True), _unit(image), vectors)
+        return unit(image, vectors, batched=True)
 
-    vectors = jnp.broadcast_to(_unit(jax.lax.stop_gradient(v)[None]), (negative.shape[0], v.size))
+    vectors = jnp.broadcast_to(unit(jax.lax.stop_gradient(v), 0), (negative.shape[0], v.size))
     vectors = jax.lax.fori_loop(0, num_iters, advance, vectors)
     return (jnp.sum(negative * (vectors @ w1.T) ** 2, axis=1) / 4).reshape(classes.shape)
-
-
-def _unit(rows):
-    norm = jnp.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / jnp.where(norm > 0, norm, 1)
 
 
 def estimate_table(w1: W1, w2: W2, v: Float[Array, " n"], num_iters: int) -> Table:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lipjax.bounds.liplt_path import Step, slope_parts
+from lipjax.linalg.unit import unit
 from lipjax.operators.base import Linear
 
 Vectors = dict[str, Float[Array, "..."]]
@@ -91,7 +92,7 @@ def init_vectors(path: Sequence[Step], key: PRNGKeyArray, dtype) -> Vectors:
     for s in range(len(acts)):
         shape = path[0].shape if s == 0 else path[acts[s - 1]].inner_shape
         v = jax.random.normal(jax.random.fold_in(key, s), (len(acts) - s, *shape), dtype)
-        vectors[str(s)] = v / jnp.sqrt(jnp.sum(v**2, axis=tuple(range(1, v.ndim)), keepdims=True))
+        vectors[str(s)] = unit(v, v, batched=True)
     return vectors
 
 
@@ -102,11 +103,6 @@ def _lengths(x: Array) -> Array:
     safe = jnp.where(largest > 0, largest, 1)
     squares = jnp.sum((rows / safe[:, None]) ** 2, axis=1)
     return jnp.where(largest > 0, safe * jnp.sqrt(jnp.where(largest > 0, squares, 1)), 0)
-
-
-def _normalised(x: Array, fallback: Array) -> Array:
-    lengths = _lengths(x).reshape(-1, *[1] * (x.ndim - 1))
-    return jnp.where(lengths > 0, x / jnp.where(lengths > 0, lengths, 1), fallback)
 
 
 def chain_norms(path: Sequence[Step], vectors: Vectors, num_iters: int) -> tuple[list[Array], Vectors]:
@@ -122,7 +118,7 @@ def chain_norms(path: Sequence[Step], vectors: Vectors, num_iters: int) -> tuple
     if not vectors:  # no activation
         return [], {}
     kept = [jax.lax.stop_gradient(vectors[str(s)]) for s in range(len(vectors))]
-    kept = [_normalised(v, v) for v in kept]
+    kept = [unit(v, v, batched=True) for v in kept]
     fixed = jax.tree.map(lambda a: jax.lax.stop_gradient(a) if isinstance(a, jax.Array) else a, tuple(path))
 
     def sweep(vs):
@@ -131,7 +127,7 @@ def chain_norms(path: Sequence[Step], vectors: Vectors, num_iters: int) -> tuple
     def advance(_, vs):
         images = sweep(vs)
         (back,) = jax.linear_transpose(sweep, vs)(images)
-        return [_normalised(new, old) for new, old in zip(back, vs, strict=True)]
+        return [unit(new, old, batched=True) for new, old in zip(back, vs, strict=True)]
 
     if num_iters <= 16:
         for i in range(num_iters):

@@ -219,7 +219,7 @@ class _Analysis:
 
     def radii(self, found: _Evaluation, predictions: np.ndarray) -> np.ndarray:
         """(n,): inside, every float32 evaluation gives the prediction; 0 where that is not even so at the image."""
-        rows, head = np.arange(len(predictions)), self._frozen._head_lipschitz[predictions]
+        rows, head = np.arange(len(predictions)), self._frozen.head_lipschitz[predictions]
 
         def both(values):  # the prediction's and each rival's
             return values + values[rows, predictions][:, None]

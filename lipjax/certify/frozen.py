@@ -99,7 +99,8 @@ class FrozenNetwork:
             return None
 
     @functools.cached_property
-    def _head_lipschitz(self) -> np.ndarray:
+    def head_lipschitz(self) -> np.ndarray:
+        """Proved constants (k, k) of all logit differences, per unit of the features: those of the head alone."""
         return self.network.head.pairwise_bound()
 
     @functools.cached_property
@@ -229,7 +230,7 @@ class FrozenNetwork:
         rows = np.arange(len(logits))
         with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaN end as radius 0
             gaps = logits[rows, predicted][:, None] - logits
-            slack = self._head_lipschitz[predicted] * error[:, None]
+            slack = self.head_lipschitz[predicted] * error[:, None]
             slack = slack + head_error + head_error[rows, predicted][:, None]
             slack = slack * (1 + gamma(8)) + gamma(2) * np.abs(gaps)
             return np.nextafter(gaps - 2 * slack, -np.inf)

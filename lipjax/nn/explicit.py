@@ -59,6 +59,12 @@ def _vectors(module: nn.Module, matrices: dict[str, jax.Array], scaling: bjorck.
     return vectors
 
 
+def _patches(kernel, in_shape: tuple[int, ...], strides: int, padding: conv.Padding) -> operators.Conv:
+    """A convolution; of patches that do not overlap without padding, which would add nothing, unless it is circular."""
+    apart = kernel.shape[0] == strides and padding != "CIRCULAR"
+    return operators.Conv(kernel, tuple(in_shape), strides, "VALID" if apart else padding)
+
+
 def _contraction(op, train: bool):
     return operators.Contraction(op) if train else op
 
@@ -104,8 +110,7 @@ class AOC(nn.Module):
         vectors = _vectors(self, scaled, bjorck.ORTHOGONIUM, self.power_iters, train)
         options = {"order": self.order, "method": self.method, "num_iters": self.num_iters}
         kernel = aoc.kernel(raw, vectors, *sizes, **options)
-        padding = "VALID" if k == self.strides and self.padding != "CIRCULAR" else self.padding
-        op = operators.Conv(kernel, tuple(in_shape), self.strides, padding)
+        op = _patches(kernel, in_shape, self.strides, self.padding)
         bias = torch_bias(k**2 * channels)
         return with_bias(self, [_contraction(op, train)], self.use_bias, self.activation, bias)
 
@@ -181,8 +186,7 @@ class RKO(nn.Module):
         vectors = _vectors(self, scaled, bjorck.ORTHOGONIUM, self.power_iters, train).get("kernel", {})
         options = {"method": self.method, "num_iters": self.num_iters}
         kernel = bjorck.rko(raw, vectors, strides=self.strides, **options)
-        padding = "VALID" if k == self.strides and self.padding != "CIRCULAR" else self.padding
-        op = operators.Conv(kernel, tuple(in_shape), self.strides, padding)
+        op = _patches(kernel, in_shape, self.strides, self.padding)
         bias = torch_bias(math.prod(raw.shape[:3]))
         return with_bias(self, [_contraction(op, train)], self.use_bias, self.activation, bias)
 

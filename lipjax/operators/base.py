@@ -100,6 +100,12 @@ def sizes(leaf: Leaf, count: int) -> tuple:
     return shape[len(shape) - count :] if known else ("?",) * count
 
 
+def matrix_text(matrix: Leaf) -> str:
+    """16 -> 32: the sides of a matrix (out, in)."""
+    outputs, inputs = sizes(matrix, 2)
+    return f"{inputs} -> {outputs}"
+
+
 def kernel_text(kernel: Leaf, groups: int = 1) -> str:
     """3x3, 16 -> 32: the sides and channels of an HWIO kernel, (kh, kw, in / groups, out)."""
     kh, kw, inputs, outputs = sizes(kernel, 4)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from lipjax import spectral
 from lipjax.errors import NotCertifiable
 from lipjax.numerics import ENLARGEMENT, ROOM, gamma
-from lipjax.operators.base import Head, Leaf, check_input, operator, sizes
+from lipjax.operators.base import Head, Leaf, check_input, matrix_text, operator, sizes
 from lipjax.operators.softplus import softplus, softplus_error
 from lipjax.spectral.arithmetic import check_rounding, exact_float64
 
@@ -66,8 +66,7 @@ class LinearHead(Head):
     bias: Leaf
 
     def _arrays_text(self):
-        outputs, inputs = sizes(self.matrix, 2)
-        return f"{inputs} -> {outputs}"
+        return matrix_text(self.matrix)
 
     @property
     def in_shape(self):

@@ -18,9 +18,9 @@ from lipjax.operators.base import (
     Operator,
     check_input,
     kernel_text,
+    matrix_text,
     norm_per_image,
     operator,
-    sizes,
 )
 from lipjax.spectral.arithmetic import check_rounding, exact_float64
 
@@ -39,8 +39,7 @@ class Dense(Factor):
     matrix: Leaf
 
     def _arrays_text(self):
-        outputs, inputs = sizes(self.matrix, 2)
-        return f"{inputs} -> {outputs}"
+        return matrix_text(self.matrix)
 
     @property
     def in_shape(self):
