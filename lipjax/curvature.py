@@ -84,7 +84,7 @@ def estimate(
         # Where the curvature is 0 any vector will do.
         return unit(image, vectors, batched=True)
 
-    vectors = jnp.broadcast_to(unit(jax.lax.stop_gradient(v), 0), (negative.shape[0], v.size))
+    vectors = jnp.broadcast_to(unit(jax.lax.stop_gradient(v), 0.0), (negative.shape[0], v.size))
     vectors = jax.lax.fori_loop(0, num_iters, advance, vectors)
     return (jnp.sum(negative * (vectors @ w1.T) ** 2, axis=1) / 4).reshape(classes.shape)
 

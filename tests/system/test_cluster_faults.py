@@ -10,8 +10,8 @@ import sys
 import time
 
 import pytest
-from cluster_helpers import ROOT, Processes, assert_agree, free_port, keep_until, latest_step, metrics
-from training_helpers import quick_compiles, tiny_config  # noqa: F401  quick_compiles is a fixture
+from cluster_helpers import ROOT, Processes, assert_agree, free_port, keep_until, metrics
+from training_helpers import latest_step, quick_compiles, tiny_config  # noqa: F401  quick_compiles is a fixture
 
 from lipjax.training.loop import train
 

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from cluster_helpers import Processes, assert_agree, keep_until, latest_step, metrics
+from cluster_helpers import Processes, assert_agree, keep_until, metrics
 from data_helpers import expect, write_imagenet
-from training_helpers import quick_compiles, tiny_config  # noqa: F401  quick_compiles is a fixture
+from training_helpers import latest_step, quick_compiles, tiny_config  # noqa: F401  quick_compiles is a fixture
 
 from lipjax.training.data import prepare
 from lipjax.training.loop import train
