@@ -1917,7 +1917,7 @@ class Back(Operator):
 
 
 class TwoPaths(Composite):
-    """What a potential step and a sandwich have in common (§6a): one stored linear map, applied forward and back.
+    """The base of potential steps and sandwiches (§6a): one stored linear map, applied forward and back.
 
     details["linear"] states the claim of the map, and details["parts"] what follows for the four operators that an
     evaluation goes through.

@@ -49,7 +49,7 @@ class Parts(Composite):
 
 
 class _TwoPaths(Composite):
-    """What both have in common: a stored linear map, a bias of its outputs' channels, and an activation of slopes in
+    """The base of both: a stored linear map, a bias of its outputs' channels, and an activation of slopes in
     [0, 1] between the ways forward and back.
     """
 
