@@ -93,26 +93,6 @@ def operator_class(op: Operator) -> type:
     return next(cls for cls in (*type(op).__mro__, type(op)) if "_static" in vars(cls) or cls is Operator)
 
 
-def sizes(leaf: Leaf, count: int) -> tuple:
-    """The last `count` sides of an array; "?" for each where the leaf is no array of as many."""
-    shape = getattr(leaf, "shape", ())
-    known = isinstance(shape, tuple) and len(shape) >= count
-    return shape[len(shape) - count :] if known else ("?",) * count
-
-
-def matrix_text(matrix: Leaf) -> str:
-    """16 -> 32: the sides of a matrix (out, in)."""
-    outputs, inputs = sizes(matrix, 2)
-    return f"{inputs} -> {outputs}"
-
-
-def kernel_text(kernel: Leaf, groups: int = 1) -> str:
-    """3x3, 16 -> 32: the sides and channels of an HWIO kernel, (kh, kw, in / groups, out)."""
-    kh, kw, inputs, outputs = sizes(kernel, 4)
-    inputs = inputs if inputs == "?" else inputs * groups
-    return f"{kh}x{kw}, {inputs} -> {outputs}"
-
-
 def _check_fields(op, arrays: tuple[str, ...], static: tuple[str, ...]) -> None:
     """The checks of all constructors: arrays are arrays, in_shape is a tuple of sizes (lists become one).
 

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 
 from lipjax import _dft, spectral
 from lipjax.numerics import ENLARGEMENT, check_terms, gamma
-from lipjax.operators.base import Factor, Leaf, Linear, norm_per_image, operator, sizes
+from lipjax.operators.base import Factor, Leaf, Linear, norm_per_image, operator
+from lipjax.operators.text import sizes
 from lipjax.spectral.arithmetic import exact_float64
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from lipjax import conv, spectral
 from lipjax.errors import NotCertifiable
 from lipjax.numerics import ENLARGEMENT, check_terms, gamma
-from lipjax.operators.base import Bounded, Leaf, Linear, check_input, kernel_text, norm_per_image, operator
+from lipjax.operators.base import Bounded, Leaf, Linear, check_input, norm_per_image, operator
+from lipjax.operators.text import kernel_text
 from lipjax.spectral import series, verified
 from lipjax.spectral.arithmetic import exact_float64
 

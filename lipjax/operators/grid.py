@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipjax import conv, spectral
-from lipjax.operators.base import Composite, Estimated, Leaf, kernel_text, operator
+from lipjax.operators.base import Composite, Estimated, Leaf, operator
 from lipjax.operators.linear import Conv
+from lipjax.operators.text import kernel_text
 from lipjax.operators.training_only import Centered
 
 

@@ -10,8 +10,9 @@ from jaxtyping import Array, Float
 from lipjax import spectral
 from lipjax.errors import NotCertifiable
 from lipjax.numerics import ENLARGEMENT, ROOM, gamma
-from lipjax.operators.base import Head, Leaf, check_input, matrix_text, operator, sizes
+from lipjax.operators.base import Head, Leaf, check_input, operator
 from lipjax.operators.softplus import softplus, softplus_error
+from lipjax.operators.text import matrix_text, sizes
 from lipjax.spectral.arithmetic import check_rounding, exact_float64
 
 # The norm of W1 in `MLPHead.pairwise_lipschitz` is estimated by this many steps of power iteration.

@@ -17,11 +17,10 @@ from lipjax.operators.base import (
     Linear,
     Operator,
     check_input,
-    kernel_text,
-    matrix_text,
     norm_per_image,
     operator,
 )
+from lipjax.operators.text import kernel_text, matrix_text
 from lipjax.spectral.arithmetic import check_rounding, exact_float64
 
 

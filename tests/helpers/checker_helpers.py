@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -264,3 +265,11 @@ def honest_runs(tmp_path_factory):
         return made[name]
 
     return get
+
+
+def assert_caught(run, directory, forge, place):
+    """A copy of an honest run that is forged is refused, with the place in one of the lines."""
+    shutil.copytree(run, directory)
+    forge(Forger(directory))
+    code, lines = checker.check(directory)
+    assert code == 1 and any(place in line for line in lines), lines
