@@ -70,7 +70,7 @@ class ConvExponential(Linear, Bounded):
         conv.check_groups(self.in_shape[2], shape, self.groups)
 
     def options(self, precision=None) -> dict:
-        """What `conv.conv2d` takes for J besides images and a kernel."""
+        """The options of `conv.conv2d` for J."""
         return {"padding": self.padding, "groups": self.groups, "precision": precision}
 
     def _options(self, precision) -> dict:

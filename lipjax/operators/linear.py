@@ -123,7 +123,7 @@ class Conv(Factor):
         _ = self.out_shape  # what strides, padding, dilation and sizes do not give raises here
 
     def options(self, precision=None) -> dict:
-        """What `conv.conv2d` takes besides images and a kernel."""
+        """The options of `conv.conv2d`."""
         options = {"strides": self.strides, "padding": self.padding, "groups": self.groups, "dilation": self.dilation}
         return {**options, "precision": precision}
 
