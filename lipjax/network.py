@@ -10,7 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lipjax.operators import Centered, Composite, Contraction, Leaf, Linear, Normalize, Operator, operator_class
+from lipjax.operators import (
+    Centered,
+    Centers,
+    Composite,
+    Contraction,
+    Leaf,
+    Linear,
+    Normalize,
+    Operator,
+    operator_class,
+)
 
 ACTIVATION_PRECISIONS = ("float32", "bfloat16")
 
@@ -145,7 +155,7 @@ def _apply(x, ops, *, narrow, wide):
             dtype = narrow if isinstance(op, Linear | Contraction | Centered) else wide
             x = x.astype(dtype)
             op = jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), op)
-        if isinstance(op, Centered):
+        if isinstance(op, Centers):
             x, means[i] = op.with_mean(x)
         else:
             x = op(x)

@@ -1,6 +1,7 @@
 """Cholesky factors and their inverses by matrix products, and the orthogonalisation that is made of them."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from lipjax import _spread
+from lipjax.linalg.parts import Parts, adjoint, product, subtract, times
 
 _BLOCK = 64  # sides of the blocks that are factorised column by column
 
@@ -20,10 +22,20 @@ def factor(s: Matrices, method: str) -> tuple[Matrices, Matrices]:
     Args: s: symmetric. method: "products", "lapack", or "auto": products on the CPU, the library of other devices.
     """
     if method == "products":
-        return _by_blocks(s)
+        return _by_products(s)
     if method == "lapack":
         return _by_library(s)
-    return lax.platform_dependent(s, cpu=_by_blocks, default=_by_library)
+    return lax.platform_dependent(s, cpu=_by_products, default=_by_library)
+
+
+def inverse_factor(s: Parts, least: float) -> Parts:
+    """L^-1 with L L^H = s, L lower triangular, by blocks, mostly matrix products.
+
+    Args:
+      s: Hermitian, at least `least` times the identity but for rounding. So are then its Schur complements, and with
+        them the pivots: taking `least` for those below it changes nothing but what rounding has made of them.
+    """
+    return _by_blocks(s, least)[1]
 
 
 def _by_library(s: Array) -> tuple[Array, Array]:
@@ -32,56 +44,88 @@ def _by_library(s: Array) -> tuple[Array, Array]:
     return lower, lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
 
 
-def _by_blocks(s: Array) -> tuple[Array, Array]:
+def _by_products(s: Array) -> tuple[Array, Array]:
+    (lower, _), (inverse, _) = _by_blocks((s, None), None)
+    return lower, inverse
+
+
+def _by_blocks(s: Parts, least: float | None) -> tuple[Parts, Parts]:
     """A block of columns at a time: `_by_columns` with blocks for numbers. One loop, so that it compiles quickly."""
-    n = s.shape[-1]
+    n = s[0].shape[-1]
     if n <= _BLOCK:
-        return _by_columns(s)
-    if _spread.by_columns(s.shape):
-        return _spread.with_columns(functools.partial(_panels, block=_spread.PANEL), s)
+        return _by_columns(s, least)
+    if _spread.by_columns(s[0].shape):
+
+        def of_share(columns: _spread.Columns, *parts: Array):
+            whole: Any = (*parts, None)
+            found = _panels(columns, whole[:2], least, _spread.PANEL)
+            return tuple(part for half in found for part in half if part is not None)
+
+        found = _spread.with_columns(of_share, *[part for part in s if part is not None])
+        return (found[:2], found[2:]) if s[1] is not None else ((found[0], None), (found[1], None))
     size = _BLOCK * -(-n // _BLOCK)
-    s = jnp.pad(s, [(0, 0)] * (s.ndim - 2) + [(0, size - n)] * 2)
-    s = s + jnp.diag((jnp.arange(size) >= n).astype(s.dtype))
-    lower, inverse = _panels(_spread.Columns(), s, _BLOCK)
-    return lower[..., :n, :n], inverse[..., :n, :n]
+    s = jax.tree.map(lambda part: jnp.pad(part, [(0, 0)] * (part.ndim - 2) + [(0, size - n)] * 2), s)
+    s = s[0] + jnp.diag((jnp.arange(size) >= n).astype(s[0].dtype)), s[1]
+    lower, inverse = _panels(_spread.Columns(), s, least, _BLOCK)
+    return jax.tree.map(lambda part: part[..., :n, :n], (lower, inverse))
 
 
-def _panels(columns: _spread.Columns, s: Array, block: int) -> tuple[Array, Array]:
-    size = s.shape[-2]  # s may have only the columns of one device
+def _panels(columns: _spread.Columns, s: Parts, least: float | None, block: int) -> tuple[Parts, Parts]:
+    size = s[0].shape[-2]  # s may have only the columns of one device
 
     def step(j, carry):
         left, lower, inverse = carry
         start = j * block
-        column = columns.take(left, start, block)
-        corner, corner_inverse = _by_columns(lax.dynamic_slice_in_dim(column, start, block, -2))
-        under = jnp.where(jnp.arange(size)[:, None] >= start + block, matmul(column, transpose(corner_inverse)), 0)
-        row = matmul(corner_inverse, lax.dynamic_slice_in_dim(inverse, start, block, -2))
-        left = left - matmul(under, columns.own(transpose(under)))
-        lower = columns.put(lower, lax.dynamic_update_slice_in_dim(under, corner, start, -2), start)
-        inverse = lax.dynamic_update_slice_in_dim(inverse - matmul(under, row), row, start, -2)
+        column = jax.tree.map(lambda part: columns.take(part, start, block), left)
+        corner, corner_inverse = _by_columns(_rows(column, start, block), least)
+        below = jnp.arange(size)[:, None] >= start + block
+        under = product(column, adjoint(corner_inverse))
+        under = jax.tree.map(lambda part: jnp.where(below, part, 0), under)
+        row = product(corner_inverse, _rows(inverse, start, block))
+        left = subtract(left, product(under, jax.tree.map(columns.own, adjoint(under))))
+        found = _with_rows(under, corner, start)
+        lower = jax.tree.map(lambda whole, part: columns.put(whole, part, start), lower, found)
+        inverse = _with_rows(subtract(inverse, product(under, row)), row, start)
         return left, lower, inverse
 
-    start = (s, jnp.zeros_like(s), jnp.broadcast_to(columns.own(jnp.eye(size, dtype=s.dtype)), s.shape))
+    eye = jnp.broadcast_to(columns.own(jnp.eye(size, dtype=s[0].dtype)), s[0].shape)
+    zeros = jax.tree.map(jnp.zeros_like, s)
+    start = (s, zeros, (eye, zeros[1]))
     return lax.fori_loop(0, size // block, step, start)[1:]
 
 
-def _by_columns(s: Array) -> tuple[Array, Array]:
+def _rows(x: Parts, start: Any, count: int) -> Parts:
+    return jax.tree.map(lambda part: lax.dynamic_slice_in_dim(part, start, count, -2), x)
+
+
+def _with_rows(x: Parts, rows: Parts, start: Any) -> Parts:
+    return jax.tree.map(lambda part, new: lax.dynamic_update_slice_in_dim(part, new, start, -2), x, rows)
+
+
+def _by_columns(s: Parts, least: float | None) -> tuple[Parts, Parts]:
     """A column of L at a time; the same steps applied to the identity leave L^-1."""
-    index = jnp.arange(s.shape[-1])
+    index = jnp.arange(s[0].shape[-1])
 
     def step(k, carry):
         left, lower, inverse = carry
-        column = lax.dynamic_index_in_dim(left, k, -1, keepdims=False)
-        pivot = jnp.sqrt(lax.dynamic_index_in_dim(column, k, -1))
-        column = jnp.where(index >= k, column / pivot, 0)
-        row = lax.dynamic_index_in_dim(inverse, k, -2) / pivot[..., None]
-        left = left - column[..., :, None] * column[..., None, :]
-        lower = jnp.where(index == k, column[..., :, None], lower)
-        under = jnp.where(index > k, column, 0)[..., :, None]
-        return left, lower, jnp.where((index == k)[:, None], row, inverse - under * row)
+        real, imag = jax.tree.map(lambda part: lax.dynamic_index_in_dim(part, k, -1, keepdims=False), left)
+        pivot = lax.dynamic_index_in_dim(real, k, -1)
+        pivot = jnp.sqrt(pivot if least is None else jnp.maximum(pivot, jnp.asarray(least, pivot.dtype)))
+        real = jnp.where(index == k, pivot, jnp.where(index > k, real / pivot, 0))
+        column: Parts = real, None if imag is None else jnp.where(index > k, imag / pivot, 0)
+        row = jax.tree.map(lambda part: lax.dynamic_index_in_dim(part, k, -2) / pivot[..., None], inverse)
+        down, across = (jax.tree.map(lambda part, axis=axis: jnp.expand_dims(part, axis), column) for axis in (-1, -2))
+        across = across[0], None if imag is None else -across[1]
+        left = subtract(left, times(down, across))
+        lower = jax.tree.map(lambda whole, part: jnp.where(index == k, part, whole), lower, down)
+        under = jax.tree.map(lambda part: jnp.where((index > k)[:, None], part, 0), down)
+        rest = subtract(inverse, times(under, row))
+        inverse = jax.tree.map(lambda part, new: jnp.where((index == k)[:, None], new, part), rest, row)
+        return left, lower, inverse
 
-    eye = jnp.broadcast_to(jnp.eye(s.shape[-1], dtype=s.dtype), s.shape)
-    return lax.fori_loop(0, s.shape[-1], step, (s, jnp.zeros_like(s), eye))[1:]
+    eye = jnp.broadcast_to(jnp.eye(s[0].shape[-1], dtype=s[0].dtype), s[0].shape)
+    zeros = jax.tree.map(jnp.zeros_like, s)
+    return lax.fori_loop(0, s[0].shape[-1], step, (s, zeros, (eye, zeros[1])))[1:]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

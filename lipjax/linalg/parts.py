@@ -50,5 +50,9 @@ def add(*terms: Parts) -> Parts:
     return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *terms)
 
 
+def subtract(x: Parts, y: Parts) -> Parts:
+    return jax.tree.map(jnp.subtract, x, y)
+
+
 def add_identity(c: float, x: Parts) -> Parts:
     return x[0] + c * jnp.eye(x[0].shape[-1], dtype=x[0].dtype), x[1]

@@ -36,6 +36,7 @@ from lipjax.nn.orthogonal import (
     ProjectionPool,
     SOCHead,
 )
+from lipjax.nn.responses import BROConv, BRODense, BROPatches, BROResidual, BROStack, LOTConv
 from lipjax.nn.scaled import AOLConv, AOLDense
 
 __all__ = [
@@ -44,8 +45,14 @@ __all__ = [
     "AOLConv",
     "AOLDense",
     "BCOP",
+    "BROConv",
+    "BRODense",
+    "BROPatches",
+    "BROResidual",
+    "BROStack",
     "COLLECTION",
     "ELEMENTWISE",
+    "LOTConv",
     "POOLINGS",
     "RKO",
     "SOC",

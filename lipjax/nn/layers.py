@@ -66,11 +66,10 @@ def flatten(in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
 
 
 def named(module: nn.Module, ops: list) -> NamedOperators:
-    """Names the linear operators of a layer: <layer>/linear, or <layer>/<type> for those that reorder, pad or crop."""
+    """Names operators of a layer: <layer>/linear, or <layer>/<type> for those that move or centre numbers."""
     name = module.name or type(module).__name__
-    return [
-        (f"{name}/{type(op).__name__.lower() if isinstance(op, operators.Reordering) else 'linear'}", op) for op in ops
-    ]
+    by_type = operators.Reordering | operators.Centering
+    return [(f"{name}/{type(op).__name__.lower() if isinstance(op, by_type) else 'linear'}", op) for op in ops]
 
 
 _MEAN_RATE = 0.1  # as torch's batch normalisation

@@ -33,7 +33,7 @@ from lipjax.operators.pairs import Householder, Householder2, MaxMin, MaxPoolPai
 from lipjax.operators.potential import PotentialStep, Sandwich
 from lipjax.operators.reshape import ChannelShuffle, Crop, CropChannels, Flatten, PadChannels, SpaceToDepth, ZeroPad
 from lipjax.operators.residual import Residual
-from lipjax.operators.training_only import Centered, Contraction
+from lipjax.operators.training_only import Centered, Centering, Centers, Contraction
 
 OPERATORS = {
     cls.__name__: cls
@@ -76,6 +76,8 @@ __all__ = [
     "Bias",
     "Bounded",
     "Centered",
+    "Centering",
+    "Centers",
     "ChannelShuffle",
     "CircularConv",
     "CircularSeries",

@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 from lipjax.operators.base import Composite, operator
-from lipjax.operators.training_only import Centered
+from lipjax.operators.training_only import Centers
 
 
 @operator("ops", static=())
@@ -32,7 +32,7 @@ class Residual(Composite):
         if not isinstance(self.ops, tuple) or not self.ops:
             raise ValueError(f"Expected a tuple of at least one operator, got {self.ops!r}.")
         for i, op in enumerate(self.ops):
-            if isinstance(op, Composite | Centered):
+            if isinstance(op, Composite | Centers):
                 raise ValueError(f"operator {i}: {type(op).__name__} cannot stand inside a residual block.")
             op.check()
         following = (*self.ops[1:], self)

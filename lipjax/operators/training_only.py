@@ -1,10 +1,11 @@
 """Operators of networks in a training step alone. None has a `bound`: a network with one of them is refused."""
 
+import abc
 from typing import Any
 
 import jax.numpy as jnp
 
-from lipjax.operators.base import Estimated, Operator, operator
+from lipjax.operators.base import Estimated, Operator, check_input, operator
 
 
 class _Around(Operator):
@@ -37,27 +38,53 @@ class Contraction(_Around):
         return self.map(x)
 
 
-@operator("map", static=())
-class Centered(_Around, Estimated):
-    """x -> map(x) - mean(map(x) - x), the mean over batch and pixels, for a map that keeps the shape.
+class Centers(Operator):
+    """A map that subtracts a mean over the batch: a translation for any one batch, if the rest of it is linear.
 
-    A translation for any one batch. With a batch sharded over devices, under `jit`, the mean is that of all devices.
-    The mean of bfloat16 images is computed, and given, in float32.
+    With a batch sharded over devices, under `jit`, the mean is that of all devices. The mean of bfloat16 images is
+    computed, and given, in float32.
     """
 
-    map: Any
-
-    def with_mean(self, x):
-        """(map(x) - mean, mean); mean: (channels,), differentiable."""
-        y = self.map(x)
-        dtype = jnp.float32 if x.dtype == jnp.bfloat16 else x.dtype
-        x, wide = x.astype(dtype), y.astype(dtype)
-        mean = jnp.mean(wide - x, axis=tuple(range(x.ndim - 1)))
-        return (wide - mean).astype(y.dtype), mean
+    @abc.abstractmethod
+    def with_mean(self, x) -> Any:
+        """(the output, mean); mean: (channels,), differentiable."""
 
     def __call__(self, x):
         return self.with_mean(x)[0]
 
+
+def _without_mean(y, x=None):
+    """y minus the mean over batch and pixels of y, or of y - x; and that mean."""
+    dtype = jnp.float32 if y.dtype == jnp.bfloat16 else y.dtype
+    wide = y.astype(dtype)
+    mean = jnp.mean(wide if x is None else wide - x.astype(dtype), axis=tuple(range(y.ndim - 1)))
+    return (wide - mean).astype(y.dtype), mean
+
+
+@operator("map", static=())
+class Centered(_Around, Centers, Estimated):
+    """x -> map(x) - mean(map(x) - x), the mean over batch and pixels, for a map that keeps the shape."""
+
+    map: Any
+
+    def with_mean(self, x):
+        return _without_mean(self.map(x), x)
+
     def estimate(self, v, num_iters: int):
         """The map's."""
         return self.map.estimate(v, num_iters)
+
+
+@operator(static=("in_shape",))
+class Centering(Centers):
+    """x -> x - mean(x), the mean over batch and pixels."""
+
+    in_shape: tuple[int, ...]
+
+    @property
+    def out_shape(self):
+        return self.in_shape
+
+    def with_mean(self, x):
+        check_input(self, x)
+        return _without_mean(x)

@@ -1,8 +1,36 @@
 """Parametrisations: raw arrays to the arrays of operators, one method per file. Bounds never look in here."""
 
-from lipjax.parametrize import aoc, aol, bcop, bjorck, cayley, cholesky, lln, residual, soc, soc_forms, soc_frequency
+from lipjax.parametrize import (
+    aoc,
+    aol,
+    bcop,
+    bjorck,
+    bro,
+    cayley,
+    cholesky,
+    lln,
+    lot,
+    residual,
+    soc,
+    soc_forms,
+    soc_frequency,
+)
 
-__all__ = ["aoc", "aol", "bcop", "bjorck", "cayley", "cholesky", "lln", "residual", "soc", "soc_forms", "soc_frequency"]
+__all__ = [
+    "aoc",
+    "aol",
+    "bcop",
+    "bjorck",
+    "bro",
+    "cayley",
+    "cholesky",
+    "lln",
+    "lot",
+    "residual",
+    "soc",
+    "soc_forms",
+    "soc_frequency",
+]
 
 
 def __dir__() -> list[str]:

@@ -31,7 +31,7 @@ ROWS = (
 )
 # Inside a room of several modules likewise: each row may import the rows before it. "html" is evaluation/html/.
 INSIDE = {
-    "linalg": (("cholesky", "parts", "unit"), ("functions",)),
+    "linalg": (("parts", "unit"), ("cholesky",), ("reflectors",), ("functions",)),
     "conv": (("blocks", "maps", "response"), ("series",)),
     "spectral": (("arguments", "arithmetic", "verified"), ("estimates", "row_sums", "series", "symbol"), ("norms",)),
     "operators": (
@@ -40,7 +40,7 @@ INSIDE = {
         ("elementwise", "grid", "heads", "potential", "residual"),
     ),
     "parametrize": (
-        ("aol", "bjorck", "cayley", "cholesky", "lln", "residual", "soc_frequency"),
+        ("aol", "bjorck", "bro", "cayley", "cholesky", "lln", "lot", "residual", "soc_frequency"),
         ("aoc", "soc", "soc_forms"),
         ("bcop",),
     ),
@@ -58,7 +58,7 @@ INSIDE = {
         ("deployment", "document", "freezing"),
     ),
     "losses": (("logits",), ("balls", "radii", "transport")),
-    "nn": (("layers",), ("cholesky", "explicit", "model", "orthogonal", "scaled")),
+    "nn": (("layers",), ("cholesky", "explicit", "model", "orthogonal", "responses", "scaled")),
     "models": (("convnet", "lipconvnet", "liresnet"),),
     "training": (
         ("augment", "compile_alarm", "damage", "randaugment", "setting", "sharding", "stopping", "terminal"),
