@@ -98,6 +98,11 @@ class Columns:
         kept = lax.dynamic_slice_in_dim(x, offset, value.shape[-1], -1)
         return lax.dynamic_update_slice_in_dim(x, jnp.where(here, value, kept), offset, -1)
 
+    def diagonal(self, x: Array) -> Array:
+        """The diagonal of square matrices, on every device."""
+        found = jnp.sum(jnp.where(self.own(jnp.eye(x.shape[-2], dtype=bool)), x, 0), -1)
+        return found if self._devices == 1 else lax.psum(found, self._axes)
+
     def own(self, x: Array) -> Array:
         """Of matrices that every device has whole, the columns that it holds a share of."""
         if self._devices == 1:

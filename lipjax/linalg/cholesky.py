@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from lipjax import _spread
-from lipjax.linalg.parts import Parts, adjoint, product, subtract, times
+from lipjax.linalg.parts import Parts, adjoint, product, scaled, subtract, times
 
 _BLOCK = 64  # sides of the blocks that are factorised column by column
 
@@ -32,8 +32,9 @@ def inverse_factor(s: Parts, least: float) -> Parts:
     """L^-1 with L L^H = s, L lower triangular, by blocks, mostly matrix products.
 
     Args:
-      s: Hermitian, at least `least` times the identity but for rounding. So are then its Schur complements, and with
-        them the pivots: taking `least` for those below it changes nothing but what rounding has made of them.
+      s: Hermitian, at least `least` times the identity but for rounding. So are then its Schur complements c, so that
+        c_kk >= least and |c_jk|^2 <= (c_jj - least) (c_kk - least): enforcing both changes nothing but what rounding
+        has made of them, and keeps all numbers finite where that is all that is left.
     """
     return _by_blocks(s, least)[1]
 
@@ -74,24 +75,33 @@ def _panels(columns: _spread.Columns, s: Parts, least: float | None, block: int)
     size = s[0].shape[-2]  # s may have only the columns of one device
 
     def step(j, carry):
-        left, lower, inverse = carry
+        left, lower, inverse, diagonal = carry
         start = j * block
         column = jax.tree.map(lambda part: columns.take(part, start, block), left)
         corner, corner_inverse = _by_columns(_rows(column, start, block), least)
         below = jnp.arange(size)[:, None] >= start + block
         under = product(column, adjoint(corner_inverse))
         under = jax.tree.map(lambda part: jnp.where(below, part, 0), under)
+        if least is not None:  # the rest of the diagonal, from which the squares of each row are taken, keeps `least`
+            taken = jnp.sum(_squares(under), -1)
+            most = jnp.maximum(diagonal - least, 0)
+            under = scaled(jnp.sqrt(jnp.where(taken > most, most / taken, 1))[..., None], under)
+            diagonal = diagonal - jnp.minimum(taken, most)
         row = product(corner_inverse, _rows(inverse, start, block))
         left = subtract(left, product(under, jax.tree.map(columns.own, adjoint(under))))
         found = _with_rows(under, corner, start)
         lower = jax.tree.map(lambda whole, part: columns.put(whole, part, start), lower, found)
         inverse = _with_rows(subtract(inverse, product(under, row)), row, start)
-        return left, lower, inverse
+        return left, lower, inverse, diagonal
 
     eye = jnp.broadcast_to(columns.own(jnp.eye(size, dtype=s[0].dtype)), s[0].shape)
     zeros = jax.tree.map(jnp.zeros_like, s)
-    start = (s, zeros, (eye, zeros[1]))
-    return lax.fori_loop(0, size // block, step, start)[1:]
+    start = (s, zeros, (eye, zeros[1]), columns.diagonal(s[0]))
+    return lax.fori_loop(0, size // block, step, start)[1:3]
+
+
+def _squares(x: Parts) -> Array:
+    return x[0] ** 2 if x[1] is None else x[0] ** 2 + x[1] ** 2
 
 
 def _rows(x: Parts, start: Any, count: int) -> Parts:
@@ -107,12 +117,18 @@ def _by_columns(s: Parts, least: float | None) -> tuple[Parts, Parts]:
     index = jnp.arange(s[0].shape[-1])
 
     def step(k, carry):
-        left, lower, inverse = carry
-        real, imag = jax.tree.map(lambda part: lax.dynamic_index_in_dim(part, k, -1, keepdims=False), left)
-        pivot = lax.dynamic_index_in_dim(real, k, -1)
-        pivot = jnp.sqrt(pivot if least is None else jnp.maximum(pivot, jnp.asarray(least, pivot.dtype)))
-        real = jnp.where(index == k, pivot, jnp.where(index > k, real / pivot, 0))
-        column: Parts = real, None if imag is None else jnp.where(index > k, imag / pivot, 0)
+        left, lower, inverse, diagonal = carry
+        column = jax.tree.map(lambda part: lax.dynamic_index_in_dim(part, k, -1, keepdims=False), left)
+        square = lax.dynamic_index_in_dim(column[0] if least is None else diagonal, k, -1)
+        if least is not None:
+            square = jnp.maximum(square, least)
+            most, found = jnp.maximum(diagonal - least, 0) * (square - least), _squares(column)
+            column = scaled(jnp.sqrt(jnp.where(found > most, most / found, 1)), column)
+        pivot = jnp.sqrt(square)
+        real, imag = scaled(1 / pivot, column)
+        real = jnp.where(index == k, pivot, jnp.where(index > k, real, 0))
+        column: Parts = real, None if imag is None else jnp.where(index > k, imag, 0)
+        diagonal = diagonal - _squares(column)
         row = jax.tree.map(lambda part: lax.dynamic_index_in_dim(part, k, -2) / pivot[..., None], inverse)
         down, across = (jax.tree.map(lambda part, axis=axis: jnp.expand_dims(part, axis), column) for axis in (-1, -2))
         across = across[0], None if imag is None else -across[1]
@@ -121,11 +137,12 @@ def _by_columns(s: Parts, least: float | None) -> tuple[Parts, Parts]:
         under = jax.tree.map(lambda part: jnp.where((index > k)[:, None], part, 0), down)
         rest = subtract(inverse, times(under, row))
         inverse = jax.tree.map(lambda part, new: jnp.where((index == k)[:, None], new, part), rest, row)
-        return left, lower, inverse
+        return left, lower, inverse, diagonal
 
     eye = jnp.broadcast_to(jnp.eye(s[0].shape[-1], dtype=s[0].dtype), s[0].shape)
     zeros = jax.tree.map(jnp.zeros_like, s)
-    return lax.fori_loop(0, s[0].shape[-1], step, (s, zeros, (eye, zeros[1])))[1:]
+    start = (s, zeros, (eye, zeros[1]), jnp.diagonal(s[0], axis1=-2, axis2=-1))
+    return lax.fori_loop(0, s[0].shape[-1], step, start)[1:3]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -1,6 +1,7 @@
 """Block reflectors I - 2 V (V^H V + e I)^-1 V^H: orthogonal but for e, by Cholesky factors of small Gram matrices."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -29,12 +30,13 @@ def block_reflector(
     Args:
       v: (..., m, r), r <= m, float or complex of 32 or 64 bits per real number. W is the same for c v, c > 0, but for
         under- and overflow of squares.
-      ridge: >= 0. With 0 columns that depend on each other give NaN.
+      ridge: >= 0; at least 8 sqrt(m) u is taken, u the unit roundoff, since columns that depend on each other more
+        closely cannot be told apart.
       rows, columns: of W, the first ones are returned; None for all m.
       constant_ridge: take e as a constant for the gradient.
     Returns: W[:rows, :columns], dtype of v; parts of I for v = 0.
     Error: in spectral norm |W - exact| <= 8 u (m + r) / x, x = max(ridge, the least squared singular value of v over
-      the mean of all), u the unit roundoff: measured, not proved.
+      the mean of all), where ridge is what was taken: measured, not proved.
     Derivatives: reverse mode, once: products of m x r matrices alone, nothing goes back through the factorisation.
     Raises: ValueError for fewer than two axes, r > m, ridge < 0 or numbers of rows and columns beyond m.
     Source: Lai et al. 2025, arXiv:2505.15174.
@@ -82,6 +84,7 @@ def _reflector(v: Parts, ridge: float, rows: int, columns: int, constant_ridge: 
 
 def _forward(v: Parts, ridge: float, rows: int, columns: int):
     # Of a v scaled so that the mean of the diagonal is 1: then e, which all pivots reach, is the ridge.
+    ridge = _effective(ridge, v[0])
     squares = v[0] ** 2 if v[1] is None else v[0] ** 2 + v[1] ** 2
     mean = jnp.sum(squares, (-2, -1), keepdims=True) / v[0].shape[-1]
     zero = mean == 0
@@ -96,6 +99,11 @@ def _forward(v: Parts, ridge: float, rows: int, columns: int):
     w = scaled(-2.0, product(adjoint(_columns(z, rows)), _columns(z, columns)))
     w = w[0] + jnp.eye(rows, columns, dtype=real.dtype), w[1]
     return w, (v, scale, inverse, z)
+
+
+def _effective(ridge: float, v: Array) -> float:
+    """The ridge, or what rounding of the Gram matrix may be mistaken for."""
+    return max(ridge, 4 * math.sqrt(v.shape[-2]) * float(jnp.finfo(v.dtype).eps))
 
 
 def _columns(x: Parts, count: int) -> Parts:
@@ -125,7 +133,7 @@ def _backward(ridge: float, rows: int, columns: int, constant_ridge: bool, resid
     found = add(scaled(-2.0, hy), scaled(2.0, product(v, inner)))
     if not constant_ridge:
         trace = jnp.trace(inner[0], axis1=-2, axis2=-1)[..., None, None]
-        found = add(found, scaled(2 * ridge / r * trace, v))
+        found = add(found, scaled(2 * _effective(ridge, v[0]) / r * trace, v))
     return (scaled(scale, found),)
 
 

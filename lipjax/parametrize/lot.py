@@ -6,6 +6,7 @@ Source: Xu, Li & Li 2022, arXiv:2210.11620, and its code; as a backbone, Lai et 
 import math
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from lipjax import conv
@@ -64,7 +65,11 @@ def _polar(v: Parts, num_iters: int, backbone: bool) -> Parts:
     y = scaled(1 / size, s)
     z: Parts = jnp.broadcast_to(jnp.eye(real.shape[-1], dtype=real.dtype), real.shape), imag
     z = z[0], None if imag is None else jnp.zeros_like(imag)
-    for _ in range(num_iters):
+
+    def step(carry: tuple[Parts, Parts], _):
+        y, z = carry
         t = add_identity(1.5, scaled(-0.5, product(z, y)))
-        y, z = product(y, t), product(t, z)
+        return (product(y, t), product(t, z)), None
+
+    (_, z), _ = lax.scan(step, (y, z), length=num_iters)
     return scaled(1 / jnp.sqrt(size), product(z, v))

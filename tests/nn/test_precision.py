@@ -60,6 +60,7 @@ def examples():
         (operators.Tanh(image), 1),
         (operators.ZeroPad(image, ((1, 0), (0, 2))), 0),
         (operators.Centered(square), 3 * dense),
+        (operators.Centering(image), 2),
         (operators.Contraction(square), dense),
     ]
 
@@ -67,7 +68,7 @@ def examples():
 def test_every_operator_takes_bfloat16_under_strict_promotion():
     """Results and gradients of images are bfloat16, of parameters float32; the error is that of a few roundings."""
     ops = [op for op, _ in examples()]
-    training_only = {"CircularSeries", "Centered", "Contraction"}
+    training_only = {"CircularSeries", "Centered", "Centering", "Contraction"}
     # A new operator needs an example.
     assert {type(op).__name__ for op in ops} == set(operators.OPERATORS) | training_only
     images = [jax.random.normal(jax.random.key(i), (5, *op.in_shape), jnp.bfloat16) for i, op in enumerate(ops)]

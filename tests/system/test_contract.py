@@ -25,6 +25,8 @@ NAMES = {
     "parametrize.aoc": None,
     "parametrize.aol": None,
     "parametrize.bcop": None,
+    "parametrize.bro": None,
+    "parametrize.lot": None,
     "activations.maxmin": ("x",),
     "activations.householder": ("x", "theta"),
     "activations.householder2": ("x", "theta0", "theta1", "theta2"),
@@ -83,7 +85,7 @@ EXPLICIT = {
 NOT_YET = {
     "": (
         *("operators.PotentialStep", "operators.Sandwich"),
-        *(f"parametrize.{method}" for method in ("bro", "lot", "sll", "cpl", "sandwich")),
+        *(f"parametrize.{method}" for method in ("sll", "cpl", "sandwich")),
         *("zoo.list", "zoo.load", "zoo.card", "FrozenNetwork.to_onnx", "FrozenNetwork.to_torch_state"),
     ),
     "interop": ("interop.from_sequential", "interop.from_onnx"),

@@ -22,6 +22,8 @@ FUNCTIONS = (
     *(f"conv.{name}" for name in ("conv2d", "skew_kernel", "frequency_response", "apply_response", "space_to_depth")),
     *(f"parametrize.soc.{name}" for name in ("exponential", "exponential_response")),
     *(f"parametrize.aol.{name}" for name in ("modulus", "rescale_matrix", "rescale_kernel")),
+    *("linalg.block_reflector", "parametrize.bro.rank", "parametrize.bro.packed_response"),
+    "parametrize.lot.packed_response",
     *(f"activations.{name}" for name in ("maxmin", "householder", "householder2")),
     *(f"pooling.{name}" for name in ("projection_pool", "max_pool_pairs")),
     *(f"spectral.{name}" for name in ("norm_bound", "norm_estimate", "power_iteration", "matrix_norm_bound")),

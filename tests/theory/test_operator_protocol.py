@@ -122,6 +122,7 @@ MADE = {
     "MLPHead(4 -> 7 -> 10)": operators.MLPHead(np.zeros((7, 4)), np.zeros(7), np.zeros((10, 7)), np.zeros(10)),
     "Normalize(in (4, 4, 2))": operators.Normalize(np.zeros(1), np.ones(1), SHAPE),
     "Contraction(Dense(3 -> 5))": operators.Contraction(operators.Dense(np.zeros((5, 3)))),
+    "Centering(in (4, 4, 2))": operators.Centering(SHAPE),
     "Centered(Dense(4 -> 4))": operators.Centered(operators.Dense(np.eye(4))),
 }
 

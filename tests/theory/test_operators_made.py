@@ -12,6 +12,7 @@ from lipjax import operators
 from lipjax.operators import (
     Bias,
     Centered,
+    Centering,
     ChannelShuffle,
     CircularConv,
     CircularSeries,
@@ -53,6 +54,7 @@ MADE = {
     Bias: lambda: Bias(np.zeros(2), IMAGE),
     Centered: lambda: Centered(Dense(EYE)),
     ChannelShuffle: lambda: ChannelShuffle(IMAGE, 2),
+    Centering: lambda: Centering(IMAGE),
     CircularConv: lambda: CircularConv.from_blocks(FIXED, PAIRED, IMAGE),
     CircularSeries: lambda: CircularSeries(FIXED, PAIRED, IMAGE, 2, 3),
     Contraction: lambda: Contraction(Dense(EYE)),

@@ -238,6 +238,7 @@ MATRIX_FUNCTIONS = {
     "complex cayley": lambda w: linalg.cayley_split(w, 0.3 * w**2),
     "expm": lambda w: linalg.expm_skew_split(skew(w), w + jnp.swapaxes(w, -1, -2)),
     "cholesky": lambda w: linalg.cholesky_orthogonalize(w),
+    "reflector": lambda w: linalg.block_reflector_split(w, 0.3 * w**2, 1e-3),
     "series": lambda w: soc_frequency._series((skew(w), jnp.stack([skew(w)] * 2, 1)), 5, w.shape[-1]),
 }
 
@@ -251,7 +252,10 @@ COLUMNS = (1, 256, 256)
     [
         *[(name, (11, 20, 20)) for name in MATRIX_FUNCTIONS],
         *[("cayley", (11, 45, 20)), ("cayley", COLUMNS), ("cholesky", COLUMNS)],
-        *[pytest.param(name, COLUMNS, marks=pytest.mark.nightly) for name in ("complex cayley", "expm", "series")],
+        *[
+            pytest.param(name, COLUMNS, marks=pytest.mark.nightly)
+            for name in ("complex cayley", "expm", "reflector", "series")
+        ],
     ],
 )
 def test_matrix_functions_are_the_same_on_a_mesh(name, shape):
