@@ -8,11 +8,11 @@ import numpy as np
 
 from lipjax.errors import NotCertifiable
 from lipjax.operators import (
-    Bias,
     Composite,
     Elementwise,
     Linear,
     Reordering,
+    Translation,
     operator,
 )
 
@@ -110,7 +110,7 @@ def _check_parts(name: str, op) -> None:
                 f"{name}: expected an operator, got a plain {type(part).__name__} of shape {np.shape(part)}: make "
                 "one of it, such as operators.Dense(matrix) or operators.Conv(kernel, in_shape)."
             )
-        if isinstance(part, Bias) or is_linear(part):
+        if isinstance(part, Translation) or is_linear(part):
             try:
                 part.check()
                 _ = part.in_shape, part.out_shape
@@ -124,7 +124,7 @@ def _piece(name: str, op) -> Any:
         return op
     if not op.taken_apart:
         raise refusal(name, op)
-    parts = [part for part in op.parts() if not isinstance(part, Bias)]
+    parts = [part for part in op.parts() if not isinstance(part, Translation)]
     places = [i for i, part in enumerate(parts) if isinstance(part, Elementwise)]
     if not op.adds_input or len(places) != 1 or not all(map(is_linear, parts[: places[0]] + parts[places[0] + 1 :])):
         raise NotCertifiable(
@@ -150,7 +150,7 @@ def make_path(named_ops: Sequence[tuple[str, Any]], slope: Any = (0.0, 1.0)) -> 
     named_ops = list(named_ops)
     for name, op in named_ops:
         _check_parts(name, op)
-    named_ops = [(name, _piece(name, op)) for name, op in named_ops if not isinstance(op, Bias)]
+    named_ops = [(name, _piece(name, op)) for name, op in named_ops if not isinstance(op, Translation)]
     if not named_ops:
         raise ValueError("Expected at least one operator, got none.")
     if slope is not None and not any(isinstance(op, Block | Elementwise) for _, op in named_ops):

@@ -130,8 +130,8 @@ def _merged(
         absolute, relative, parts, inner = local.absolute * copies, local.relative * copies, (), copies
         if isinstance(op, operators.Composite):
             parts, inner, joining = _merged(op.parts(), local.parts, copies, joining + op.adds_input)
-        elif isinstance(op, operators.Bias):
-            joining += _sum_before(ops, i) is None  # else that has counted it
+        elif isinstance(op, operators.Translation):  # a Bias right behind a sum is counted there
+            joining += not isinstance(op, operators.Bias) or _sum_before(ops, i) is None
         elif local.terms is not None:
             joining = 0
         enlarged.append(dataclasses.replace(local, absolute=absolute, relative=relative, parts=tuple(parts)))
@@ -165,8 +165,9 @@ def _(op: operators.Normalize, row: LayerBound, terms: int) -> Local:
     return Local(gamma32(10) * shift + lost, gamma32(8) / least, offset=shift, gain=max(1.0, 1 / least))
 
 
-@_local.register
-def _(op: operators.Bias, row: LayerBound, terms: int) -> Local:
+@_local.register(operators.Bias)
+@_local.register(operators.PositionalBias)
+def _(op, row: LayerBound, terms: int) -> Local:
     size = length_bound(np.broadcast_to(op.bias, op.in_shape))
     lost = 8 * LEAST_NORMAL32 * math.sqrt(math.prod(op.in_shape))
     return Local((gamma32(terms + 8) + gamma32(4)) * size + lost, gamma32(2), offset=size, terms=None)
@@ -283,6 +284,15 @@ def _(op, row: LayerBound, terms: int) -> Local:
     # The rounding of the operator, then that of its directions.
     roundings = {operators.Householder: 32 + 3, operators.Householder2: 128 + 5, operators.ProjectionPool: 16 + 2}
     return _pointwise(op, relative=gamma32(roundings[type(op)]), gain=64.0)
+
+
+@_local.register
+def _(op: operators.L2Pool, row: LayerBound, terms: int) -> Local:
+    count, pooled = op.region_size, math.prod(op.out_shape)
+    units = gamma32(count + 8)
+    lost = 8 * LEAST_NORMAL32 * (count * math.sqrt(pooled / op.delta) + math.sqrt(math.prod(op.in_shape)))
+    # It computes squares: up to 2^51 |x| <= LARGEST they stay below that.
+    return Local(units * math.sqrt(pooled * op.delta) * ENLARGEMENT32 + lost, units, gain=2.0**51)
 
 
 @_local.register

@@ -143,6 +143,9 @@ def conv2d(
     reads = window(kernel.shape, dilation)
     output_size(x.shape[1:3], reads, strides, padding)
     x, pads = _pad_input(x, reads, padding)
+    if kernel.shape[:2] == (1, 1) and (groups, stride_pair(strides), pads) == (1, (1, 1), ((0, 0), (0, 0))):
+        # One matrix for all pixels: XLA for CPU computes it as a product in half the time of a convolution.
+        return jnp.matmul(x, kernel[0, 0], precision=precision)
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -186,6 +189,8 @@ def conv2d_adjoint(
         padded = tuple(n + lo + hi for n, (lo, hi) in zip(in_size, pads, strict=True))
         return _fold(conv2d_adjoint(y, kernel, in_size=padded, **kwargs), in_size, pads)
     check_groups(kernel.shape[2] * groups, kernel.shape, groups)
+    if kernel.shape[:2] == (1, 1) and (groups, steps, pads) == (1, (1, 1), ((0, 0), (0, 0))):
+        return jnp.matmul(y, kernel[0, 0].T, precision=precision)
     # The correlation with the flipped kernel reaches every input that an output has read; the others stay zero.
     grown = tuple(
         (k - 1 - lo, n + lo - s * (m - 1) - 1)

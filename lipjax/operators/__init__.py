@@ -28,11 +28,12 @@ from lipjax.operators.circular import CircularConv, CircularSeries
 from lipjax.operators.elementwise import LeakyReLU, ReLU, Sigmoid, Softplus, Tanh
 from lipjax.operators.exponential import ConvExponential
 from lipjax.operators.heads import LinearHead, MLPHead
-from lipjax.operators.linear import Bias, Conv, ConvTranspose, Dense, Normalize
+from lipjax.operators.linear import Bias, Conv, ConvTranspose, Dense, Normalize, Translation
 from lipjax.operators.pairs import Householder, Householder2, MaxMin, MaxPoolPairs, ProjectionPool
 from lipjax.operators.potential import PotentialStep, Sandwich
 from lipjax.operators.reshape import ChannelShuffle, Crop, CropChannels, Flatten, PadChannels, SpaceToDepth, ZeroPad
 from lipjax.operators.residual import Residual
+from lipjax.operators.tokens import L2Pool, PositionalBias, Shift
 from lipjax.operators.training_only import Centered, Centering, Centers, Contraction
 
 OPERATORS = {
@@ -50,15 +51,18 @@ OPERATORS = {
         Flatten,
         Householder,
         Householder2,
+        L2Pool,
         LeakyReLU,
         MaxMin,
         MaxPoolPairs,
         PadChannels,
+        PositionalBias,
         PotentialStep,
         ProjectionPool,
         ReLU,
         Residual,
         Sandwich,
+        Shift,
         Sigmoid,
         Softplus,
         SpaceToDepth,
@@ -97,6 +101,7 @@ __all__ = [
     "Householder",
     "Householder2",
     "Isometric",
+    "L2Pool",
     "Leaf",
     "LeakyReLU",
     "Linear",
@@ -107,16 +112,19 @@ __all__ = [
     "Normalize",
     "Operator",
     "PadChannels",
+    "PositionalBias",
     "PotentialStep",
     "ProjectionPool",
     "ReLU",
     "Reordering",
     "Residual",
     "Sandwich",
+    "Shift",
     "Sigmoid",
     "Softplus",
     "SpaceToDepth",
     "Tanh",
+    "Translation",
     "ZeroPad",
     "norm_per_image",
     "operator",

@@ -252,18 +252,20 @@ class Normalize(Operator, Bounded):
         return gamma(3) * ENLARGEMENT * norm_per_image(self(x))
 
 
-@operator("bias", static=("in_shape",))
-class Bias(Isometric):
-    """x -> x + b along the last axis. bias: (in_shape[-1],)."""
+class Translation(Isometric):
+    """Base of operators x -> x + bias: one array, of one shape for every in_shape. No Lipschitz constant sees it."""
 
     bias: Leaf
-    in_shape: tuple[int, ...]
     _reason = "exact: a translation"
 
+    @property
+    def _bias_shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
     def check(self) -> None:
-        # A shorter or longer bias would broadcast, and copying an input to several outputs is no translation.
-        if np.shape(self.bias) != (self.in_shape[-1],):
-            raise ValueError(f"Expected a bias of shape ({self.in_shape[-1]},), got {np.shape(self.bias)}.")
+        # Another shape would broadcast, and copying an input to several outputs is no translation.
+        if np.shape(self.bias) != self._bias_shape:
+            raise ValueError(f"Expected a bias of shape {self._bias_shape}, got {np.shape(self.bias)}.")
 
     def __call__(self, x):
         check_input(self, x)
@@ -271,3 +273,15 @@ class Bias(Isometric):
 
     def rounding_error(self, x):
         return UNIT_ROUNDOFF * ENLARGEMENT * norm_per_image(self(x))
+
+
+@operator("bias", static=("in_shape",))
+class Bias(Translation):
+    """x -> x + b along the last axis. bias: (in_shape[-1],)."""
+
+    bias: Leaf
+    in_shape: tuple[int, ...]
+
+    @property
+    def _bias_shape(self):
+        return (self.in_shape[-1],)

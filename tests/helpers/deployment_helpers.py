@@ -222,6 +222,20 @@ def apply(op, x, dtype):
         case operators.Crop():
             (top, bottom), (left, right) = op.crops
             return x[:, top : x.shape[1] - bottom, left : x.shape[2] - right]
+        case operators.PositionalBias():
+            return x + of(op.bias)
+        case operators.Shift():
+            moved, n = x.copy(), op.channels
+            for i, (step, axis) in enumerate(((-1, 1), (1, 1), (-1, 2), (1, 2))):
+                moved[..., i * n : (i + 1) * n] = np.roll(x[..., i * n : (i + 1) * n], step, axis)
+            return moved
+        case operators.L2Pool():
+            (h, w, c), (rows, columns) = op.in_shape, op.regions
+            tokens = x.reshape(-1, rows, h // rows, columns, w // columns, c).transpose(0, 1, 3, 2, 4, 5)
+            total = of(op.delta)
+            for token in np.moveaxis(tokens.reshape(-1, rows, columns, h * w // rows // columns, c), 3, 0):
+                total = total + token * token
+            return np.vectorize(Decimal.sqrt, otypes=[object])(total) if exact else np.sqrt(total)
         case operators.Residual():
             y = x
             for part in op.ops:
@@ -379,7 +393,29 @@ def potential(rng, scale):
     return shape, [*ops, operators.Bias(draw(rng, 6, scale=scale), (6,)), operators.MaxMin((6,))]
 
 
-NETWORKS = {f.__name__: f for f in (convolutional, grouped, circulant, factored, elementwise, residual, potential)}
+def tokens(rng, scale):
+    """Maps of tokens, in which biases of two kinds and a pool follow sums."""
+    shape = (4, 6, 8)
+    return (4, 6, 2), [
+        operators.PadChannels((4, 6, 2), 8),
+        operators.PositionalBias(draw(rng, 4, 6, 1, scale=scale), shape),
+        operators.Conv(draw(rng, 1, 1, 8, 8, scale=scale / 3), shape),
+        operators.Shift(shape, 1),
+        operators.Conv(draw(rng, 1, 1, 8, 8, scale=scale / 3), shape),
+        operators.Bias(draw(rng, 8, scale=scale), shape),
+        operators.PositionalBias(draw(rng, 4, 6, 1, scale=scale), shape),
+        operators.MaxMin(shape),
+        operators.L2Pool(shape, (2, 3)),
+        operators.Bias(draw(rng, 8, scale=scale), (2, 3, 8)),
+        operators.Flatten((2, 3, 8)),
+        operators.Dense(draw(rng, 6, 48, scale=scale / 8)),
+        operators.MaxMin((6,)),
+    ]
+
+
+NETWORKS = {
+    f.__name__: f for f in (convolutional, grouped, circulant, factored, elementwise, residual, potential, tokens)
+}
 
 
 @functools.cache

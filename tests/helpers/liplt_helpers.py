@@ -11,6 +11,7 @@ from lipjax.operators import (
     Crop,
     CropChannels,
     PadChannels,
+    Shift,
     SpaceToDepth,
     ZeroPad,
 )
@@ -65,6 +66,11 @@ CHAINS = {
         PadChannels((2, 3, 12), 14),
         Conv(np.ones((1, 3, 14, 5)), (2, 3, 14), 1, "ZERO"),
         CropChannels((2, 3, 5), 3),
+    ],
+    "shifted": [
+        Conv(np.ones((1, 1, 2, 5)), (4, 6, 2), 1, ONE),
+        Shift((6, 8, 5), 1),
+        Conv(np.ones((3, 3, 5, 3)), (6, 8, 5), 2, ONE),
     ],
     "padded": [
         ZeroPad((3, 5, 2), ((2, 0), (0, 1))),

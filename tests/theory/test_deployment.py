@@ -73,6 +73,7 @@ EXACT = (
     operators.MaxMin,
     operators.MaxPoolPairs,
     operators.ReLU,
+    operators.Shift,
 )
 
 

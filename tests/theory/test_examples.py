@@ -45,6 +45,7 @@ FUNCTIONS = (
 CLASSES = (
     *(f"operators.{name}" for name in ("Dense", "Conv", "ConvExponential", "CircularConv", "ZeroPad", "Crop")),
     *(f"operators.{name}" for name in ("ConvTranspose", "ChannelShuffle", "PotentialStep", "Sandwich")),
+    *(f"operators.{name}" for name in ("Shift", "PositionalBias", "L2Pool")),
     "FrozenNetwork",
 )
 GLOBALS = {"jax": jax, "jnp": jnp, "np": np, "lipjax": lipjax}

@@ -100,6 +100,7 @@ MADE = {
     "Flatten(in (4, 4, 2))": operators.Flatten(SHAPE),
     "Householder(in (4, 4, 2))": operators.Householder(np.ones((2, 1)), SHAPE),
     "Householder2(in (4, 4, 2))": operators.Householder2(np.ones((3, 2, 1)), SHAPE),
+    "L2Pool(regions (2, 1), in (4, 4, 2))": operators.L2Pool(SHAPE, (2, 1)),
     "LeakyReLU(negative_slope 0.2, in (4, 4, 2))": operators.LeakyReLU(SHAPE, 0.2),
     "MaxMin(in (4, 4, 2))": operators.MaxMin(SHAPE),
     "MaxPoolPairs(in (4, 4, 2))": operators.MaxPoolPairs(SHAPE),
@@ -113,6 +114,8 @@ MADE = {
     "Sandwich(Dense(3 -> 5), Tanh(in (5,)), outputs 2)": operators.Sandwich(
         operators.Dense(np.zeros((5, 3))), np.zeros(5), operators.Tanh((5,)), 2
     ),
+    "PositionalBias(in (4, 4, 2))": operators.PositionalBias(np.zeros((4, 4, 1)), SHAPE),
+    "Shift(channels 2, in (4, 4, 8))": operators.Shift((4, 4, 8), 2),
     "Sigmoid(in (4, 4, 2))": operators.Sigmoid(SHAPE),
     "Softplus(in (4, 4, 2))": operators.Softplus(SHAPE),
     "SpaceToDepth(block 2, in (4, 4, 2))": operators.SpaceToDepth(SHAPE, 2),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lipjax import conv
+from lipjax.operators import Shift
 from lipjax.operators.reshape import ChannelShuffle, Crop, CropChannels, Flatten, PadChannels, SpaceToDepth, ZeroPad
 
 OPERATORS = [
@@ -26,6 +27,9 @@ OPERATORS = [
     ZeroPad((4, 6, 3), ((0, 0), (0, 0))),
     Crop((4, 6, 3), ((1, 2), (0, 3))),
     Crop((4, 6, 3), ((0, 0), (0, 0))),
+    Shift((3, 5, 9), 2),
+    Shift((4, 1, 4), 1),
+    Shift((1, 2, 5), 1),
 ]
 
 

@@ -305,7 +305,7 @@ def _smallest_singular_values(frozen: FrozenNetwork | None, certificate: dict) -
     network = frozen.network
     found["input"] = f"{1 / float(np.max(network.input_std)):.6g}"
     for name, op in zip(network.names, network.ops, strict=True):
-        exact = isinstance(op, operators.Bias | operators.Reordering)
+        exact = isinstance(op, operators.Translation | operators.Reordering)
         if exact and math.prod(op.out_shape) >= math.prod(op.in_shape):  # nothing is left out
             found[name] = "1"
             continue
