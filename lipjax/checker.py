@@ -1122,6 +1122,14 @@ class Bias(Operator):
         return 2.0**-53 * GUARD * lengths(y)
 
 
+class PositionalBias(Bias):
+    """x + bias, one number for all channels of a pixel."""
+
+    def prepare(self):
+        wanted = (*self.in_shape[:2], 1)
+        need(len(self.in_shape) == 3 and self.bias.shape == wanted, f"a bias of shape {self.bias.shape}")
+
+
 class Dense(Operator):
     """A matrix (o, i) on vectors."""
 
@@ -1593,6 +1601,63 @@ class PadChannels(Operator):
         return 0.0
 
 
+class Shift(Operator):
+    """Four groups of channels moved by one pixel, circularly: up, down, left, right. The other channels stay."""
+
+    settings = ("in_shape", "channels")
+    linear = True
+    channels: Any  # of each group, a JSON value
+
+    def prepare(self):
+        need(len(self.in_shape) == 3 and type(self.channels) is int, f"channels {self.channels!r}")
+        need(
+            1 <= self.channels <= self.in_shape[-1] // 4, f"four times {self.channels} of {self.in_shape[-1]} channels"
+        )
+
+    def moved(self, x: np.ndarray, step: int) -> np.ndarray:
+        found, n = x.copy(), self.channels
+        for i, (sign, axis) in enumerate(((1, 1), (-1, 1), (1, 2), (-1, 2))):
+            found[..., i * n : (i + 1) * n] = np.roll(x[..., i * n : (i + 1) * n], sign * step, axis)
+        return found
+
+    def apply(self, x):
+        return self.moved(x, -1)
+
+    def back(self, y):
+        return self.moved(y, 1)
+
+    def spread(self):
+        return 0.0
+
+
+class L2Pool(Operator):
+    """sqrt(sum of squares + delta) over the regions of a grid, by channel: lengths of (x, sqrt(delta))."""
+
+    settings = ("in_shape", "regions", "delta")
+    methods = ("exact: lengths over regions that do not overlap",)
+    regions: Any  # JSON values
+    delta: Any
+
+    def prepare(self):
+        need(len(self.in_shape) == 3 and is_shape(self.regions) and len(self.regions) == 2, f"regions {self.regions!r}")
+        sizes = zip(self.in_shape[:2], self.regions, strict=True)
+        need(not any(n % k for n, k in sizes), f"{self.regions} regions of a map of {self.in_shape[:2]}")
+        need(type(self.delta) in (int, float) and 2.0**-64 <= self.delta <= 2.0**64, f"delta {self.delta!r}")
+
+    @property
+    def out_shape(self):
+        return (*self.regions, self.in_shape[-1])
+
+    def apply(self, x):
+        (h, w, c), (rows, columns) = self.in_shape, self.regions
+        pixels = x.reshape(len(x), rows, h // rows, columns, w // columns, c)
+        return np.sqrt((pixels * pixels).sum(axis=(2, 4)) + self.delta)
+
+    def local(self, x, y):
+        count = math.prod(self.in_shape[:2]) // math.prod(self.regions)
+        return rounding(count + 4) * GUARD * lengths(y)
+
+
 class CropChannels(PadChannels):
     """The first channels, which is the adjoint of appending zeros."""
 
@@ -2049,15 +2114,18 @@ OPERATORS: dict[str, type[Operator]] = {
         Flatten,
         Householder,
         Householder2,
+        L2Pool,
         LeakyReLU,
         MaxMin,
         MaxPoolPairs,
         PadChannels,
+        PositionalBias,
         PotentialStep,
         ProjectionPool,
         ReLU,
         Residual,
         Sandwich,
+        Shift,
         Sigmoid,
         Softplus,
         SpaceToDepth,

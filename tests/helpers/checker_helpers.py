@@ -140,6 +140,22 @@ def grouped_network():
     return make_network(ops, linear_head(rng, 3, 36), 0.3, 0.5)
 
 
+def token_network():
+    rng = np.random.default_rng(8)
+    shape = (3, 4, 6)
+    ops = [
+        ("pad", operators.PadChannels((3, 4, 2), 6)),
+        ("position", operators.PositionalBias(0.1 * rng.normal(size=(3, 4, 1)), shape)),
+        ("first", operators.Conv(draw(rng, 1, 1, 6, 6), shape)),
+        ("shift", operators.Shift(shape, 1)),
+        ("second", operators.Conv(draw(rng, 1, 1, 6, 6), shape)),
+        ("act", operators.MaxMin(shape)),
+        ("pool", operators.L2Pool(shape, (3, 2), 0.01)),
+        ("flat", operators.Flatten((3, 2, 6))),
+    ]
+    return make_network(ops, linear_head(rng, 3, 36), 0.2, 0.5)
+
+
 NETWORKS = {
     f.__name__: f
     for f in (
@@ -150,6 +166,7 @@ NETWORKS = {
         residual_network,
         potential_network,
         grouped_network,
+        token_network,
     )
 }
 

@@ -1,5 +1,7 @@
 """Tamperings of what a certificate states of operators, heads and LipLT, and where they are."""
 
+import math
+
 import numpy as np
 import pytest
 from checker_helpers import assert_caught, honest_runs
@@ -171,12 +173,85 @@ ELEMENTWISE = {
 }
 
 
+def other_number_moved(f):
+    f.op("shift")["channels"] = 2
+    f.write()
+
+
+def shift_of_no_channels(f):
+    f.op("shift")["channels"] = 0
+    f.write()
+
+
+def other_regions(f):
+    f.op("pool")["regions"] = [2, 2]
+    f.write()
+
+
+def regions_that_overlap(f):
+    f.op("pool")["regions"] = [1.5, 2]
+    f.write()
+
+
+def as_many_regions_in_other_places(f):
+    f.op("pool")["regions"] = [1, 2]
+    f.op("flat")["in_shape"] = [1, 2, 6]
+    f.arrays["head/matrix"] = f.arrays["head/matrix"][:, :12]
+    f.write()
+
+
+def no_delta(f):
+    f.op("pool")["delta"] = 0
+    f.write()
+
+
+def other_delta(f):
+    f.op("pool")["delta"] = 1e-6
+    f.write()
+
+
+def bias_for_each_channel(f):
+    f.arrays["ops/position/bias"] = np.zeros(6)
+    f.write()
+
+
+def bias_that_copies(f):
+    f.arrays["ops/position/bias"] = np.zeros((2, 3, 4, 1))
+    f.write()
+
+
+def longer_matrix(f):
+    f.arrays["ops/second/kernel"] *= 1 + 1e-6
+    f.write()
+
+
+def bound_of_a_pool_below_1(f):
+    f.layer("pool")["bound"] = math.nextafter(1, 0)
+    f.write()
+
+
+TOKENS = {
+    other_number_moved: "network.json, shift (Shift): four times 2 of 6 channels",
+    shift_of_no_channels: "network.json, shift (Shift): four times 0 of 6",
+    other_regions: "network.json, pool (L2Pool): [2, 2] regions of a map of (3, 4)",
+    regions_that_overlap: "network.json, pool (L2Pool): regions [1.5, 2]",
+    as_many_regions_in_other_places: "certificate.json, ",
+    no_delta: "network.json, pool (L2Pool): delta 0",
+    other_delta: "certificate.json, images",
+    bias_for_each_channel: "network.json, position (PositionalBias): a bias of shape (6,)",
+    bias_that_copies: "network.json, position (PositionalBias): a bias of shape (2, 3, 4, 1)",
+    longer_matrix: "layers, second (Conv): the bound",
+    bound_of_a_pool_below_1: "layers, pool (L2Pool): the bound",
+}
+
+
 TAMPERINGS = [
     pytest.param(name, forge, place, id=forge.__name__)
     for name, table in (
         ("many_operators", MANY),
         ("mlp_network", MLP),
         ("elementwise_network", ELEMENTWISE),
+        ("token_network", TOKENS),
     )
     for forge, place in table.items()
 ]
