@@ -23,7 +23,7 @@ from lipjax.nn.layers import (
     torch_conv,
     torch_linear,
 )
-from lipjax.nn.model import LipschitzModel
+from lipjax.nn.model import LOG_SCALE, LipschitzModel
 from lipjax.nn.orthogonal import (
     ACTIVATIONS,
     POOLINGS,
@@ -53,6 +53,7 @@ __all__ = [
     "COLLECTION",
     "ELEMENTWISE",
     "LOTConv",
+    "LOG_SCALE",
     "POOLINGS",
     "RKO",
     "SOC",

@@ -1,5 +1,6 @@
 """The base of all models: a sequence of layers and a head."""
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +10,9 @@ from lipjax import bounds
 from lipjax.network import Network, make_network
 from lipjax.nn.layers import COLLECTION
 from lipjax.operators import Head, Operator
+
+LOG_SCALE = "log_scale"
+"""Name of the parameter of models with a `logit_scale`: the logarithm of the factor of logits and L in losses."""
 
 
 class LipschitzModel(nn.Module):
@@ -24,6 +28,8 @@ class LipschitzModel(nn.Module):
       input_shape: (h, w, c). num_classes: k.
       input_mean, input_std: numbers or one per channel, pixel units.
       batch_size: images per step and device, by which layers choose how to compute; it does not change what.
+      logit_scale: what a learned factor of logits and L in losses starts from; 0: there is none. A 1-Lipschitz network
+        has no scale of its own. It is a parameter beside the network, which neither a certificate nor a radius sees.
     """
 
     input_shape: tuple[int, int, int]
@@ -31,6 +37,7 @@ class LipschitzModel(nn.Module):
     input_mean: float | tuple[float, ...] = 0.0
     input_std: float | tuple[float, ...] = 1.0
     batch_size: int = 128
+    logit_scale: float = 0.0
 
     def layers(self) -> tuple[list, Any]:
         """Returns the layers in order (in_shape, train) -> named operators, and the head, likewise."""
@@ -47,6 +54,8 @@ class LipschitzModel(nn.Module):
         network = make_network(ops, _called(head, shape, train, is_head=True), self.input_mean, self.input_std)
         if self.is_initializing():
             self.variable(COLLECTION, "vectors", lambda: bounds.init_vectors(network, self.make_rng("params")))
+        if self.logit_scale:  # the last parameter: all others start as without it
+            self.param(LOG_SCALE, nn.initializers.constant(math.log(self.logit_scale)), ())
         return network
 
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

@@ -86,7 +86,7 @@ CHOICES = (
 
 # Arguments of a model that training sets, and what all models have beside attributes of their own.
 _NOT_FIELDS = ("input_shape", "num_classes", "batch_size", "parent", "name")
-OF_ALL_MODELS = ("input_mean", "input_std")
+OF_ALL_MODELS = ("input_mean", "input_std", "logit_scale")
 
 
 def update(config: Any, changes: Mapping[str, Any]) -> None:

@@ -88,6 +88,9 @@ def default_config(
     config.model.block = "linear"  # or "conventional": x + MaxMin(convolution)
     config.model.input_mean = (0.5,)  # one number, or one per channel; pixel units
     config.model.input_std = (1.0,)  # likewise
+    config.model.logit_scale = (
+        0.0  # of logits and L in losses, learned: where it starts; 0: none. Certificates keep theirs
+    )
 
     config.loss = ml_collections.ConfigDict()
     config.loss.name = "emma"  # docs/training.md lists them; it brings fields of its own
@@ -221,6 +224,8 @@ def validate(config) -> None:
     std = config.model.input_std if "input_std" in config.model else 1.0
     positive = all(1e-30 < s < 1e30 for s in (std if isinstance(std, tuple) else (std,)))
     _check(positive, "model.input_std", "positive float32 numbers, one or one per channel", std)
+    scale = config.model.logit_scale if "logit_scale" in config.model else 0.0
+    _check(scale == 0 or 1e-6 <= scale <= 1e6, "model.logit_scale", "0 or between 1e-6 and 1e6", scale)
     weights = config.loss.class_weights
     _check(weights in CLASS_WEIGHTS, "loss.class_weights", f"one of {CLASS_WEIGHTS}", weights)
     _check(0 < config.loss.epsilon < math.inf, "loss.epsilon", "a positive number", config.loss.epsilon)

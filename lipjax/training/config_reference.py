@@ -180,7 +180,7 @@ def as_markdown() -> str:
         "## Models",
         "",
         "`config.model.name` says which. The flag `--config.model.name=convnet` alone takes that model with the",
-        "defaults below; `input_mean` and `input_std` stay those of the config. In a config file it is",
+        "defaults below; `input_mean`, `input_std` and `logit_scale` stay those of the config. In a config file it is",
         '`default_config(model="convnet")`.',
     ]
     for name in MODELS:

@@ -160,13 +160,13 @@ DECAYED = ("all", "weights")
 def decay_mask(which: str):
     """Says which parameters the weight decay shrinks: a function of the parameters, for optax.
 
-    Args: which: "all" (but the angles of activations and the scale of a Cayley transform), or "weights" (of those the
-      kernels and matrices, without the MLP head's).
+    Args: which: "all" (but the angles of activations, the scale of a Cayley transform and that of logits), or "weights"
+      (of those the kernels and matrices, without the MLP head's).
     """
 
     def decays(path, leaf) -> bool:
         name = path[-1].key
-        if name.startswith("theta") or name == "alpha":
+        if name.startswith("theta") or name in ("alpha", "log_scale"):
             return False
         # The bias and gamma of a stack are (layers, width).
         return which == "all" or (leaf.ndim > 1 and name not in ("w1", "w2", "bias", "gamma"))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from lipjax import bounds, certify, curvature, losses, spectral
 from lipjax.network import Application
-from lipjax.nn import COLLECTION, LipschitzModel, advance_means
+from lipjax.nn import COLLECTION, LOG_SCALE, LipschitzModel, advance_means
 from lipjax.operators import MLPHead
 from lipjax.training import augment, sharding
 from lipjax.training.accumulate import accumulate
@@ -155,18 +155,21 @@ def _curvatures(head: MLPHead, vector, logits, labels):
 
 
 def _per_example_loss(config, network, lip, logits, labels, constants, schedule, class_counts):
-    def curvatures():
-        return _curvatures(network.head, lip["head"]["vector"], logits, labels)
+    scale = constants.get("scale", 1.0)  # of the function that is trained: its constants are larger as well
 
-    seen = Seen(logits, labels, constants["lipschitz"], curvatures, class_counts)
+    def curvatures():
+        return scale * _curvatures(network.head, lip["head"]["vector"], logits, labels)
+
+    seen = Seen(scale * logits, labels, scale * constants["lipschitz"], curvatures, class_counts)
     return LOSSES[config.name].apply(config, seen, schedule)
 
 
 def make_build(model, config, mesh: Mesh):
     """Makes the part of a training step without images: (params, lip) -> ((network, constants), lip), differentiable.
 
-    constants: as `estimate_constants`. Parameters come in the parts that they are stored in; all that goes out is whole
-    on every device. What it takes to make it is divided over the devices.
+    constants: as `estimate_constants`, and of a model with a `logit_scale` the "scale" of logits in losses. Parameters
+    come in the parts that they are stored in; all that goes out is whole on every device. What it takes to make it is
+    divided over the devices.
     """
 
     def build(params, lip):
@@ -179,6 +182,8 @@ def make_build(model, config, mesh: Mesh):
         lip = {"vectors": {}, **advanced.get(COLLECTION, {})}
         found = estimate_constants(network, lip, config.power_iterations, config.lipschitz)
         constants, lip = sharding.gathered(found, mesh)
+        if LOG_SCALE in params:
+            constants = {**constants, "scale": jnp.exp(params[LOG_SCALE])}
         return (network, constants), lip
 
     return build

@@ -7,7 +7,7 @@ import pathlib
 import jax
 
 from lipjax.errors import UserError
-from lipjax.nn import LipschitzModel
+from lipjax.nn import LOG_SCALE, LipschitzModel
 from lipjax.training import sharding, step
 from lipjax.training.best import restore_best
 from lipjax.training.checkpoint import Checkpointer
@@ -50,7 +50,7 @@ def _check_images(directory, meta: dict, data_identity: dict) -> None:
 
 def _merged(ours: dict, theirs: dict, directory) -> dict:
     """The layers of theirs, which ours must have; of the head and of the estimates what fits."""
-    free = ("head", "vectors")
+    free = ("head", "vectors", LOG_SCALE)
     shapes = {
         side: {name: jax.tree.map(lambda a: a.shape, tree) for name, tree in part.items()}
         for side, part in (("ours", ours), ("theirs", theirs))
