@@ -88,9 +88,7 @@ def default_config(
     config.model.block = "linear"  # or "conventional": x + MaxMin(convolution)
     config.model.input_mean = (0.5,)  # one number, or one per channel; pixel units
     config.model.input_std = (1.0,)  # likewise
-    config.model.logit_scale = (
-        0.0  # of logits and L in losses, learned: where it starts; 0: none. Certificates keep theirs
-    )
+    config.model.logit_scale = 0.0  # where a learned factor of logits and L in losses starts; 0: there is none
 
     config.loss = ml_collections.ConfigDict()
     config.loss.name = "emma"  # docs/training.md lists them; it brings fields of its own

@@ -97,8 +97,9 @@ def test_every_field_of_the_model_changes_the_network():
         "neck": "cholesky", "dense_depth": 2, "centering": True, "small_init": True, "block": "conventional",
     }  # fmt: skip
     attributes = {field.name for field in dataclasses.fields(LiResNet)} - {"parent", "name"}
-    assert {f.removeprefix("model.") for f in FIELDS if f.startswith("model.")} == {*changes, "name"}
-    assert attributes == {*changes, "input_shape", "num_classes", "batch_size"}
+    assert {f.removeprefix("model.") for f in FIELDS if f.startswith("model.")} == {*changes, "name", "logit_scale"}
+    # The scale is beside the network: test_logit_scale.py.
+    assert attributes == {*changes, "input_shape", "num_classes", "batch_size", "logit_scale"}
 
     def network(**options):
         config = tiny_config(**{f"model.{name}": value for name, value in options.items()})
@@ -158,6 +159,7 @@ BAD = {
     "model.small_init": ["yes"],
     "model.input_mean": ["zero", float("nan"), (0.5, "a")],
     "model.input_std": [0.0, -1.0, (0.5, 0.0)],
+    "model.logit_scale": [-1.0, 1e9, 1e-9, "2"],
     "loss.name": ["hinge"],
     "loss.class_weights": ["auto", 1, ""],
     "loss.epsilon": [0.0, float("inf"), "36/255"],

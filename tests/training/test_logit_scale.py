@@ -10,10 +10,8 @@ import pytest
 from training_helpers import quick_compiles, tiny_config  # noqa: F401  quick_compiles is a fixture
 
 import lipjax
-from lipjax.errors import UserError
 from lipjax.models import MODELS
 from lipjax.nn import LOG_SCALE
-from lipjax.training import config as config_module
 from lipjax.training.loop import Run
 from lipjax.training.optimizer import decay_mask
 
@@ -80,9 +78,3 @@ def test_no_certificate_sees_the_scale(name):
 def test_weight_decay_leaves_the_scale_alone():
     params = {"head": {"matrix": jnp.ones((2, 2))}, LOG_SCALE: jnp.ones(())}
     assert decay_mask("all")(params) == {"head": {"matrix": True}, LOG_SCALE: False}
-
-
-@pytest.mark.parametrize("value", [-1.0, 1e9, 1e-9])
-def test_what_is_no_scale(value):
-    with pytest.raises(UserError, match="config.model.logit_scale: expected 0 or between"):
-        config_module.validate(tiny_config(**{"model.logit_scale": value}))
