@@ -256,6 +256,8 @@ def _check_part(name: str, part) -> None:
         )
     try:
         part.check()
+        if isinstance(part, Composite):
+            part.check_parts()
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

@@ -317,6 +317,28 @@ class Composite(Operator, Bounded):
             if getattr(cls, name) is not getattr(Composite, name):
                 raise TypeError(f"{cls.__name__} defines {name}, but parts() and adds_input define a Composite.")
 
+    def check(self) -> None:
+        self.check_parts()
+
+    def check_parts(self) -> None:
+        """Raises: ValueError unless each part takes just what the one before it gives. Networks call it, too."""
+        kind, parts = type(self).__name__, self.parts()
+        if not isinstance(parts, tuple) or not parts:
+            raise ValueError(f"expected a tuple of at least one operator as parts of the {kind}, got {parts!r}.")
+        for i, op in enumerate(parts):
+            if not isinstance(op, Operator) or isinstance(op, Composite):
+                raise ValueError(f"operator {i}: {type(op).__name__} cannot stand inside a {kind}.")
+            op.check()
+        given = [(f"operator {i} gives", op.out_shape) for i, op in enumerate(parts)]
+        taken = [(f"operator {i} takes", op.in_shape) for i, op in enumerate(parts)]
+        taken.append((f"the {kind} gives", self.out_shape))
+        wanted = [*zip([(f"the {kind} takes", self.in_shape), *given], taken, strict=True)]
+        if self.adds_input:
+            wanted.insert(-1, (given[-1], ("the sum takes", self.in_shape)))
+        for (first, shape), (then, expected) in wanted:
+            if tuple(shape) != tuple(expected):
+                raise ValueError(f"{first} shape {tuple(shape)}, but {then} {tuple(expected)}.")
+
     @abc.abstractmethod
     def parts(self) -> tuple:
         """The operators, in the order in which they are applied; none of them a Composite."""
@@ -346,6 +368,7 @@ class Composite(Operator, Bounded):
 
     def bound(self) -> spectral.NormBound:
         """`lipschitz_of` the parts' bounds, which are in details["parts"] for error bounds to pass through them."""
+        self.check_parts()
         parts = [bound_row(f"operator {i}", op) for i, op in enumerate(self.parts())]
         # Of the claims, so that the checker's proofs of them carry over.
         product = math.prod((Fraction(part["bound"]) for part in parts), start=Fraction(1))

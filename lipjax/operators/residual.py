@@ -34,12 +34,7 @@ class Residual(Composite):
         for i, op in enumerate(self.ops):
             if isinstance(op, Composite | Centers):
                 raise ValueError(f"operator {i}: {type(op).__name__} cannot stand inside a residual block.")
-            op.check()
-        following = (*self.ops[1:], self)
-        for i, (op, after) in enumerate(zip(self.ops, following, strict=True)):
-            if tuple(op.out_shape) != tuple(after.in_shape):
-                expected = "the sum" if after is self else f"operator {i + 1}"
-                raise ValueError(f"operator {i} gives shape {op.out_shape}, but {expected} takes {after.in_shape}.")
+        self.check_parts()
 
     def parts(self) -> tuple:
         return self.ops
