@@ -215,7 +215,8 @@ def _main(argv: list[str]) -> int:
     )
     command.add_argument("--images_per_chip", type=int, help="sets config.batch_size to so many times the chips")
     command.set_defaults(run=plan)
-    arguments, rest = parser.parse_known_args(argv)
+    with streams.guarded(silent=True):  # --help ends here
+        arguments, rest = parser.parse_known_args(argv)
     if arguments.run is plan:
         return _run(lambda: plan(arguments, rest))
     if rest:

@@ -5,6 +5,7 @@ import textwrap
 
 from absl import flags, logging
 
+from lipjax import streams
 from lipjax.errors import UserError
 from lipjax.run import run
 from lipjax.training import cluster, config_file, config_reference
@@ -64,13 +65,14 @@ def main(arguments: list[str], program: str = "lipjax train") -> int:
     """Trains as the arguments (without the program) say. Returns: the exit code."""
     flag_values = flags.FlagValues()
     try:
-        if set(arguments) & set(_HELP):
-            print_help(arguments, program)
-            return 0
-        listed = config_file.listed_variants(config_file.split_arguments(arguments)[0] or DEFAULT)
-        if listed:
-            print(listed)
-            return 0
+        with streams.guarded(silent=True):
+            if set(arguments) & set(_HELP):
+                print_help(arguments, program)
+                return 0
+            listed = config_file.listed_variants(config_file.split_arguments(arguments)[0] or DEFAULT)
+            if listed:
+                print(listed)
+                return 0
         config, workdir = parse(arguments, flag_values)
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)

@@ -56,10 +56,13 @@ class _Guarded:
 
 
 @contextlib.contextmanager
-def guarded() -> Iterator[None]:
-    """While it is open, neither a failing standard output nor a failing standard error ends the program."""
+def guarded(*, silent: bool = False) -> Iterator[None]:
+    """While it is open, neither a failing standard output nor a failing standard error ends the program.
+
+    Args: silent: not a word where the output fails, as for a help text, of which `head` reads no more than it wants.
+    """
     before = sys.stdout, sys.stderr
-    names = ("output", "error")
+    names = ("help" if silent else "output", "error")
     guards = [
         stream if stream is None or isinstance(stream, _Guarded) else _Guarded(stream, name)
         for stream, name in zip(before, names, strict=True)

@@ -123,6 +123,24 @@ def test_a_check_that_nobody_reads_says_what_it_found(monkeypatch, capsys, code)
     assert capsys.readouterr().err == SAID.format("Broken pipe")
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["train", "--config=liresnet:help"], ["check", "-h"]]
+)
+def test_a_help_text_that_nobody_reads_to_its_end_is_no_error(line, capsys):
+    """lipjax train --help | head -1."""
+
+    def called():
+        try:
+            return program.main(line.split()) or 0
+        except SystemExit as end:
+            return end.code or 0
+
+    with output("no reader"):
+        assert called() == 0
+    assert capsys.readouterr() == ("", "")
+    assert called() == 0 and len(capsys.readouterr().out) > 100  # control: whoever reads gets it all
+
+
 @pytest.mark.x64_off
 def test_a_run_whose_reader_is_gone_is_trained_and_certified(tmp_path, capsys, monkeypatch):
     def certify_run(workdir, config, seed, trained, console):
