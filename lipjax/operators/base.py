@@ -381,12 +381,15 @@ class Composite(Operator, Bounded):
         return spectral.NormBound(float_up(self.lipschitz_of(product)), self._reason, {"parts": parts})
 
 
-def bound_row(place: str, op) -> dict[str, Any]:
-    """The proved bound of an operator inside another, as a certificate states it. Raises: NotCertifiable if none is."""
+def bound_row(place: str, op, found: spectral.NormBound | None = None) -> dict[str, Any]:
+    """The proved bound of an operator inside another, as a certificate states it. Raises: NotCertifiable if none is.
+
+    found: one that is at hand, else the operator's `bound`.
+    """
     kind = type(op).__name__
     if not isinstance(op, Bounded):
         raise NotCertifiable(f"{place}: no proved Lipschitz bound is known for one of type {kind}.")
-    found = op.bound()
+    found = op.bound() if found is None else found
     claims = {"type": kind, "bound": float(found.claimed), "sigma": float(found.proved)}
     return {**claims, "method": found.method, "details": found.details}
 

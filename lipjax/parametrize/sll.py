@@ -36,8 +36,8 @@ def dense(
     Source: Araujo et al. 2023, arXiv:2303.03169, section 4.
     Example: two equal rows share what one would have.
       >>> a, scale = lipjax.parametrize.sll.dense(jnp.array([[2.0], [2.0]]), jnp.zeros(2), room=1.0)
-      >>> float(jnp.sum(a**2))
-      1.0
+      >>> f"{jnp.sum(a**2):.4f}"
+      '1.0000'
     """
     _check(matrix, theta)
     gram = jnp.matmul(matrix, matrix.T, precision=lax.Precision.HIGHEST)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lipjax import operators
+from lipjax import operators, spectral
 from lipjax.operators.grid import on_grid
 from lipjax.parametrize import cpl, sandwich, sll
 
@@ -35,6 +35,10 @@ def test_scaled_rows_have_a_norm_of_at_most_one_and_a_constant_of_exactly_one(sp
         kernel, theta = jnp.asarray(rng.normal(size=(3, 2, 2, 3))), jnp.asarray(spread * rng.normal(size=3))
         conv = operators.Conv(sll.conv(kernel, theta)[0], (2, 3, 2), strides, padding)
         assert step_bound(conv) == 1.0
+    # No frequency of a large map is looked at: row sums are enough, and the checker's method for that is named.
+    large = operators.Conv(np.asarray(conv.kernel), (512, 512, 2))
+    found = operators.PotentialStep(large, np.zeros(3), operators.ReLU(large.out_shape)).bound()
+    assert found.details["linear"]["method"] == spectral.ROW_SUMS and found.details["linear"]["bound"] <= 1
     # Rows that are orthonormal attain the norm: the room is what keeps the constant at exactly 1.
     eye = jnp.asarray(np.linalg.qr(rng.normal(size=(5, 5)))[0])
     made, _ = sll.dense(eye, jnp.zeros(5))
