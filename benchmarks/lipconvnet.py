@@ -85,7 +85,7 @@ def compare(contenders: dict, rounds: int) -> dict[str, float]:
 
 def our_parts(width: int, batch: int):
     """(training step, frozen inference), functions without arguments."""
-    model = LipConvnet((32, 32, 3), CLASSES, width=width, padding="CIRCULAR", batch_size=batch)
+    model = LipConvnet((32, 32, 3), CLASSES, width=width, layer_options={"padding": "CIRCULAR"}, batch_size=batch)
     x = jax.random.uniform(jax.random.key(1), (batch, 32, 32, 3))
     labels = jax.random.randint(jax.random.key(2), (batch,), 0, CLASSES)
     variables = jax.jit(model.init)(jax.random.key(0), x[:1])

@@ -50,7 +50,7 @@ KINDS = {
 def get_config(variant):
     name, _, kind = variant.partition(",")
     loss, loss_fields, model = KINDS[kind]
-    config = default_config(model="lipconvnet", loss=loss, optimizer="sgd", schedule="step")
+    config = default_config("lipconvnet", loss, "sgd", "step", layer=model.get("layer"))
     config.batch_size = 128
     config.num_epochs = 200
 

@@ -1,18 +1,29 @@
 """Models by name: get_model(config.model, input_shape=..., num_classes=...)."""
 
+from flax.core import FrozenDict
+
 from lipjax.errors import UserError
+from lipjax.models.bronet import BRONet
+from lipjax.models.compared import ComparedConvNet
 from lipjax.models.convnet import ConvNet
 from lipjax.models.lipconvnet import LipConvnet
 from lipjax.models.liresnet import LiResNet
-from lipjax.nn import LipschitzModel
+from lipjax.nn import LAYERS, LayeredModel, LipschitzModel, layer_fields
 
-MODELS = {"convnet": ConvNet, "lipconvnet": LipConvnet, "liresnet": LiResNet}
+MODELS = {
+    "bronet": BRONet,
+    "compared": ComparedConvNet,
+    "convnet": ConvNet,
+    "lipconvnet": LipConvnet,
+    "liresnet": LiResNet,
+}
 
 
 def get_model(config, *, input_shape: tuple[int, int, int], num_classes: int, batch_size: int = 128) -> LipschitzModel:
     """The model that a config names.
 
-    Args: config: `name` and the model's attributes, such as depth and width. input_shape: (h, w, c).
+    Args: config: `name` and the model's attributes, such as depth and width, and beside `layer` the fields that the
+      layer brings. input_shape: (h, w, c).
       batch_size: images per training step and device, by which layers choose how to compute.
     Raises: UserError for an unknown name or attribute, or sizes that the model cannot take.
     """
@@ -21,6 +32,18 @@ def get_model(config, *, input_shape: tuple[int, int, int], num_classes: int, ba
     if name not in MODELS:
         raise UserError(f"config.model.name: expected one of {sorted(MODELS)}, got {name!r}.")
     try:
+        if issubclass(MODELS[name], LayeredModel):
+            layer = options.get("layer", MODELS[name].layer)
+            if layer not in LAYERS:
+                raise ValueError(f"expected layer to be one of {tuple(LAYERS)}, got {layer!r}.")
+            own = {field: options.pop(field) for field in layer_fields(layer) if field in options}
+            options["layer_options"] = FrozenDict({**options.get("layer_options", {}), **own})
+            others = [field for field in options if any(field in layer_fields(other) for other in LAYERS)]
+            if others:
+                raise ValueError(
+                    f"the layer {layer!r} has no {' and no '.join(others)}; a config file chooses it by "
+                    f'default_config(model="{name}", layer="{layer}"), which sets the fields that it has.'
+                )
         model = MODELS[name](input_shape=input_shape, num_classes=num_classes, batch_size=batch_size, **options)
         model.check()
     except (TypeError, ValueError) as error:
@@ -28,7 +51,7 @@ def get_model(config, *, input_shape: tuple[int, int, int], num_classes: int, ba
     return model
 
 
-__all__ = ["ConvNet", "LipConvnet", "LiResNet", "get_model"]
+__all__ = ["BRONet", "ComparedConvNet", "ConvNet", "LipConvnet", "LiResNet", "get_model"]
 
 
 def __dir__() -> list[str]:

@@ -7,14 +7,16 @@ try:
 except ModuleNotFoundError:
     require_extra("train", "flax")
 
+from lipjax.nn.by_name import ALL_ACTIVATIONS, LAYERS, Field, LayeredModel, layer_fields
 from lipjax.nn.cholesky import CholeskyConv, CholeskyDense, CholeskyStack
-from lipjax.nn.explicit import AOC, BCOP, RKO, OrthoLinear
+from lipjax.nn.explicit import AOC, BCOP, RKO, OrthoHead, OrthoLinear
 from lipjax.nn.layers import (
     COLLECTION,
     ELEMENTWISE,
     Conv,
     ConventionalResidual,
     Dense,
+    FirstFeatures,
     LinearHead,
     LinearResidual,
     advance_means,
@@ -36,29 +38,12 @@ from lipjax.nn.orthogonal import (
     ProjectionPool,
     SOCHead,
 )
-from lipjax.nn.potential import (
-    CPLConv,
-    CPLDense,
-    SandwichConv,
-    SandwichConvSpatial,
-    SandwichDense,
-    SandwichHead,
-    SLLConv,
-    SLLDense,
-)
 from lipjax.nn.responses import BROConv, BRODense, BROPatches, BROResidual, BROStack, LOTConv
 from lipjax.nn.scaled import AOLConv, AOLDense
 
 __all__ = [
-    "CPLConv",
-    "CPLDense",
-    "SLLConv",
-    "SLLDense",
-    "SandwichConv",
-    "SandwichConvSpatial",
-    "SandwichDense",
-    "SandwichHead",
     "ACTIVATIONS",
+    "ALL_ACTIVATIONS",
     "AOC",
     "AOLConv",
     "AOLDense",
@@ -70,6 +55,7 @@ __all__ = [
     "BROStack",
     "COLLECTION",
     "ELEMENTWISE",
+    "LAYERS",
     "LOTConv",
     "LOG_SCALE",
     "POOLINGS",
@@ -83,17 +69,22 @@ __all__ = [
     "Conv",
     "ConventionalResidual",
     "Dense",
+    "Field",
+    "FirstFeatures",
     "Householder",
     "Householder2",
+    "LayeredModel",
     "LinearHead",
     "LinearResidual",
     "LipschitzModel",
     "MLPHead",
+    "OrthoHead",
     "OrthoLinear",
     "ProjectionPool",
     "SOCHead",
     "advance_means",
     "flatten",
+    "layer_fields",
     "torch_bias",
     "torch_conv",
     "torch_linear",

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lipjax import conv, operators
-from lipjax.nn.layers import COLLECTION, NamedOperators, symmetric_uniform, torch_bias, with_bias
+from lipjax.nn.layers import COLLECTION, NamedOperators, symmetric_uniform, torch_bias, torch_linear, with_bias
 from lipjax.parametrize import aoc, bcop, bjorck
 
 # Steps of power iteration before the first step of training; vectors are random until then.
@@ -216,3 +216,21 @@ class OrthoLinear(nn.Module):
         op = operators.Dense(bjorck.orthogonalize(raw, vectors, self.method, self.num_iters))
         bias = torch_bias(in_shape[-1])
         return with_bias(self, [_contraction(op, train)], self.use_bias, self.activation, bias)
+
+
+class OrthoHead(nn.Module):
+    """Logits by orthonormal rows (or columns, with more classes than features), by Björck's steps, and a bias.
+
+    num_iters, power_iters: as of `AOC`.
+    """
+
+    num_classes: int
+    num_iters: int = bjorck.NUM_ITERS
+    power_iters: int = 3
+
+    @nn.compact
+    def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> operators.LinearHead:
+        raw = self.param("matrix", torch_linear, (self.num_classes, in_shape[-1]))
+        vectors = _vectors(self, {"matrix": raw}, bjorck.ORTHOGONIUM, self.power_iters, train)["matrix"]
+        bias = self.param("bias", torch_bias(in_shape[-1]), (self.num_classes,))
+        return operators.LinearHead(bjorck.orthogonalize(raw, vectors, "bjorck", self.num_iters), bias)

@@ -214,3 +214,15 @@ class LinearHead(nn.Module):
         matrix = self.param("matrix", torch_linear, (self.num_classes, in_shape[-1]))
         bias = self.param("bias", self.bias_init(in_shape[-1]), (self.num_classes,))
         return operators.LinearHead(lln.normalize_rows(matrix) if self.normalize else matrix, bias)
+
+
+class FirstFeatures(nn.Module):
+    """Logits that are the first features themselves, without parameters: as many as there are classes."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> operators.LinearHead:
+        if in_shape[-1] < self.num_classes:
+            raise ValueError(f"expected at least {self.num_classes} features, one per class, got {in_shape[-1]}.")
+        return operators.LinearHead(jnp.eye(self.num_classes, in_shape[-1]), jnp.zeros(self.num_classes))

@@ -14,7 +14,7 @@ from lipjax import attacks, network
 from lipjax.certify.radius import radius_key
 from lipjax.errors import UserError
 from lipjax.training.accumulate import centering_refused
-from lipjax.training.choices import CHOICES, without_others
+from lipjax.training.choices import CHOICES, LAYER, RECIPE, without_others
 from lipjax.training.data import NAMES
 from lipjax.training.optimizer import DECAYED
 from lipjax.training.randaugment import MAX_MAGNITUDE
@@ -24,14 +24,19 @@ MATMUL_PRECISIONS = ("default", "high", "highest")
 
 
 def default_config(
-    model: str = "liresnet", loss: str = "emma", optimizer: str = "adamw", schedule: str = "cosine"
+    model: str = "liresnet",
+    loss: str = "emma",
+    optimizer: str = "adamw",
+    schedule: str = "cosine",
+    layer: str | None = None,
 ) -> Any:
     """All fields with their defaults; a config file changes some and locks the result.
 
     Radii are l2 in [0, 1]-pixel units.
 
-    Args: names of `CHOICES`, which say what fields config.model, config.loss and config.optimizer have.
-    Raises: UserError for a name that is not known.
+    Args: names of `CHOICES`, which say what fields config.model, config.loss and config.optimizer have. layer: None:
+      the model's own default.
+    Raises: UserError for a name that is not known, and for a layer of a model that has none to choose.
     """
     config = ml_collections.ConfigDict()
     # One run per seed, which decides the start, the batches, the validation split, and a test split if there is none.
@@ -73,7 +78,7 @@ def default_config(
     config.data.generated.cache_dir = ""  # where the images of a compressed .npz are unpacked to; "": beside it
 
     config.model = ml_collections.ConfigDict()
-    config.model.name = "liresnet"  # or "lipconvnet", "convnet", with the attributes of those; these are liresnet's:
+    config.model.name = "liresnet"  # or another of those below, with its attributes; these are liresnet's:
     config.model.depth = 12  # residual blocks
     config.model.width = 512  # channels
     config.model.stem_kernel = 5  # pixels along a side
@@ -99,7 +104,7 @@ def default_config(
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "adamw"  # or "adam", "nadam", "nadamw", "sgd"; it may bring fields of its own
     config.optimizer.learning_rate = 1e-3  # the largest of the schedule
-    config.optimizer.schedule = "cosine"  # or "exponential", "step", from the warm-up on; likewise
+    config.optimizer.schedule = "cosine"  # or another of those below, from the warm-up on; likewise
     config.optimizer.weight_decay = 0.0  # decoupled in adamw and nadamw; added to the gradient (L2) in the others
     config.optimizer.decay = "all"  # what weight decay shrinks: all but activations' angles, or only the "weights"
     config.optimizer.warmup_epochs = 1.0  # of linear growth
@@ -129,8 +134,11 @@ def default_config(
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = -1  # as many as there are
     config.mesh.model = 1  # 1: all is stored whole
-    for choice, name in zip(CHOICES, (model, loss, optimizer, schedule), strict=True):
+    for choice, name in zip(CHOICES, (model, loss, optimizer, schedule, layer), strict=True):
+        if name is None and choice is LAYER:
+            continue
         _check(name in choice.names, choice.path, f"one of {sorted(choice.names)}", name)
+        _check(choice.field in config[choice.group], choice.path, f"nothing, since {model} has its own layers", name)
         choice.choose(config, name)
     return config
 
@@ -140,7 +148,7 @@ def defaults_for(values: Mapping[str, Any]) -> Any:
 
     Raises: UserError for a choice that is not known.
     """
-    names = [values.get(choice.group, {}).get(choice.field) for choice in CHOICES]
+    names = [choice.chosen(values) for choice in CHOICES]
     known = {choice.noun: name for choice, name in zip(CHOICES, names, strict=True) if name is not None}
     return default_config(**known)
 
@@ -152,8 +160,8 @@ def _check(condition: bool, field: str, expected: str, value) -> None:
 
 def validate(config) -> None:
     """Raises: UserError naming the first field that does not exist or whose value cannot be used."""
-    for choice in CHOICES[1:]:
-        name = config[choice.group][choice.field] if choice.group in config else None
+    for choice in RECIPE:
+        name = choice.chosen(config)
         _check(name in choice.names, choice.path, f"one of {sorted(choice.names)}", name)
     # Which models have which attributes they check themselves.
     defaults = defaults_for({name: value for name, value in config.items() if name in ("loss", "optimizer")})
@@ -236,7 +244,7 @@ def validate(config) -> None:
     period, rate = config.optimizer.lookahead_period, config.optimizer.lookahead_rate
     _check(period >= 0, "optimizer.lookahead_period", "at least 0", period)
     _check(0 < rate <= 1, "optimizer.lookahead_rate", "a fraction in (0, 1]", rate)
-    for choice in CHOICES[1:]:
+    for choice in RECIPE:
         for field, setting in choice.brings(config[choice.group][choice.field]).items():
             value = config[choice.group][field]
             _check(setting.good(value, config), f"{choice.group}.{field}", setting.expected, value)

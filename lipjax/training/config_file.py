@@ -197,10 +197,11 @@ def _settings(arguments: list[str]) -> list[tuple[str, str | None]]:
 
 
 def _use_choices(config, settings: dict[str, str | None]) -> None:
-    """Gives a config the fields of another model, loss, optimizer or schedule that a flag asks for."""
+    """Gives a config the fields of another model, loss, optimizer, schedule or layer that a flag asks for."""
     for choice in CHOICES:
         name = settings.get(choice.path)
-        if name in choice.names and name != config[choice.group][choice.field]:
+        own = choice.chosen(config)
+        if name in choice.names and own is not None and name != own:
             choice.choose(config, name)
 
 
@@ -233,7 +234,7 @@ def _suggestion(name: str, known: dict[str, bool], config) -> str:
     for choice in CHOICES:
         owners = choice.owners(leaf)
         if name == f"{choice.group}.{leaf}" and owners:
-            own = config[choice.group][choice.field]
+            own = choice.chosen(config) or "without one"
             said = f"The {choice.noun} {_listed(owners)} has it, and this config's is {own}"
             return f"{said}: set --config.{choice.path} too."
     leaves = {field: field.rpartition(".")[2] for field in fields}

@@ -12,8 +12,6 @@ import textwrap
 import tokenize
 from typing import Any
 
-import ml_collections
-
 from lipjax.models import MODELS
 from lipjax.training import config as source
 from lipjax.training.choices import CHOICES, Choice, model_fields
@@ -78,7 +76,7 @@ def own_fields(choice: Choice) -> tuple[Field, ...]:
     found = []
     for field, setting in settings:
         names = [name for name in choice.names if choice.brings(name).get(field) is setting]
-        found.append(Field(f"{choice.group}.{field}", _value(setting.default), setting.comment, ", ".join(names)))
+        found.append(Field(f"{choice.group}.{field}", repr(setting.default), setting.comment, ", ".join(names)))
     return tuple(found)
 
 
@@ -114,11 +112,11 @@ def as_text(config: Any = None) -> str:
     for choice in CHOICES[1:]:
         lines += ["", f"  What --config.{choice.path} may be, and the fields that it brings with their defaults:"]
         for name in choice.names:
-            given = " ".join(f"{field}={_value(setting.default)}" for field, setting in choice.brings(name).items())
+            given = " ".join(f"{field}={setting.default!r}" for field, setting in choice.brings(name).items())
             lines.append(f"      {name}: {given or 'none'}")
     lines += ["", "  Models, and the attributes of config.model with their own defaults:"]
     for name in MODELS:
-        given = " ".join(f"{attribute}={_value(value)}" for attribute, value in model_fields(name).items())
+        given = " ".join(f"{attribute}={setting.default!r}" for attribute, setting in model_fields(name).items())
         lines += ["", f"  {name}: {given}", textwrap.indent(_model_text(name), " " * 6)]
     return "\n".join(line.rstrip() for line in lines)
 
@@ -130,10 +128,6 @@ def _own_text(choice: Choice, config: Any) -> list[str]:
     for field, setting in choice.brings(group[choice.field]).items():
         lines += [f"  --config.{choice.group}.{field}={group[field]!r}", f"      {setting.comment}"]
     return lines
-
-
-def _value(value: Any) -> str:
-    return repr(value.get() if isinstance(value, ml_collections.FieldReference) else value)
 
 
 def _own_table(choice: Choice) -> list[str]:
@@ -184,7 +178,7 @@ def as_markdown() -> str:
         '`default_config(model="convnet")`.',
     ]
     for name in MODELS:
-        given = ", ".join(f"`{attribute}={_value(value)}`" for attribute, value in model_fields(name).items())
+        given = ", ".join(f"`{attribute}={setting.default!r}`" for attribute, setting in model_fields(name).items())
         page += ["", f"### {name}", "", given, "", "```text", _model_text(name), "```"]
     return "\n".join(page) + "\n"
 

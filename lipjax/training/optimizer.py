@@ -204,6 +204,16 @@ def _step(config, warmup: int, total: int, per_epoch: int) -> optax.Schedule:
     return optax.piecewise_constant_schedule(config.learning_rate, drops)
 
 
+def _triangular(config, warmup: int, total: int, per_epoch: int) -> optax.Schedule:
+    del per_epoch
+    peak, knee = config.learning_rate, max(1, round(0.8 * total) - warmup)
+    sides = (
+        optax.linear_schedule(peak, peak / 20, knee),
+        optax.linear_schedule(peak / 20, 0.0, max(1, total - warmup - knee)),
+    )
+    return optax.join_schedules(sides, [knee])
+
+
 _FINAL = {
     "final_fraction": Setting(
         1e-5,
@@ -219,6 +229,7 @@ SCHEDULES = {
         _exponential, {"decay_from": at_least_0(0.0, "epochs, until which the rate is constant")} | _FINAL
     ),
     "step": Decay(_step),
+    "triangular": Decay(_triangular),
 }
 
 
@@ -227,7 +238,8 @@ def learning_rate_schedule(config, steps_per_epoch: int, num_epochs: int) -> opt
 
     "cosine"; "exponential": the peak for decay_from epochs, then final_fraction^t, t from 0 to 1 at the last step
     (without decay if decay_from is not below num_epochs); "step": a tenth of the rate from 1/2 of the epochs on and a
-    hundredth from 3/4, without final_fraction.
+    hundredth from 3/4, without final_fraction; "triangular": linearly to a twentieth at 4/5 of the epochs, and to 0 at
+    the end (of the codes for CPL, SLL and sandwich layers, which warm up for 2/5 of the epochs).
 
     Args: config: the optimizer group: schedule and the fields that it brings, learning_rate, warmup_epochs.
     """

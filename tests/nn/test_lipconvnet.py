@@ -14,7 +14,7 @@ from training_helpers import final_state, npz_file, quick_compiles, scratch, tin
 from lipjax import FrozenNetwork, NotCertifiable, UserError, bounds, freeze, operators
 from lipjax.evaluation import evaluate
 from lipjax.models import LipConvnet, get_model
-from lipjax.nn import COLLECTION
+from lipjax.nn import COLLECTION, LAYERS
 from lipjax.training import loop, step
 
 SMALL = {"depth": 2, "num_blocks": 2, "width": 4, "padding": "CIRCULAR"}
@@ -22,12 +22,19 @@ SMALL = {"depth": 2, "num_blocks": 2, "width": 4, "padding": "CIRCULAR"}
 BLOCK = {"num_blocks": 1, "width": 4, "padding": "CIRCULAR"}
 
 
+def named(input_shape, options):
+    """The model of a config: fields of SOC are for SOC."""
+    if options.get("layer", "soc") != "soc":
+        options = {name: value for name, value in options.items() if name not in LAYERS["soc"].fields}
+    return get_model({"name": "lipconvnet", **options}, input_shape=input_shape, num_classes=4)
+
+
 def small(**options):
-    return LipConvnet((8, 8, 3), 4, **{**SMALL, **options})
+    return named((8, 8, 3), {**SMALL, **options})
 
 
 def one_block(**options):
-    return LipConvnet((6, 4, 3), 4, **{**SMALL, **BLOCK, **options})
+    return named((6, 4, 3), {**SMALL, **BLOCK, **options})
 
 
 def made(model, seed=0, dtype=jnp.float64):
@@ -215,7 +222,8 @@ def test_a_kernel_that_is_not_skew_is_not_certified():
         ({"depth": 5}, "multiple of num_blocks"),
         ({"width": 3}, "even width"),
         ({"num_blocks": 4, "depth": 4}, "multiples of 16"),
-        ({"layer": "bcop"}, "layer to be one of"),
+        ({"layer": "bcob"}, "layer to be one of"),
+        ({"layer_options": {"rank": 2}}, "layer 'soc' has the fields .* got"),
         ({"head": "ortho"}, "head to be one of"),
         ({"padding": "SAME"}, "padding"),
         ({"padding": "ZERO", "eval_terms": None}, "needs padding 'CIRCULAR'"),

@@ -51,8 +51,8 @@ def test_bounds_of_the_example_of_orthogonal_networks():
     (line,) = re.findall(r"max\(row.proved .*", (DOCS / "orthogonal.md").read_text())
     sigma, bound = (float(number) for number in re.findall(r"1 \+ ([0-9.e-]+)", line))
     shape = (8, 8, 1)
-    options = {"depth": 6, "num_blocks": 3, "width": 8, "padding": "CIRCULAR", "train_terms": None, "eval_terms": None}
-    model = LipConvnet(shape, 10, **options)
+    exact = {"padding": "CIRCULAR", "train_terms": None, "eval_terms": None}
+    model = LipConvnet(shape, 10, depth=6, num_blocks=3, width=8, layer_options=exact)
     rows = lipjax.freeze(model, model.init(jax.random.key(0), jnp.zeros((1, *shape)))).lipschitz_report()
     assert 0.5 * sigma < max(row.proved for row in rows) - 1 <= sigma
     assert 0.9 * bound < max(row.claimed for row in rows) - 1 <= bound

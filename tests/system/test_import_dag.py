@@ -41,8 +41,8 @@ INSIDE = {
     ),
     "parametrize": (
         ("aol", "bjorck", "bro", "cayley", "cholesky", "lln", "lot", "residual", "soc_frequency"),
-        ("aoc", "sll", "soc", "soc_forms"),
-        ("bcop", "cpl", "sandwich"),
+        ("aoc", "soc", "soc_forms"),
+        ("bcop",),
     ),
     "bounds": (
         ("product", "host_map", "liplt_path"),
@@ -58,8 +58,9 @@ INSIDE = {
         ("deployment", "document", "freezing"),
     ),
     "losses": (("logits",), ("balls", "radii", "transport")),
-    "nn": (("layers",), ("cholesky", "explicit", "model", "orthogonal", "potential", "responses", "scaled")),
-    "models": (("convnet", "lipconvnet", "liresnet"),),
+    "nn": (("layers",), ("cholesky", "explicit", "model", "orthogonal", "responses", "scaled"), ("by_name",)),
+    "models": (("bronet", "compared", "convnet", "lipconvnet", "liresnet"),),
+    "interop": (("entries",), ("bronet", "compared", "crm", "lipconvnet", "liresnet")),
     "training": (
         ("augment", "compile_alarm", "damage", "randaugment", "setting", "sharding", "stopping", "terminal"),
         ("accumulate", "cluster", "metrics", "objective", "optimizer"),

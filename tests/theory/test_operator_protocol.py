@@ -28,7 +28,6 @@ OF_OTHERS = {
     ("checker.py", "O_NONBLOCK"),
     ("verified.py", "sched_getaffinity"),
     ("pairs.py", "is_fully_addressable"),  # of an array
-    ("interop.py", "shape"),
     ("text.py", "shape"),  # of an array, or of what stands in its place
     ("__init__.py", "__name__"),
 }

@@ -15,7 +15,7 @@ from lipjax.errors import UserError
 from lipjax.evaluation import evaluate
 from lipjax.models import LiResNet, get_model
 from lipjax.training import loop, objective, optimizer, same_run
-from lipjax.training.choices import CHOICES, update
+from lipjax.training.choices import RECIPE, update
 from lipjax.training.config import default_config, load_config, validate
 from lipjax.training.data import load_dataset, num_generated, open_generated
 from lipjax.training.sharding import make_mesh
@@ -222,7 +222,7 @@ def test_a_bad_value_is_refused_by_the_name_of_its_field():
     # A new field needs an example of what it refuses.
     brought = {
         f"{choice.group}.{field}": {choice.noun: choice.owners(field)[0]}
-        for choice in CHOICES[1:]
+        for choice in RECIPE
         for name in choice.names
         for field in choice.brings(name)
     }
@@ -282,7 +282,7 @@ def test_unknown_and_missing_fields_are_refused():
 
 def test_groups_have_the_fields_of_their_own_choice():
     """Of every loss, optimizer and schedule; what two of them share keeps its value when the choice changes."""
-    for choice in CHOICES[1:]:
+    for choice in RECIPE:
         others = {field for name in choice.names for field in choice.brings(name)}
         for name in choice.names:
             config = default_config(**{choice.noun: name})

@@ -106,7 +106,7 @@ def test_the_order_of_flags_does_not_matter():
         ("--config.optimizer.learning_rat=0.1", "Did you mean config.optimizer.learning_rate?"),
         ("--config.epochs=3", "Did you mean config.num_epochs"),
         ("--config.image_size=3", "Did you mean config.data.image_size?"),
-        ("--config.model.layer=soc", "The model lipconvnet has it, and this config's is liresnet"),
+        ("--config.model.layer=soc", "The model compared or lipconvnet has it, and this config's is liresnet"),
         (
             "--config.loss.weight_growth=1",
             "The loss crm or crm_max has it, and this config's is margin: set ",
@@ -126,7 +126,7 @@ def test_another_model_starts_from_its_own_defaults():
     config, _ = parse("--config=cifar10_liresnet_small", "--config.model.name=lipconvnet")
     validate(config)
     model = get_model(config.model, input_shape=(32, 32, 3), num_classes=10)
-    assert (model.depth, model.layer, model.train_terms) == (5, "soc", 5)
+    assert (model.depth, model.layer, config.model.train_terms) == (5, "soc", 5)
     assert config.model.input_mean == (0.5,) and "stem_kernel" not in config.model
     config, _ = parse("--config.model.layer=cayley", "--config.model.name", "lipconvnet", "--config.model.depth=10")
     assert (config.model.layer, config.model.depth) == ("cayley", 10)

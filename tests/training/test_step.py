@@ -204,6 +204,17 @@ def test_the_training_radius_rises_linearly_by_epoch():
     assert objective.epsilon_at(at_once, 0, 20) == 0.5
 
 
+def test_the_triangular_schedule_is_the_interpolation_of_its_corners():
+    with jax.enable_x64(False):
+        fields = {"learning_rate": 0.3, "schedule": "triangular", "warmup_epochs": 8.0}
+        config = tiny_config(**{f"optimizer.{name}": value for name, value in fields.items()}).optimizer
+        rate = optimizer.learning_rate_schedule(config, 10, 20)
+        found = np.array([float(rate(i)) for i in range(200)])
+        # Step i of the warm-up takes (i + 1) / 80 of the peak, so it ends a step before the corner.
+        expected = np.interp(np.arange(200), [-1, 79, 80, 160, 200], [0, 0.3, 0.3, 0.3 / 20, 0])
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_the_exponential_schedule_is_the_closed_form():
     """Constant for decay_from epochs, then straight in the logarithm to final_fraction at the last step."""
     for warmup_epochs, decay_from, num_epochs in ((0.0, 2.0, 5), (1.0, 2.0, 5), (1.0, 0.0, 3), (0.0, 0.0, 1)):

@@ -1,0 +1,106 @@
+"""Weights of the papers' PyTorch code as lipjax variables."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lipjax import bounds
+from lipjax.interop.bronet import bronet
+from lipjax.interop.compared import compared
+from lipjax.interop.crm import crm
+from lipjax.interop.lipconvnet import improved, soc
+from lipjax.interop.liresnet import liresnet
+from lipjax.nn import COLLECTION, LipschitzModel
+
+# State of the original that has no counterpart here: of a curvature estimate, constants that are checked apart,
+# identities, start vectors, and matrices that evaluation derived from the weights.
+_LIPCONVNET = ("correction", "logits_layer._v", "shift", "scale")
+_IGNORED = {
+    **dict.fromkeys(("crm", "improved_l2", "soc"), _LIPCONVNET),
+    "bronet": ("stem.0.init_x", "conv_1.init_x", "identity", "I_low", "I_full", "identity_half", "residual_identity"),
+    "liresnet": ("stem.0.init_x", "conv.init_x", "conv.identity", "linear.identity", "linear.eval_weight"),
+}
+_FAMILIES = {
+    "bronet": bronet,
+    "compared": compared,
+    "crm": crm,
+    "improved_l2": improved,
+    "liresnet": liresnet,
+    "soc": soc,
+}
+
+
+def from_torch(family: str, state_dict: dict[str, Any], **options) -> tuple[LipschitzModel, dict]:
+    """The model and the variables that compute what a network of the papers' code computes.
+
+    Args:
+      family: "soc" (singlasahil14/SOC, arXiv:2108.04062) or "improved_l2" (singlasahil14/improved_l2_robustness,
+        arXiv:2211.08453): the class LipConvNet of each; "crm" (o4lc/CRM-LipLT, arXiv:2310.00116): what its
+        createNetwork makes of layers without batch normalisation; "liresnet" (hukkai/liresnet, arXiv:2310.02513):
+        the class GloroNet with LiResConv, Map2Vec and LiResMLP; "bronet" (ntuaislab/BRONet, arXiv:2505.15174): the
+        class BRONet with BRO backbones; "compared" (berndprach/1LipschitzLayersCompared, arXiv:2311.16833): the class
+        SimplifiedConvNet.
+      state_dict: name -> array (anything that numpy.asarray takes), with the original's names and layouts. The
+        original's state_dict() of "crm" networks has it under "original".
+      options: the original constructor's arguments by name ("crm": the entries of networkConfiguration, of which
+        layers, activation and inputShape are read; "liresnet": depth, width, input_size, num_classes and use_lln, and
+        out_dim and mlp_depth, which are 2048 and 8 in the original; "compared": classes by name, get_conv="AOLConv2d").
+    Returns: (model, variables): model.apply(variables, x), x NHWC, gives the original's logits in eval mode for the
+      same network input, and model.apply(variables, x, train=True) those in train mode. "soc" and "crm" networks have
+      no input normalisation of their own: give the model input_mean and input_std (`model.clone`) to certify in pixel
+      units. Start vectors of norm estimates are drawn afresh ("liresnet": init_x is not read). A Cayley network of
+      "soc" whose kernels exceed their map computes with cropped kernels; the taps that it crops are zero here.
+    Raises: ValueError for an unknown family or option, and for missing, extra or misshapen arrays (naming the array and
+      both shapes).
+    """
+    if family not in _FAMILIES:
+        raise ValueError(f"Expected a family of {sorted(_FAMILIES)}, got {family!r}.")
+    model, entries = _FAMILIES[family](state_dict, options)
+    model.check()
+    abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *model.input_shape)))
+    arrays = {name: np.asarray(value) for name, value in state_dict.items()}
+    expected = {entry.name: entry for entry in entries}
+    unread = _IGNORED.get(family, ())
+    ignored = {name for name in arrays if name in unread or name.rpartition(".")[2] in unread}
+    missing, extra = sorted(expected.keys() - arrays), sorted(arrays.keys() - expected.keys() - ignored)
+    if missing or extra:
+        raise ValueError(f"The state dict of a {family!r} network lacks {missing or 'nothing'}, has extra {extra}.")
+    variables = jax.tree.map(lambda leaf: None, dict(abstract))
+    for entry in entries:
+        shape = _at(abstract[entry.collection], entry.path).shape
+        wanted, array = entry.back(shape), arrays[entry.name]
+        if entry.part is not None:
+            wanted = (entry.part[1], *wanted)
+        if array.shape != wanted:
+            raise ValueError(f"{entry.name}: expected shape {wanted}, got {array.shape}.")
+        if entry.part is not None:
+            array = array[entry.part[0]]
+        parent = _at(variables[entry.collection], entry.path[:-1])
+        parent[entry.path[-1]] = jnp.asarray(entry.transform(array))
+    variables[COLLECTION]["vectors"] = {}
+    left = [jax.tree_util.keystr(path) for path, leaf in _leaves_with_none(variables) if leaf is None]
+    if left:
+        raise ValueError(f"The state dict leaves these without a value: {left}.")
+    if abstract[COLLECTION]["vectors"]:
+        network: Any = model.apply(variables, method="build")
+        variables[COLLECTION]["vectors"] = bounds.init_vectors(network, jax.random.key(0))
+    return model, variables
+
+
+def _leaves_with_none(tree):
+    return jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: leaf is None)
+
+
+def _at(tree, path):
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+__all__ = ["from_torch"]
+
+
+def __dir__() -> list[str]:
+    return __all__

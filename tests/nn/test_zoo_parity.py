@@ -1,0 +1,122 @@
+"""Whole networks of layers by name and of reflectors against the papers' own code: logits, losses and gradients.
+
+The golden files hold what the original PyTorch code computed in float64 (tests/golden/README.md).
+"""
+
+import golden_helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_helpers import nhwc, relative
+from training_helpers import quick_compiles  # noqa: F401
+
+from lipjax import bounds, interop, losses
+from lipjax.nn import COLLECTION
+
+PARITY = 1e-9
+
+
+def load(name):
+    """The arrays of a golden file, the state dict among them, and the options of its constructor."""
+    arrays, meta = golden_helpers.load(name)
+    arrays = {
+        key: a.astype(float) if a.dtype.kind == "f" else a for key, a in arrays.items()
+    }  # some were exact in less
+    state = {key.removeprefix("param/"): value for key, value in arrays.items() if key.startswith("param/")}
+    return arrays, state, meta["constructor"]
+
+
+def in_torch_layout(family, state, options, gradients):
+    """Gradients by the original's names, in its layout: an entry moves numbers, so where it moves their places to."""
+    _, entries = interop._FAMILIES[family](state, dict(options))
+    found = {}
+    for entry in entries:
+        if entry.collection != "params":
+            continue
+        places = np.arange(np.size(state[entry.name])).reshape(np.shape(state[entry.name]))
+        moved = np.asarray(entry.transform(places if entry.part is None else places[entry.part[0]]))
+        ours = gradients
+        for key in entry.path:
+            ours = ours[key]
+        whole = found.setdefault(entry.name, np.zeros(places.size))
+        whole[moved.ravel()] = np.asarray(ours).ravel()
+    return found
+
+
+def check_gradients(arrays, found, skip=()):
+    named = {key.removeprefix("output/grad_norm/") for key in arrays if key.startswith("output/grad_norm/")}
+    assert named - set(skip) <= set(found)
+    for name in named - set(skip):
+        norm = float(arrays[f"output/grad_norm/{name}"])
+        assert abs(np.linalg.norm(found[name]) - norm) < PARITY * norm, name
+        dotted = float(found[name] @ np.cos(np.arange(found[name].size)))
+        assert abs(dotted - arrays[f"output/grad_dotcos/{name}"]) < PARITY * norm, name
+        if f"output/grad/{name}" in arrays:
+            assert relative(found[name], arrays[f"output/grad/{name}"].ravel()) < PARITY, name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["bronet_bro", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("bronet_cholesky", "bronet_v2"))],
+)
+def test_bronet(name):
+    arrays, state, options = load(name)
+    model, variables = interop.from_torch("bronet", state, **options)
+    x, labels = nhwc(arrays["input/x"]), jnp.asarray(arrays["input/labels"])
+    assert relative(jax.jit(model.apply)(variables, x), arrays["output/logits_eval"]) < PARITY
+    vectors = {"stem/linear": nhwc(arrays["input/train_init_x/stem.0.init_x"])[0]}
+    if "input/train_init_x/conv_1.init_x" in arrays:
+        vectors["residual_01/linear"] = nhwc(arrays["input/train_init_x/conv_1.init_x"])[0]
+
+    @jax.jit
+    def step(params):
+        def loss(params):
+            held = {**variables, "params": params}
+            network, _ = model.apply(held, True, method="build", mutable=[COLLECTION])
+            features, means = network.features_and_means(x)
+            product, _ = bounds.feature_lipschitz_estimate(network, vectors, options["num_lc_iter"])
+            constants = product * network.head.pairwise_lipschitz()
+            fixed = {"offset": 2.0, "temperature": 0.75, "power": 5.0}
+            value = losses.logit_annealing(network.head(features), labels, constants, 36 / 255, **fixed).mean()
+            return value, (product, means)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (value, (product, means)), gradients = step(variables["params"])
+    assert relative(product, arrays["output/sub_lipschitz_train"]) < PARITY
+    assert relative(value, arrays["output/loss_train"]) < PARITY
+    stacks = [("conv", "block")] + [("conv_1", "residual")] * ("output/after/conv_1.running_mean" in arrays)
+    for there, here in stacks:
+        after = arrays[f"output/after/{there}.running_mean"]
+        of_batch = [means[next(n for n in means if n.startswith(f"{here}_{i + 1:02d}/"))] for i in range(len(after))]
+        assert relative(0.9 * state[f"{there}.running_mean"] + 0.1 * np.asarray(of_batch), after) < PARITY
+    check_gradients(arrays, in_torch_layout("bronet", state, options, gradients))
+
+
+def test_the_network_of_the_comparison():
+    arrays, state, options = load("convnet_aol")
+    model, variables = interop.from_torch("compared", state, **options)
+    x, labels = nhwc(arrays["input/x"]), jnp.asarray(arrays["input/labels"])
+    assert relative(jax.jit(model.apply)(variables, x), arrays["output/logits"]) < PARITY
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        logits = model.apply({**variables, "params": params}, x, train=True)
+        return losses.cross_entropy(logits, labels).mean()
+
+    value, gradients = loss(variables["params"])
+    assert relative(value, arrays["output/loss_train"]) < PARITY
+    check_gradients(arrays, in_torch_layout("compared", state, options, gradients))
+
+
+def test_gradients_of_another_layout_are_noticed():
+    """A control for `in_torch_layout`: kernels that are not turned over give another gradient."""
+    arrays, state, options = load("bronet_cholesky")
+    _, entries = interop._FAMILIES["bronet"](state, dict(options))
+    entry = next(entry for entry in entries if entry.name == "conv.weights")
+    places = np.arange(np.size(state[entry.name])).reshape(np.shape(state[entry.name]))[0]
+    upright = np.transpose(places, (2, 3, 1, 0))
+    assert (np.asarray(entry.transform(places)) != upright).any()
+    assert (np.asarray(entry.transform(places)) == np.flip(upright, (0, 1))).all()
