@@ -38,10 +38,28 @@ from lipjax.nn.orthogonal import (
     ProjectionPool,
     SOCHead,
 )
+from lipjax.nn.potential import (
+    CPLConv,
+    CPLDense,
+    SandwichConv,
+    SandwichConvSpatial,
+    SandwichDense,
+    SandwichHead,
+    SLLConv,
+    SLLDense,
+)
 from lipjax.nn.responses import BROConv, BRODense, BROPatches, BROResidual, BROStack, LOTConv
 from lipjax.nn.scaled import AOLConv, AOLDense
 
 __all__ = [
+    "CPLConv",
+    "CPLDense",
+    "SLLConv",
+    "SLLDense",
+    "SandwichConv",
+    "SandwichConvSpatial",
+    "SandwichDense",
+    "SandwichHead",
     "ACTIVATIONS",
     "ALL_ACTIVATIONS",
     "AOC",

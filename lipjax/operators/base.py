@@ -278,7 +278,13 @@ class Reordering(Isometric):
 
 
 class Elementwise(Operator, Bounded):
-    """An activation that acts on every component alone, which loop transformation (LipLT) composes with linear maps."""
+    """An activation that acts on every component alone, which loop transformation (LipLT) composes with linear maps.
+
+    Attributes:
+      homogeneous: whether f(c x) = c f(x) for all c > 0, so that positive scales may pass through it.
+    """
+
+    homogeneous = False
 
     @property
     @abc.abstractmethod
@@ -375,12 +381,15 @@ class Composite(Operator, Bounded):
         return spectral.NormBound(float_up(self.lipschitz_of(product)), self._reason, {"parts": parts})
 
 
-def bound_row(place: str, op) -> dict[str, Any]:
-    """The proved bound of an operator inside another, as a certificate states it. Raises: NotCertifiable if none is."""
+def bound_row(place: str, op, found: spectral.NormBound | None = None) -> dict[str, Any]:
+    """The proved bound of an operator inside another, as a certificate states it. Raises: NotCertifiable if none is.
+
+    found: one that is at hand, else the operator's `bound`.
+    """
     kind = type(op).__name__
     if not isinstance(op, Bounded):
         raise NotCertifiable(f"{place}: no proved Lipschitz bound is known for one of type {kind}.")
-    found = op.bound()
+    found = op.bound() if found is None else found
     claims = {"type": kind, "bound": float(found.claimed), "sigma": float(found.proved)}
     return {**claims, "method": found.method, "details": found.details}
 

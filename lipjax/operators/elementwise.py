@@ -23,6 +23,7 @@ class ReLU(Elementwise):
     """max(x, 0), with derivative 0 at 0."""
 
     in_shape: tuple[int, ...]
+    homogeneous = True
 
     @property
     def slope(self):
@@ -45,6 +46,7 @@ class LeakyReLU(Elementwise):
 
     in_shape: tuple[int, ...]
     negative_slope: float = 0.01
+    homogeneous = True
 
     def __post_init__(self):
         if not -1 <= self.negative_slope <= 1:

@@ -122,7 +122,7 @@ class _TwoPaths(Composite):
         details["parts"] are rows for error bounds to pass through the parts: columns of the map have no larger norm.
         """
         self.check()
-        stored = bound_row("the linear map", self.linear)
+        stored = bound_row("the linear map", self.linear, self._enough())
         back = {"type": type(self._back()).__name__, "bound": 2 * stored["bound"], "sigma": 2 * stored["sigma"]}
         middle = [bound_row(f"operator {i}", op) for i, op in enumerate(self.parts()[1:3], 1)]
         rest = {"method": "the bound of the stored map, of which these are columns", "details": {}}
@@ -131,6 +131,10 @@ class _TwoPaths(Composite):
         value = self.lipschitz_of(Fraction(stored["bound"]))
         reason = self._at_most_one if value == 1 else self._reason
         return spectral.NormBound(float_up(Fraction(value)), reason, {"linear": stored, "parts": parts})
+
+    def _enough(self) -> spectral.NormBound | None:
+        """A bound of the stored map that is cheap, where a better one would not give a less constant."""
+        return None
 
     def _arrays_text(self):
         return f"{self.linear!r}, {self.activation!r}"
@@ -170,6 +174,10 @@ class PotentialStep(_TwoPaths):
 
     def _back(self) -> Any:
         return self.linear.transpose(-2.0)
+
+    def _enough(self) -> spectral.NormBound | None:
+        found = self.linear.row_sum_bound()
+        return found if found is not None and found.claimed <= 1 else None
 
     def lipschitz_of(self, product: Any) -> Any:
         reach = 2 * product**2 - 1

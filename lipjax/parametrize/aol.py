@@ -80,15 +80,15 @@ def rescale_kernel(
         raise ValueError(f"Expected rows to be one of {ROWS}, the channels that are rescaled, got {rows!r}.")
     if iterations < 1:
         raise ValueError(f"Expected iterations >= 1 (1 is AOL), got {iterations}.")
-    gram = _correlation(kernel if rows == "inputs" else kernel.swapaxes(2, 3))
+    gram = correlation(kernel if rows == "inputs" else kernel.swapaxes(2, 3))
     for _ in range(iterations - 1):
-        gram = _correlation(gram)  # of a symmetric map: its square
+        gram = correlation(gram)  # of a symmetric map: its square
     sums = jnp.sum(modulus(gram), axis=(0, 1, 2)) + epsilon
     scale = jnp.where(sums > 0, sums, 1.0) ** (-(0.5**iterations))
     return kernel * (scale[:, None] if rows == "inputs" else scale)
 
 
-def _correlation(kernel: Float[Array, "kh kw n m"]) -> Float[Array, "k2h k2w n n"]:
+def correlation(kernel: Float[Array, "kh kw n m"]) -> Float[Array, "k2h k2w n n"]:
     """sum_t K[t] K[t + d]^T for all displacements d, 2 k - 1 a side."""
     taps = [(side - 1, side - 1) for side in kernel.shape[:2]]
     layout = ("HWNC", "HWOI", "HWNC")

@@ -158,3 +158,26 @@ def scaled(array: np.ndarray, exponent: int) -> np.ndarray:
 @st.composite
 def arrays(draw, *shape):
     return scaled(array_of(draw(st.sampled_from(PATTERNS)), shape, draw(st.integers(0, 2**32))), draw(SCALES))
+
+
+def conv_matrix(op) -> tuple[np.ndarray, int]:
+    """The matrix of y[p] = sum_t K[t] x[s p + d t - lo], tap by tap, exactly; of every group apart."""
+    (h, w, c), (out_h, out_w, o) = op.in_shape, op.out_shape
+    kernel, exponent = integers(op.kernel)
+    k1, k2, inner, _ = kernel.shape
+    s1, s2 = (op.strides, op.strides) if isinstance(op.strides, int) else op.strides
+    d1, d2 = (op.dilation, op.dilation) if isinstance(op.dilation, int) else op.dilation
+    circular, own = op.padding == "CIRCULAR", o // op.groups
+    low = (d1 * (k1 - 1) // 2, d2 * (k2 - 1) // 2)
+    if not isinstance(op.padding, str):
+        low = tuple(pad[0] for pad in op.padding)
+    matrix = np.zeros((out_h, out_w, o, h, w, c), dtype=object)
+    for p1, p2, t1, t2 in np.ndindex(out_h, out_w, k1, k2):
+        x1, x2 = s1 * p1 + d1 * t1 - low[0], s2 * p2 + d2 * t2 - low[1]
+        if circular:
+            x1, x2 = x1 % h, x2 % w
+        if 0 <= x1 < h and 0 <= x2 < w:
+            for g in range(op.groups):
+                outputs, inputs = slice(g * own, (g + 1) * own), slice(g * inner, (g + 1) * inner)
+                matrix[p1, p2, outputs, x1, x2, inputs] += kernel[t1, t2][:, outputs].T
+    return matrix.reshape(out_h * out_w * o, h * w * c), exponent

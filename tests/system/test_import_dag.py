@@ -41,8 +41,8 @@ INSIDE = {
     ),
     "parametrize": (
         ("aol", "bjorck", "bro", "cayley", "cholesky", "lln", "lot", "residual", "soc_frequency"),
-        ("aoc", "soc", "soc_forms"),
-        ("bcop",),
+        ("aoc", "sll", "soc", "soc_forms"),
+        ("bcop", "cpl", "sandwich"),
     ),
     "bounds": (
         ("product", "host_map", "liplt_path"),
@@ -58,7 +58,7 @@ INSIDE = {
         ("deployment", "document", "freezing"),
     ),
     "losses": (("logits",), ("balls", "radii", "transport")),
-    "nn": (("layers",), ("cholesky", "explicit", "model", "orthogonal", "responses", "scaled"), ("by_name",)),
+    "nn": (("layers",), ("cholesky", "explicit", "model", "orthogonal", "potential", "responses", "scaled"), ("by_name",)),
     "models": (("bronet", "compared", "convnet", "lipconvnet", "liresnet"),),
     "interop": (("entries",), ("bronet", "compared", "crm", "lipconvnet", "liresnet")),
     "training": (

@@ -24,6 +24,7 @@ FUNCTIONS = (
     *(f"parametrize.aol.{name}" for name in ("modulus", "rescale_matrix", "rescale_kernel")),
     *("linalg.block_reflector", "parametrize.bro.rank", "parametrize.bro.packed_response"),
     "parametrize.lot.packed_response",
+    *(f"parametrize.{name}" for name in ("sll.dense", "sll.conv", "cpl.contracted", "cpl.converged", "sandwich.dense")),
     *(f"activations.{name}" for name in ("maxmin", "householder", "householder2")),
     *(f"pooling.{name}" for name in ("projection_pool", "max_pool_pairs")),
     *(f"spectral.{name}" for name in ("norm_bound", "norm_estimate", "power_iteration", "matrix_norm_bound")),

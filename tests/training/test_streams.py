@@ -123,9 +123,7 @@ def test_a_check_that_nobody_reads_says_what_it_found(monkeypatch, capsys, code)
     assert capsys.readouterr().err == SAID.format("Broken pipe")
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["train", "--config=liresnet:help"], ["check", "-h"]]
-)
+@pytest.mark.parametrize("line", ["--help", "train --help", "train --config=liresnet:help", "check -h"])
 def test_a_help_text_that_nobody_reads_to_its_end_is_no_error(line, capsys):
     """lipjax train --help | head -1."""
 
