@@ -1673,6 +1673,78 @@ class CropChannels(PadChannels):
         return np.concatenate([y, np.zeros((*y.shape[:-1], self.in_shape[-1] - y.shape[-1]))], axis=-1)
 
 
+class ZeroPad(Operator):
+    """Rows and columns of zeros around an image."""
+
+    settings = ("in_shape", "pads")
+    methods = ("exact: zeros appended",)
+    linear = True
+    pads: Any  # JSON values
+    margins: list[tuple[int, int]]
+
+    def prepare(self):
+        self.margins = self.of_image(self.pads)
+
+    def of_image(self, margins: Any) -> list[tuple[int, int]]:
+        """((top, bottom), (left, right)). Raises: Unproved for anything else."""
+        need(len(self.in_shape) == 3, f"images of shape {self.in_shape}")
+        pairs = isinstance(margins, list) and len(margins) == 2
+        pairs = pairs and all(isinstance(pair, list) and len(pair) == 2 for pair in margins)
+        sizes = pairs and all(type(n) is int and 0 <= n <= 2**24 for pair in margins for n in pair)
+        need(bool(sizes), f"margins {margins!r}")
+        return [(low, high) for low, high in margins]
+
+    @property
+    def out_shape(self):
+        h, w, c = self.in_shape
+        return (h + sum(self.margins[0]), w + sum(self.margins[1]), c)
+
+    def with_margin(self, x):
+        """Every image with zeros around it."""
+        (top, bottom), (left, right) = self.margins
+        b, h, w, c = x.shape
+        found = np.zeros((b, top + h + bottom, left + w + right, c))
+        found[:, top : top + h, left : left + w] = x
+        return found
+
+    def without_margin(self, x):
+        """Every image without its margin."""
+        (top, bottom), (left, right) = self.margins
+        return np.ascontiguousarray(x[:, top : x.shape[1] - bottom, left : x.shape[2] - right])
+
+    def apply(self, x):
+        return self.with_margin(x)
+
+    def back(self, y):
+        return self.without_margin(y)
+
+    def spread(self):
+        return 0.0
+
+
+class Crop(ZeroPad):
+    """An image without its margin, which is the adjoint of zeros around it."""
+
+    settings = ("in_shape", "crops")
+    methods = ("exact: a projection",)
+    crops: Any  # JSON values
+
+    def prepare(self):
+        self.margins = self.of_image(self.crops)
+        need(min(self.out_shape) >= 1, f"crops {self.crops!r} of images {self.in_shape}")
+
+    @property
+    def out_shape(self):
+        h, w, c = self.in_shape
+        return (h - sum(self.margins[0]), w - sum(self.margins[1]), c)
+
+    def apply(self, x):
+        return self.without_margin(x)
+
+    def back(self, y):
+        return self.with_margin(y)
+
+
 class Pairs(Operator):
     """Operators on pairs of channels i and i + C/2 (§10), with directions; components named by `signs` not negative."""
 
@@ -2109,6 +2181,7 @@ OPERATORS: dict[str, type[Operator]] = {
         Conv,
         ConvExponential,
         ConvTranspose,
+        Crop,
         CropChannels,
         Dense,
         Flatten,
@@ -2130,6 +2203,7 @@ OPERATORS: dict[str, type[Operator]] = {
         Softplus,
         SpaceToDepth,
         Tanh,
+        ZeroPad,
     )
 }
 

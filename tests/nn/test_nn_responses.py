@@ -1,8 +1,6 @@
 """BRO and LOT as modules: their starts, the original's centring, training, freezing, proofs and misuse."""
 
-import json
 import math
-import pathlib
 from collections.abc import Callable
 from functools import partial
 
@@ -11,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from golden_helpers import load, nhwc, relative
 
 import lipjax
 from lipjax import NotCertifiable, bounds, losses, operators
@@ -28,7 +27,6 @@ from lipjax.nn import (
     flatten,
 )
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 SHAPE = (6, 6, 2)
 PARITY = 1e-9
 U32 = 2.0**-24
@@ -59,12 +57,6 @@ class Net(LipschitzModel):
 
 def initialised(model, seed=0):
     return jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, *model.input_shape)))
-
-
-def relative(a, b):
-    a, b = np.asarray(a), np.asarray(b)
-    assert a.shape == b.shape
-    return np.abs(a - b).max() / np.abs(b).max()
 
 
 def trained(model, steps, rate=0.02):
@@ -98,8 +90,8 @@ def trained(model, steps, rate=0.02):
 
 def test_centring_is_the_originals():
     """Training subtracts the batch's means; evaluation the running ones, folded into the biases."""
-    z = np.load(GOLDEN / "bronet_backbone_bro.npz")
-    options = json.loads(str(z["meta"]))["constructor"]
+    z, meta = load("bronet_backbone_bro")
+    options = meta["constructor"]
     names = [f"block_{i}" for i in range(options["depth"])]
     # Kernels (layer, m, r, k, k) are reflected in space there.
     weights = np.flip(z["param/weights"].transpose(0, 3, 4, 2, 1), (1, 2)).copy()
@@ -120,11 +112,11 @@ def test_centring_is_the_originals():
                 x = op(x)
         return x, means
 
-    x = jnp.asarray(np.moveaxis(z["input/x"], 1, -1))
+    x = nhwc(z["input/x"])
     evaluated, means = jax.jit(apply, static_argnums=1)(x, False)
-    assert relative(evaluated, np.moveaxis(z["output/y_eval"], 1, -1)) < PARITY and means == {}
+    assert relative(evaluated, nhwc(z["output/y_eval"])) < PARITY and means == {}
     y, means = jax.jit(apply, static_argnums=1)(x, True)
-    assert relative(y, np.moveaxis(z["output/y"], 1, -1)) < PARITY
+    assert relative(y, nhwc(z["output/y"])) < PARITY
     assert set(means) == {f"{name}/centering" for name in names}
     moved = advance_means(lip, means)
     assert relative(np.stack([moved[name]["mean"] for name in names]), z["output/running_mean_after"]) < PARITY

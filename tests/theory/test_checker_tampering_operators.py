@@ -64,6 +64,41 @@ def twist_around(f):
     f.write()
 
 
+def other_margin(f):
+    f.op("around_it")["pads"] = [[1, 0], [1, 1]]
+    f.write()
+
+
+def negative_margin(f):
+    f.op("margin")["crops"] = [[2, -1], [1, 1]]
+    f.write()
+
+
+def no_pixel_left(f):
+    f.op("margin")["crops"] = [[4, 0], [1, 1]]
+    f.write()
+
+
+def huge_margin(f):
+    f.op("around_it")["pads"] = [[2**23, 2**23], [2**23, 2**23]]
+    f.write()
+
+
+def flat_margin(f):
+    f.op("around_it")["pads"] = [1, 1]
+    f.write()
+
+
+def lower_bound_of_crop(f):
+    f.layer("margin")["bound"] = 1 - 2.0**-53
+    f.write()
+
+
+def other_method_of_crop(f):
+    f.layer("margin")["method"] = "exact: zeros appended"
+    f.write()
+
+
 MANY = {
     not_skew: "network.json, exponential (ConvExponential): the kernel is not skew",
     lower_skew_norm: "layers, exponential (ConvExponential): |J|",
@@ -75,6 +110,13 @@ MANY = {
     larger_block: "layers, circular (CircularConv): the bound",
     lower_bound_of_small_map: "layers, small (Conv): the bound",
     twist_around: "layers, around (Conv): grid",
+    other_margin: "certificate.json, images[",
+    negative_margin: "network.json, margin (Crop): margins",
+    no_pixel_left: "network.json, margin (Crop): crops",
+    huge_margin: "network.json, around_it (ZeroPad): ",
+    flat_margin: "network.json, around_it (ZeroPad): margins",
+    lower_bound_of_crop: "layers, margin (Crop): the bound",
+    other_method_of_crop: "layers, margin (Crop): the method",
 }
 
 

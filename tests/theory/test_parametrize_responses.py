@@ -2,36 +2,19 @@
 
 import functools
 import inspect
-import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_helpers import load, nhwc, relative
 
 from lipjax import _dft, activations, conv, linalg, operators, spectral
 from lipjax.parametrize import bro, lot
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 PARITY = 1e-9
 UNIT = 2.0**-53
 NIGHTLY = pytest.mark.nightly
-
-
-def nhwc(a):
-    return jnp.asarray(np.moveaxis(a, 1, -1))
-
-
-def relative(a, b):
-    a, b = np.asarray(a), np.asarray(b)
-    assert a.shape == b.shape
-    return np.abs(a - b).max() / np.abs(b).max()
-
-
-def load(name):
-    z = np.load(GOLDEN / f"{name}.npz")
-    return z, json.loads(str(z["meta"]))["constructor"]
 
 
 def compare(layer, z, names, *, images=True):
@@ -74,7 +57,8 @@ def padded(x, k, blocks):
     ],
 )
 def test_convolution_of_the_original(case):
-    z, c = load(case)
+    z, meta = load(case)
+    c = meta["constructor"]
 
     def layer(x, params):
         x, kernel = conv.space_to_depth(x, c["stride"]), kernel_of(params["weight"])
@@ -98,7 +82,8 @@ def test_convolution_of_the_original(case):
 @pytest.mark.parametrize("case", ["v2", "lot", pytest.param("bro", marks=NIGHTLY)])
 def test_backbone_of_the_original(case):
     """Layers with batch means; lot: the original places its response a pixel further, as zero taps before do."""
-    z, c = load(f"bronet_backbone_{case}")
+    z, meta = load(f"bronet_backbone_{case}")
+    c = meta["constructor"]
     depth = c["depth"]
 
     def layer(x, params):
@@ -141,7 +126,8 @@ def test_dense_matrix_of_the_original():
 
 
 def test_dense_stack_of_the_original():
-    z, c = load("bronet_mlp_bro")
+    z, meta = load("bronet_mlp_bro")
+    c = meta["constructor"]
     depth = c["depth"]
 
     def layer(x, params):
@@ -155,7 +141,8 @@ def test_dense_stack_of_the_original():
 
 
 def test_neck_of_the_original():
-    z, c = load("bronet_neck_bro")
+    z, meta = load("bronet_neck_bro")
+    c = meta["constructor"]
     p, features = c["conv_patch_size"], c["feat_dim"]
 
     def layer(x, params, constant=True):
