@@ -9,7 +9,8 @@ except ModuleNotFoundError:
 
 from lipjax.nn.by_name import ALL_ACTIVATIONS, LAYERS, Field, LayeredModel, layer_fields
 from lipjax.nn.cholesky import CholeskyConv, CholeskyDense, CholeskyStack
-from lipjax.nn.explicit import AOC, BCOP, RKO, OrthoHead, OrthoLinear
+from lipjax.nn.explicit import AOC, BCOP, RKO, AOCTranspose, OrthoHead, OrthoLinear
+from lipjax.nn.group_shuffle import GroupAndShuffle
 from lipjax.nn.layers import (
     COLLECTION,
     ELEMENTWISE,
@@ -63,6 +64,7 @@ __all__ = [
     "ACTIVATIONS",
     "ALL_ACTIVATIONS",
     "AOC",
+    "AOCTranspose",
     "AOLConv",
     "AOLDense",
     "BCOP",
@@ -89,6 +91,7 @@ __all__ = [
     "Dense",
     "Field",
     "FirstFeatures",
+    "GroupAndShuffle",
     "Householder",
     "Householder2",
     "LayeredModel",

@@ -59,14 +59,31 @@ def _vectors(module: nn.Module, matrices: dict[str, jax.Array], scaling: bjorck.
     return vectors
 
 
-def _patches(kernel, in_shape: tuple[int, ...], strides: int, padding: conv.Padding) -> operators.Conv:
-    """A convolution; of patches that do not overlap without padding, which would add nothing, unless it is circular."""
-    apart = kernel.shape[0] == strides and padding != "CIRCULAR"
-    return operators.Conv(kernel, tuple(in_shape), strides, "VALID" if apart else padding)
-
-
 def _contraction(op, train: bool):
     return operators.Contraction(op) if train else op
+
+
+def _aoc_kernel(module: "AOC | AOCTranspose", in_channels: int, out_channels: int, train: bool) -> jax.Array:
+    """Declares the raw arrays of a module and returns the kernel that its fields say, from in to out channels."""
+    sizes, groups = (in_channels, out_channels, module.kernel_size, module.strides), module.groups
+    of_layer = {"order": module.order, "groups": groups, "dilation": module.dilation}
+    shapes = aoc.raw_shapes(*sizes, rank=module.rank, **of_layer)
+    starts = {
+        "columns": gaussian_direction,
+        "patch": nn.initializers.normal(1.0),
+        "squares": _batched(nn.initializers.orthogonal()),
+    }
+    starts = starts if groups == 1 else {name: _batched(start) for name, start in starts.items()}
+    raw = {name: module.param(name, starts[name], shape) for name, shape in shapes.items()}
+    method = module.method
+    scaled = {name: aoc.matrices(name, a) for name, a in raw.items() if aoc.needs_vectors(name, a.shape, method)}
+    vectors = _vectors(module, scaled, bjorck.ORTHOGONIUM, module.power_iters, train)
+    return aoc.kernel(raw, vectors, *sizes, method=method, num_iters=module.num_iters, **of_layer)
+
+
+def _padding(kernel_size: int, strides: int, padding: conv.Padding) -> conv.Padding:
+    """None for patches that do not overlap, to which it would add nothing, unless it is circular."""
+    return "VALID" if kernel_size == strides and padding != "CIRCULAR" else padding
 
 
 class AOC(nn.Module):
@@ -76,6 +93,7 @@ class AOC(nn.Module):
     do not overlap, without padding ("CIRCULAR" wraps instead). rank: of the projectors, None for half of the channels
     that they act on. order: "aoc", or "scfac" for SC-Fac's factors, which needs strides that divide kernel_size.
     method: of `bjorck.orthogonalize`, num_iters the steps of "bjorck". power_iters: of the norm estimates, each step.
+    groups, dilation: as of `operators.Conv`; a dilation has no factor in common with strides.
 
     Source: Boissin et al. 2025, arXiv:2501.07930; Su, Byeon & Huang 2022, arXiv:2106.09121 (SC-Fac; here the matrices
     are orthogonalised by `method` and start at random).
@@ -92,26 +110,60 @@ class AOC(nn.Module):
     power_iters: int = 3
     use_bias: bool = True
     activation: Callable | None = operators.MaxMin
+    groups: int = 1
+    dilation: int = 1
 
     @nn.compact
     def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
-        k, channels = self.kernel_size, in_shape[-1]
-        sizes = channels, self.features, k, self.strides
-        shapes = aoc.raw_shapes(*sizes, rank=self.rank, order=self.order)
-        starts = {
-            "columns": gaussian_direction,
-            "patch": nn.initializers.normal(1.0),
-            "squares": _batched(nn.initializers.orthogonal()),
-        }
-        raw = {name: self.param(name, starts[name], shape) for name, shape in shapes.items()}
-        scaled = {
-            name: aoc.matrices(name, a) for name, a in raw.items() if aoc.needs_vectors(name, a.shape, self.method)
-        }
-        vectors = _vectors(self, scaled, bjorck.ORTHOGONIUM, self.power_iters, train)
-        options = {"order": self.order, "method": self.method, "num_iters": self.num_iters}
-        kernel = aoc.kernel(raw, vectors, *sizes, **options)
-        op = _patches(kernel, in_shape, self.strides, self.padding)
-        bias = torch_bias(k**2 * channels)
+        kernel = _aoc_kernel(self, in_shape[-1], self.features, train)
+        place = self.strides, _padding(self.kernel_size, self.strides, self.padding), self.groups, self.dilation
+        op = operators.Conv(kernel, tuple(in_shape), *place)
+        bias = torch_bias(math.prod(kernel.shape[:3]))
+        return with_bias(self, [_contraction(op, train)], self.use_bias, self.activation, bias)
+
+
+class AOCTranspose(nn.Module):
+    """Transposed adaptive orthogonal convolution, bias and activation: the adjoint of an `AOC` from features channels.
+
+    Maps grow by strides. output_padding: rows and columns more, from 0 to strides - 1, than the smallest map whose
+    convolution has the input's size; 0 with circular padding, where the map grows by strides exactly. Other fields: as
+    of `AOC`. The original has zero padding alone, which keeps norms only away from borders.
+
+    Source: Boissin et al. 2025, arXiv:2501.07930.
+    """
+
+    features: int
+    kernel_size: int = 3
+    strides: int = 1
+    padding: conv.Padding = "CIRCULAR"
+    rank: int | None = None
+    order: str = "aoc"
+    method: str = "bjorck"
+    num_iters: int = bjorck.NUM_ITERS
+    power_iters: int = 3
+    use_bias: bool = True
+    activation: Callable | None = operators.MaxMin
+    groups: int = 1
+    dilation: int = 1
+    output_padding: int = 0
+
+    @nn.compact
+    def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
+        kernel = _aoc_kernel(self, self.features, in_shape[-1], train)
+        padding, more = _padding(self.kernel_size, self.strides, self.padding), self.output_padding
+        if not 0 <= more < (1 if padding == "CIRCULAR" else self.strides):
+            raise ValueError(
+                f"Expected an output_padding from 0 to strides - 1, and 0 with circular padding, got {more} for "
+                f"strides {self.strides} and padding {padding!r}."
+            )
+        window = conv.window(kernel.shape, self.dilation)
+        sides = zip(in_shape[:2], window, conv.explicit_padding(window, padding), strict=True)
+        grown = [self.strides * (n - 1) + k - sum(pads) + more for n, k, pads in sides]
+        if padding == "CIRCULAR":
+            grown = [self.strides * n for n in in_shape[:2]]
+        down = operators.Conv(kernel, (*grown, self.features), self.strides, padding, self.groups, self.dilation)
+        op = operators.ConvTranspose(down)
+        bias = torch_bias(math.prod(kernel.shape[:3]))
         return with_bias(self, [_contraction(op, train)], self.use_bias, self.activation, bias)
 
 
@@ -186,7 +238,8 @@ class RKO(nn.Module):
         vectors = _vectors(self, scaled, bjorck.ORTHOGONIUM, self.power_iters, train).get("kernel", {})
         options = {"method": self.method, "num_iters": self.num_iters}
         kernel = bjorck.rko(raw, vectors, strides=self.strides, **options)
-        op = _patches(kernel, in_shape, self.strides, self.padding)
+        padding = _padding(self.kernel_size, self.strides, self.padding)
+        op = operators.Conv(kernel, tuple(in_shape), self.strides, padding)
         bias = torch_bias(math.prod(raw.shape[:3]))
         return with_bias(self, [_contraction(op, train)], self.use_bias, self.activation, bias)
 

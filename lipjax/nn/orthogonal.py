@@ -15,26 +15,45 @@ from lipjax.parametrize import cayley, soc, soc_forms
 _START_ITERS = 50
 
 
-def _skew_kernel(module: nn.Module, name: str, shape: tuple[int, ...], scale: float | None, iters: int, train: bool):
+def _skew_kernel(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    scale: float | None,
+    iters: int,
+    train: bool,
+    groups: int = 1,
+):
     """Declares a raw kernel and returns its skew part, normalised to `scale` by the least of its reshaped norms.
 
-    The vectors of the norm estimates are state; they advance by `iters` steps where a training step builds.
+    The vectors of the norm estimates are state; they advance by `iters` steps where a training step builds. With groups
+    raw kernels and vectors of the shape have a further axis in front; each is normalised by its own norm, and they come
+    back side by side: (kh, kw, c, c groups).
     """
-    raw = module.param(name, nn.initializers.normal(shape[-1] ** -0.5), shape)
-    kernel = conv.skew_kernel(raw)
-    if scale is None:
+    each = jax.vmap if groups > 1 else lambda function, in_axes=0: function
+    lead = (groups,) if groups > 1 else ()
+    raw = module.param(name, nn.initializers.normal(shape[-1] ** -0.5), (*lead, *shape))
+    kernel = each(conv.skew_kernel)(raw)
+
+    def norms(vectors, steps):
+        return each(lambda k, v: soc.reshaped_norm(k, v, steps))(kernel, vectors)
+
+    if scale is not None:
+
+        def start():
+            key = module.make_rng("params")
+            keys = jax.random.split(key, groups) if groups > 1 else key
+            vectors = each(lambda key: soc.init_vectors((shape[0], shape[1], shape[2], shape[3]), key))(keys)
+            return norms(jax.tree.map(lambda v: v.astype(raw.dtype), vectors), _START_ITERS)[1]
+
+        vectors = module.variable(COLLECTION, f"{name}_vectors", start)
+        sigma, advanced = norms(vectors.value, iters if train else 0)
+        if train and not module.is_initializing() and module.is_mutable_collection(COLLECTION):
+            vectors.value = jax.lax.stop_gradient(advanced)
+        kernel = each(lambda k, s: soc.normalize(k, s, scale))(kernel, sigma)
+    if groups == 1:
         return kernel
-
-    def start():
-        vectors = soc.init_vectors(shape, module.make_rng("params"))
-        vectors = jax.tree.map(lambda v: v.astype(raw.dtype), vectors)
-        return soc.reshaped_norm(kernel, vectors, _START_ITERS)[1]
-
-    vectors = module.variable(COLLECTION, f"{name}_vectors", start)
-    sigma, advanced = soc.reshaped_norm(kernel, vectors.value, iters if train else 0)
-    if train and not module.is_initializing() and module.is_mutable_collection(COLLECTION):
-        vectors.value = jax.lax.stop_gradient(advanced)
-    return soc.normalize(kernel, sigma, scale)
+    return jnp.moveaxis(kernel, 0, 3).reshape(*shape[:3], groups * shape[3])
 
 
 class SOC(nn.Module):
@@ -44,6 +63,7 @@ class SOC(nn.Module):
     and otherwise (None: the exact exponential, for circular padding); scale, to which the kernel is normalised by its
     reshaped norms (None: not at all). strides by space-to-depth, kernel size unchanged. `form` says how it is computed
     ("auto", "spatial", "response", "series": see `soc_forms.operators_of`), fast_gradient how it is differentiated.
+    groups: parts of the channels, each with an exponential of its own, computed in the form "spatial".
     """
 
     features: int
@@ -59,6 +79,7 @@ class SOC(nn.Module):
     batch_size: int = 128
     use_bias: bool = True
     activation: Callable | None = operators.MaxMin
+    groups: int = 1
 
     @nn.compact
     def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
@@ -67,9 +88,14 @@ class SOC(nn.Module):
         if self.strides > 1:
             ops.append(operators.SpaceToDepth(shape, self.strides))
             shape = ops[0].out_shape
-        channels = max(shape[-1], self.features)
-        size = (self.kernel_size, self.kernel_size, channels, channels)
-        kernel = _skew_kernel(self, "kernel", size, self.scale, self.normalization_iters, train)
+        channels, groups = max(shape[-1], self.features), self.groups
+        if groups < 1 or channels % groups:
+            raise ValueError(
+                f"SOC expects groups >= 1 that divide its {channels} channels (the larger of what comes in, strides^2 "
+                f"times the input's, and features), got {groups}."
+            )
+        size = (self.kernel_size, self.kernel_size, channels // groups, channels // groups)
+        kernel = _skew_kernel(self, "kernel", size, self.scale, self.normalization_iters, train, groups)
         ops += soc_forms.operators_of(
             kernel,
             shape,
@@ -83,6 +109,7 @@ class SOC(nn.Module):
             fast_gradient=self.fast_gradient,
             # One answer in training and out of it: the same norms are then estimated in both.
             other_terms=self.eval_terms if train else self.train_terms,
+            groups=groups,
         )
         return with_bias(self, ops, self.use_bias, self.activation, symmetric_uniform(self.features**-0.5))
 

@@ -10,6 +10,10 @@ Source: Boissin et al. 2025, arXiv:2501.07930, and its code orthogonium 0.0.4 (A
 arXiv:2106.09121 (SC-Fac); Xiao et al. 2018, arXiv:1806.05393 (the factors).
 """
 
+import functools
+import math
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -88,6 +92,8 @@ def raw_shapes(
     *,
     rank: int | None = None,
     order: str = "aoc",
+    groups: int = 1,
+    dilation: int = 1,
 ) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the raw arrays of a layer, by which it is routed.
 
@@ -95,14 +101,34 @@ def raw_shapes(
       k = s: "patch" (k, k, in, out), orthogonalised as the matrix of a patch (`bjorck.rko`);
       s = 1: "columns" (2 k, m, rank), of 2 k projectors;
       k > s > 1: "columns" of a convolution with k - s + 1 taps a side, of stride 1, to q = max(in, out // s^2)
-        channels, and "patch" (s, s, q, out) that follows it.
+        channels, and "patch" (s, s, q, out) that follows it; with dilation > 1 and in >= out those of s = 1.
     order "scfac", m = max(in s^2, out): "squares" (2, m, m) and "columns" (2 (k / s - 1), m, rank).
+    With groups > 1 these of in / groups and out / groups channels, for each group: a further axis in front.
 
-    Args: rank: of the projectors; None for half of the channels that they act on, rounded down.
+    Args:
+      rank: of the projectors; None for half of the channels that they act on, rounded down.
+      groups, dilation: as of `operators.Conv`.
     Raises: ValueError for channels, k or s below 1, k < s, a rank that does not fit, another order; with "scfac" if s
-      does not divide k.
+      does not divide k; for groups that do not divide the channels, and a dilation that has a factor with s.
     """
-    k, s = kernel_size, strides
+    if groups < 1 or in_channels % groups or out_channels % groups:
+        raise ValueError(
+            f"Expected groups >= 1 that divide the channels, got {groups} groups and {in_channels} -> {out_channels} "
+            "channels."
+        )
+    if dilation < 1 or math.gcd(dilation, strides) > 1:
+        raise ValueError(
+            f"Expected a dilation >= 1 that has no factor in common with strides, got dilation {dilation} and strides "
+            f"{strides}: some pixels would be read several times and others never, and nothing would be orthogonal."
+        )
+    sizes = in_channels // groups, out_channels // groups, kernel_size, strides
+    shapes = _shapes_of_group(*sizes, rank, order, dilation)
+    return shapes if groups == 1 else {name: (groups, *shape) for name, shape in shapes.items()}
+
+
+def _shapes_of_group(
+    in_channels: int, out_channels: int, k: int, s: int, rank: int | None, order: str, dilation: int
+) -> dict[str, tuple[int, ...]]:
     if order not in ORDERS:
         raise ValueError(f"Expected an order out of {', '.join(ORDERS)}, got {order!r}.")
     if min(in_channels, out_channels, k, s) < 1:
@@ -128,17 +154,20 @@ def raw_shapes(
         return shapes
     if k == s:
         return {"patch": (k, k, in_channels, out_channels)}
-    shapes, to = {}, out_channels
-    if s > 1:
+    shapes, to, side = {}, out_channels, k
+    if s > 1 and not (dilation > 1 and in_channels >= out_channels):
+        side = k - s + 1
         to = max(in_channels, out_channels // s**2)
         shapes["patch"] = (s, s, to, out_channels)
     channels = max(in_channels, to)
-    return {"columns": (2 * (k - s + 1), channels, check_rank(channels, rank))} | shapes
+    return {"columns": (2 * side, channels, check_rank(channels, rank))} | shapes
 
 
 def matrices(name: str, raw: Float[Array, "..."]) -> Float[Array, "*batch m n"]:
-    """The matrices (..., m, n) that a raw array is orthogonalised as."""
-    return bjorck.as_matrix(raw) if name == "patch" else raw
+    """The matrices (..., m, n) that a raw array is orthogonalised as, of one group or of several."""
+    if name != "patch":
+        return raw
+    return jax.vmap(bjorck.as_matrix)(raw) if raw.ndim == 5 else bjorck.as_matrix(raw)
 
 
 def needs_vectors(name: str, shape: tuple[int, ...], method: str) -> bool:
@@ -186,6 +215,8 @@ def kernel(
     order: str = "aoc",
     method: str = "bjorck",
     num_iters: int = bjorck.NUM_ITERS,
+    groups: int = 1,
+    dilation: int = 1,
 ) -> Kernel:
     """The kernel of an orthogonal convolution from unconstrained arrays, for `operators.Conv` with these strides.
 
@@ -198,15 +229,23 @@ def kernel(
       vectors: for those of them that `needs_vectors`, from `advance`; taken as they are, constants for the gradient.
       in_channels, out_channels, kernel_size, strides, order: as of `raw_shapes`.
       method, num_iters: of `bjorck.orthogonalize`.
-    Returns: (kernel_size, kernel_size, in, out), HWIO.
+      groups, dilation: those of the convolution; every group is orthogonal by itself.
+    Returns: (kernel_size, kernel_size, in / groups, out), HWIO. The layer that goes back, from out to in channels, is
+      `operators.ConvTranspose` of this one.
     Raises: ValueError as `raw_shapes`, and for arrays of other shapes.
     Source: of the module; routing as in orthogonium 0.0.4.
     """
     rank = raw["columns"].shape[-1] if "columns" in raw else None
-    shapes = raw_shapes(in_channels, out_channels, kernel_size, strides, rank=rank, order=order)
+    sizes = in_channels, out_channels, kernel_size, strides
+    shapes = raw_shapes(*sizes, rank=rank, order=order, groups=groups, dilation=dilation)
     found = {name: tuple(array.shape) for name, array in raw.items()}
     if found != shapes:
         raise ValueError(f"Expected raw arrays {shapes}, got {found}: take those of `raw_shapes`.")
+    if groups > 1:
+        options = {"order": order, "method": method, "num_iters": num_iters, "dilation": dilation}
+        own = functools.partial(_of_group, sizes=(in_channels // groups, out_channels // groups, *sizes[2:]), **options)
+        parts = jax.vmap(own)(raw, vectors)
+        return jnp.moveaxis(parts, 0, 3).reshape(*parts.shape[1:4], out_channels)
     made = orthonormal(raw, vectors, method=method, num_iters=num_iters)
     if order == "scfac":
         return separable(made["squares"], made.get("columns"), in_channels, out_channels, strides)
@@ -215,6 +254,10 @@ def kernel(
     if "patch" not in made:
         return reflected(made["columns"], in_channels, out_channels)
     return compose(reflected(made["columns"], in_channels, made["patch"].shape[2]), made["patch"])
+
+
+def _of_group(raw: Raw, vectors: Vectors, sizes: tuple[int, ...], **options) -> Kernel:
+    return kernel(raw, vectors, *sizes, **options)
 
 
 def reflected(columns: Float[Array, "n c r"], in_channels: int, out_channels: int) -> Kernel:

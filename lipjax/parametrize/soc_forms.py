@@ -13,7 +13,7 @@ _GAIN = 1.01
 
 
 def operators_of(
-    kernel: Float[Array, "kh kw m m"],
+    kernel: Float[Array, "kh kw i m"],
     in_shape: tuple[int, ...],
     features: int,
     *,
@@ -25,6 +25,7 @@ def operators_of(
     batch_size: int = 128,
     fast_gradient: bool = False,
     other_terms: int | None = 0,
+    groups: int = 1,
 ) -> list:
     """Operators that apply S_p(A), or exp(A), to images whose channels are padded to m, and keep `features` of them.
 
@@ -36,13 +37,14 @@ def operators_of(
     circular, "auto", "series" (which holds nothing that can be certified) and an exact exponential take the response.
 
     Args:
-      kernel: HWIO, skew, m = max(in_shape[-1], features).
+      kernel: HWIO (kh, kw, m / groups, m), skew, m = max(in_shape[-1], features).
       num_terms: the highest power p of the series; None for the exponential itself, which needs circular padding.
       promised_norm: a number that the norm of A does not exceed in training (a promise made of a scale found by power
         iteration, not a proof), or None if nothing is known. Forms without
         a matrix function then compute exp(A) by as many terms as reach 1e-6.
       other_terms: num_terms where the layer is built otherwise (in training, or out of it); 0: nowhere. Only what is
         nonexpansive by both promises to be, so that the same norms are estimated everywhere.
+      groups: of channels, each with a kernel of its own; they have only the form "spatial".
     Returns: operators in order, from in_shape to (h, w, features).
     Raises: ValueError for channels that do not fit, an unknown form, and a form that cannot compute the function.
     Source: Singla & Feizi 2021, arXiv:2105.11417; Singla, Singla & Feizi 2022, arXiv:2108.04062.
@@ -60,10 +62,15 @@ def operators_of(
             "Zero padding has only the form 'spatial' with a number of terms, "
             f"got form {form!r} and num_terms {num_terms}: take padding 'CIRCULAR' for the others."
         )
+    if groups > 1 and (num_terms is None or form in ("response", "series")):
+        raise ValueError(
+            "Groups have only the form 'spatial' with a number of terms, "
+            f"got {groups} groups, form {form!r} and num_terms {num_terms}."
+        )
     terms = num_terms
     if num_terms is None and promised_norm is not None:
         terms = series.terms_for(promised_norm, 1e-6)
-    if padding == "ZERO":
+    if padding == "ZERO" or groups > 1:
         form = "spatial"
     elif form == "auto" and train:
         num_devices = _spread.num_devices()
@@ -94,7 +101,7 @@ def operators_of(
         fixed, paired = soc_frequency.packed_response(kernel, (h, w))
         return [operators.CircularSeries(fixed, paired, tuple(in_shape), features, terms, nonexpansive=nonexpansive)]
     ops: list = [] if c == m else [operators.PadChannels(tuple(in_shape), m)]
-    ops.append(operators.ConvExponential(kernel, (h, w, m), terms, padding, nonexpansive, fast_gradient))
+    ops.append(operators.ConvExponential(kernel, (h, w, m), terms, padding, nonexpansive, fast_gradient, groups))
     return ops if features == m else [*ops, operators.CropChannels((h, w, m), features)]
 
 

@@ -58,7 +58,12 @@ INSIDE = {
         ("deployment", "document", "freezing"),
     ),
     "losses": (("logits",), ("balls", "radii", "transport")),
-    "nn": (("layers",), ("cholesky", "explicit", "model", "orthogonal", "potential", "responses", "scaled"), ("by_name",)),
+    "nn": (
+        ("layers",),
+        ("cholesky", "explicit", "model", "orthogonal", "potential", "responses", "scaled"),
+        ("group_shuffle",),
+        ("by_name",),
+    ),
     "models": (("bronet", "compared", "convnet", "lipconvnet", "liresnet"),),
     "interop": (("entries",), ("bronet", "compared", "crm", "lipconvnet", "liresnet")),
     "training": (

@@ -13,7 +13,8 @@ from lipjax.linalg import cholesky as choleskys
 from lipjax.parametrize import aoc, bcop, bjorck
 
 PARITY = 1e-9
-AOC = ("up", "down", "odd_channels", "k5", "zeros", "s2_k4_expand", "rko_s2", "groups")
+AOC = ("up", "down", "odd_channels", "k5", "zeros", "s2_k4_expand", "rko_s2", "groups", "dilation")
+AOC += ("transposed_s1", "transposed_s2", "transposed_rko")
 
 
 def golden(name):
@@ -43,45 +44,53 @@ def compare(layer, z, params, expected, *, images=True):
 
 @pytest.mark.parametrize("case", AOC)
 def test_adaptive_orthogonal_convolution_of_the_original(case):
+    """Transposed layers have the kernel of the convolution whose adjoint they are."""
     z, c = golden(f"aoc_{case}")
-    k, s, groups = c["kernel_size"], c["stride"], c["groups"]
-    ci, co = c["in_channels"] // groups, c["out_channels"] // groups
+    k, s, groups, dilation = c["kernel_size"], c["stride"], c["groups"], c["dilation"]
+    transposed = case.startswith("transposed")
+    sizes = (c["out_channels"], c["in_channels"], k, s) if transposed else (c["in_channels"], c["out_channels"], k, s)
     prefix = "param/parametrizations."
     names = {"weight": "patch" if k == s else "columns", "weight_1": "columns", "weight_2": "patch"}
     raw, gradients, states = {}, {}, {"param": {}, "output/after": {}}
+
+    def of_groups(array):
+        """A single group has no axis of groups here."""
+        return jnp.asarray(array) if groups > 1 else jnp.asarray(array)[0]
+
     for original, name in names.items():
         if f"{prefix}{original}.original" not in z:
             continue
-        change = (lambda a: hwio(a)[None]) if name == "patch" else jnp.asarray
+        change = hwio if name == "patch" else of_groups
         raw[name] = change(z[f"{prefix}{original}.original"])
         gradients[name] = change(z[f"output/grad/parametrizations.{original}.original"])
         inner = ".pi" if name == "patch" else ""
         for place, found in states.items():
             path = f"{place}/parametrizations.{original}.0{inner}.parametrizations."
-            found[name] = {n: jnp.asarray(z[f"{path}{n}.original"][..., 0]) for n in "uv"}
+            if f"{path}u.original" in z:  # single columns have none
+                found[name] = {n: of_groups(z[f"{path}{n}.original"][..., 0]) for n in "uv"}
+    assert groups == 1 or "patch" not in raw
 
     def made(raw):
-        """The kernel of all groups side by side, and the vectors of each."""
-        kernels, vectors = [], []
-        for g in range(groups):
-            of_group, start = jax.tree.map(lambda a, g=g: a[g], (raw, states["param"]))
-            vectors.append(aoc.advance(of_group, start, 3))
-            kernels.append(aoc.kernel(of_group, vectors[-1], ci, co, k, s))
-        return jnp.concatenate(kernels, -1), jax.tree.map(lambda *v: jnp.stack(v), *vectors)
+        vectors = aoc.advance(raw, states["param"], 3)
+        return aoc.kernel(raw, vectors, *sizes, groups=groups, dilation=dilation), vectors
 
     kernel, advanced = jax.jit(made)(raw)
     assert relative(kernel, hwio(z["output/kernel"])) < PARITY
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=PARITY), advanced, states["output/after"])
     before = jax.tree.leaves(states["param"])[0]
     assert relative(before, jax.tree.leaves(advanced)[0]) > 1e-3  # control: the state moves
-
-    def layer(x, raw):
-        kernel, _ = made(raw)
-        options = {"strides": s, "padding": "ZERO" if c["padding_mode"] == "zeros" else "CIRCULAR"}
-        split = zip(jnp.split(x, groups, -1), jnp.split(kernel, groups, -1), strict=True)
-        return jnp.concatenate([conv.conv2d(part, of_group, **options) for part, of_group in split], -1)
-
-    compare(layer, z, raw, gradients)
+    padding = "ZERO" if c["padding_mode"] == "zeros" else "CIRCULAR"
+    if transposed:
+        padding = ((c["padding"],) * 2,) * 2
+    options = {"strides": s, "padding": padding, "groups": groups, "dilation": dilation}
+    if transposed:
+        size = z["output/y"].shape[2:]
+        compare(lambda x, raw: conv.conv2d_adjoint(x, made(raw)[0], in_size=size, **options), z, raw, gradients)
+        return
+    compare(lambda x, raw: conv.conv2d(x, made(raw)[0], **options), z, raw, gradients)
+    if groups > 1:  # control: groups in another order
+        other = conv.conv2d(nhwc(z["input/x"]), jnp.roll(kernel, c["out_channels"] // groups, 3), **options)
+        assert relative(other + z["param/bias"], nhwc(z["output/y"])) > 0.1
 
 
 @pytest.mark.parametrize("case", ["down", "7_steps", "s2"])
@@ -107,24 +116,32 @@ def test_block_convolution_of_the_original(case):
     compare(layer, z, {"raw": raw}, {"raw": z["output/grad/param_matrices"]})
 
 
-@pytest.mark.parametrize("case", ["up", "k4_s2"])
+@pytest.mark.parametrize("case", ["up", "k4_s2", "k5_groups", "dilation"])
 def test_separable_factors_of_the_original(case):
     """From orthogonal matrices on: how they are made differs (a method of `bjorck`; there an exponential)."""
     z, c = golden(f"scfac_{case}")
-    taps = range(1, c["kernel_size"] // c["stride"])
-    of_columns = [f"g0_d{axis}_{side}{j}" for axis in range(2) for j in taps for side in "rl"]
-    of_columns = [name for name in of_columns if f"param/{name}.matrix" in z]
-    names = {"squares": ["g0_d0", "g0_d1"], "columns": of_columns}
+    taps, groups = range(1, c["kernel_size"] // c["stride"]), c["groups"]
 
-    def stacked(prefix, suffix=""):
+    def stacked(prefix, suffix="", g=0):
+        of_columns = [f"g{g}_d{axis}_{side}{j}" for axis in range(2) for j in taps for side in "rl"]
+        of_columns = [name for name in of_columns if f"param/{name}.matrix" in z]
+        names = {"squares": [f"g{g}_d0", f"g{g}_d1"], "columns": of_columns}
         return {n: jnp.stack([jnp.asarray(z[f"{prefix}{m}{suffix}"]) for m in of]) for n, of in names.items()}
 
-    params = stacked("param/", ".matrix")
-    sizes = c["in_channels"], c["out_channels"], c["stride"]
-    made = jax.jit(lambda p: aoc.separable(p["squares"], p["columns"], *sizes))
-    assert relative(made(params), hwio(z["output/kernel"])) < PARITY
-    options = {"strides": c["stride"], "padding": "CIRCULAR"}
-    compare(lambda x, p: conv.conv2d(x, made(p), **options), z, params, stacked("output/grad/"))
+    def of_all(*where):
+        found = [stacked(*where, g=g) for g in range(groups)]
+        return {name: jnp.stack([of_group[name] for of_group in found]) for name in found[0]}
+
+    params = of_all("param/", ".matrix")
+    sizes = c["in_channels"] // groups, c["out_channels"] // groups, c["stride"]
+
+    def made(params):
+        parts = [aoc.separable(params["squares"][g], params["columns"][g], *sizes) for g in range(groups)]
+        return jnp.concatenate(parts, -1)
+
+    assert relative(jax.jit(made)(params), hwio(z["output/kernel"])) < PARITY
+    options = {"strides": c["stride"], "padding": "CIRCULAR", "groups": groups, "dilation": c["dilation"]}
+    compare(lambda x, p: conv.conv2d(x, made(p), **options), z, params, of_all("output/grad/"))
 
 
 @pytest.mark.parametrize("case", ["default_up", "exp_down", "qr_up", "cholesky_down"])

@@ -33,23 +33,24 @@ def make(raw, sizes, *, method="bjorck", num_iters=30, vectors=None, **options):
     return np.asarray(_made(raw, vectors, sizes, method=method, num_iters=num_iters, **options))
 
 
-@functools.partial(jax.jit, static_argnums=2, static_argnames=("method", "num_iters", "order"))
+@functools.partial(jax.jit, static_argnums=2, static_argnames=("method", "num_iters", "order", "groups", "dilation"))
 def _made(raw, vectors, sizes, **options):
     return aoc.kernel(raw, vectors, *sizes, **options)
 
 
-def singular_values(kernel, size, strides=1, padding="CIRCULAR"):
+def singular_values(kernel, size, strides=1, padding="CIRCULAR", dilation=1):
     """Of the dense matrix of the convolution, tap by tap."""
     kernel = np.asarray(kernel)
     k1, k2, c, o = kernel.shape
     h, w = size
-    low = (k1 - 1) // 2, (k2 - 1) // 2
+    low = dilation * (k1 - 1) // 2, dilation * (k2 - 1) // 2
     out = [-(-n // strides) for n in size]
     if padding == "ZERO":
-        out = [(n + 2 * p - k) // strides + 1 for n, p, k in zip(size, low, (k1, k2), strict=True)]
+        reads = dilation * (k1 - 1) + 1, dilation * (k2 - 1) + 1
+        out = [(n + 2 * p - k) // strides + 1 for n, p, k in zip(size, low, reads, strict=True)]
     matrix = np.zeros((*out, o, h, w, c))
     for p1, p2, t1, t2 in np.ndindex(*out, k1, k2):
-        x1, x2 = strides * p1 + t1 - low[0], strides * p2 + t2 - low[1]
+        x1, x2 = strides * p1 + dilation * t1 - low[0], strides * p2 + dilation * t2 - low[1]
         if padding == "CIRCULAR":
             x1, x2 = x1 % h, x2 % w
         if 0 <= x1 < h and 0 <= x2 < w:
@@ -82,6 +83,32 @@ def test_kernels_preserve_norms_at_any_size_and_contract_with_zeros(ci, co, k, s
         values = singular_values(kernel, size, s)
         np.testing.assert_allclose(values, 1, rtol=0, atol=1e-12)
     assert singular_values(kernel, (4, 6), s, "ZERO").max() < 1 + 1e-12
+
+
+DILATED = [  # in, out, kernel, strides, order, groups, dilation
+    (8, 8, 3, 1, "aoc", 2, 2),
+    (4, 8, 3, 2, "aoc", 1, 3),
+    (6, 2, 3, 2, "aoc", 1, 3),
+    (4, 16, 2, 2, "aoc", 2, 3),
+    (4, 4, 4, 2, "scfac", 2, 3),
+]
+
+
+@pytest.mark.parametrize(("ci", "co", "k", "s", "order", "groups", "dilation"), DILATED)
+def test_groups_and_dilation_keep_kernels_orthogonal(ci, co, k, s, order, groups, dilation):
+    sizes, options = (ci, co, k, s), {"order": order, "groups": groups, "dilation": dilation}
+    shapes = aoc.raw_shapes(*sizes, **options)
+    assert groups == 1 or all(shape[0] == groups for shape in shapes.values())
+    kernel = make(draw(shapes), sizes, num_iters=40, **options)
+    assert kernel.shape == (k, k, ci // groups, co)
+    for part in np.split(kernel, groups, axis=3):
+        for size in ((4, 6), (2 * s, s)):
+            values = singular_values(part, size, s, dilation=dilation)
+            np.testing.assert_allclose(values, 1, rtol=0, atol=1e-12)
+        assert singular_values(part, (7, 6), s, "ZERO", dilation).max() < 1 + 1e-12
+    if s > 1 and co > ci:  # control: with a common factor pixels are read several times
+        values = singular_values(np.split(kernel, groups, axis=3)[0], (4, 4), s, dilation=s)
+        assert values.max() > 1.1 or values.min() < 0.9
 
 
 def test_single_columns_are_as_short_as_in_the_original():
@@ -240,6 +267,10 @@ def test_vectors_are_arguments_and_advance_apart():
         (lambda: aoc.raw_shapes(4, 4, 3, rank=0), r"a rank from 1 to 3 .*got 0"),
         (lambda: aoc.raw_shapes(1, 1, 3), r"at least 2 channels .*got 1.*more features"),
         (lambda: aoc.raw_shapes(4, 0, 3), r"of at least 1, got 4 -> 0 channels"),
+        (lambda: aoc.raw_shapes(4, 6, 3, groups=4), r"groups >= 1 that divide the channels, got 4 groups and 4 -> 6"),
+        (lambda: aoc.raw_shapes(4, 4, 3, groups=4), r"at least 2 channels .*got 1"),
+        (lambda: aoc.raw_shapes(4, 4, 4, 2, dilation=2), r"no factor in common .*dilation 2 and strides 2"),
+        (lambda: aoc.raw_shapes(4, 4, 3, dilation=0), r"a dilation >= 1"),
         (lambda: aoc.raw_shapes(4, 4, 3, order="bcop"), r"an order out of aoc, scfac, got 'bcop'"),
         (lambda: make(draw({"columns": (5, 4, 2)}), (4, 4, 3, 1)), r"raw arrays .*\(6, 4, 2\).*got .*\(5, 4, 2\)"),
         (lambda: bcop.raw_shape(4, 4, 0), r"kernel_size of at least 1"),
