@@ -60,12 +60,7 @@ INSIDE = {
     "losses": (("logits",), ("balls", "radii", "transport")),
     "nn": (
         ("layers",),
-    "nn": (
-        ("layers",),
         ("cholesky", "explicit", "model", "orthogonal", "potential", "responses", "scaled"),
-        ("group_shuffle",),
-        ("by_name",),
-    ),
         ("group_shuffle",),
         ("by_name",),
     ),
