@@ -272,16 +272,6 @@ def _gap(found: np.ndarray, logits: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(gap), np.inf, gap)
 
 
-def float32_gap(frozen: FrozenNetwork, images, batch_size: int = 256) -> np.ndarray:
-    """Measured |float32 logit - frozen(images)|, (n, k): one program on JAX's default device, highest precision.
-
-    What one machine did with these images; `float32_error` is the proof. Infinite where a logit is not finite.
-    Raises: UserError for images of another shape, type or range.
-    """
-    logits = frozen(images, batch_size)
-    return _gap(_float32_logits(frozen, images, batch_size), logits)
-
-
 def _number(value) -> float | None:
     return float(value) if np.isfinite(value) else None
 

@@ -66,9 +66,7 @@ class BRONet(LipschitzModel):
 
     def check(self) -> None:
         """Raises: ValueError if the sizes do not fit each other."""
-        for name, known in (("neck", NECKS), ("dense", DENSE)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"expected {name} to be one of {known}, got {getattr(self, name)!r}.")
+        self.check_choices(neck=NECKS, dense=DENSE)
         least = {"depth": 1, "residual_depth": 0, "stem_kernel": 1, "stem_strides": 1, "stem_padding": 0}
         for name, smallest in {**least, "neck_patch": 1, "dense_depth": 0}.items():
             if getattr(self, name) < smallest:

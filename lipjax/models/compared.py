@@ -33,9 +33,7 @@ class ComparedConvNet(LayeredModel):
 
     def check(self) -> None:
         """Raises: ValueError if an attribute has no such value, or the sizes do not fit each other."""
-        for name, known in (("activation", tuple(ALL_ACTIVATIONS)), ("head", ("first", "lln", "orthonormal"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"expected {name} to be one of {known}, got {getattr(self, name)!r}.")
+        self.check_choices(activation=tuple(ALL_ACTIVATIONS), head=("first", "lln", "orthonormal"))
         for name in ("num_blocks", "block_depth", "kernel_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}.")

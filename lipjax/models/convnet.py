@@ -55,9 +55,7 @@ class ConvNet(LipschitzModel):
 
     def check(self) -> None:
         """Raises: ValueError if an attribute has no such value, or the sizes do not fit each other or the images."""
-        for name, known in (("variant", (*VARIANTS, "custom")), ("activation", tuple(ELEMENTWISE))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"expected {name} to be one of {known}, got {getattr(self, name)!r}.")
+        self.check_choices(variant=(*VARIANTS, "custom"), activation=tuple(ELEMENTWISE))
         if self.variant != "custom" and (self.convs or self.dense):
             raise ValueError(f"{self.variant!r} has its own convs and dense: leave them out, or take variant 'custom'.")
         if self.activation == "leaky_relu" and not -1 <= self.negative_slope <= 1:

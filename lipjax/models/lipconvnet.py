@@ -32,14 +32,12 @@ class LipConvnet(LayeredModel):
 
     def check(self) -> None:
         """Raises: ValueError if an attribute has no such value, or the sizes do not fit each other."""
-        for name, known in (
-            ("variant", ("plain", "pooled")),
-            ("activation", tuple(ALL_ACTIVATIONS)),
-            ("pooling", tuple(POOLINGS)),
-            ("head", ("lln", "orthonormal", "linear", "mlp")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"expected {name} to be one of {known}, got {getattr(self, name)!r}.")
+        self.check_choices(
+            variant=("plain", "pooled"),
+            activation=tuple(ALL_ACTIVATIONS),
+            pooling=tuple(POOLINGS),
+            head=("lln", "orthonormal", "linear", "mlp"),
+        )
         if self.num_blocks < 1 or self.depth < self.num_blocks or self.depth % self.num_blocks:
             raise ValueError(f"expected depth to be a multiple of num_blocks {self.num_blocks}, got {self.depth}.")
         if self.width < 2 or self.width % 2:

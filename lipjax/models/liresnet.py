@@ -64,10 +64,7 @@ class LiResNet(LipschitzModel):
             raise ValueError("expected stem_kernel and stem_strides >= 1 and stem_padding >= 0.")
         if self.neck_features is not None and (self.neck_features < 2 or self.neck_features % 2):
             raise ValueError(f"expected an even neck_features, got {self.neck_features}.")
-        if self.neck not in NECKS:
-            raise ValueError(f"expected neck to be one of {NECKS}, got {self.neck!r}.")
-        if self.block not in BLOCKS:
-            raise ValueError(f"expected block to be one of {BLOCKS}, got {self.block!r}.")
+        self.check_choices(neck=NECKS, block=BLOCKS)
         if self.block != "linear" and self.centering:
             raise ValueError(f"centering subtracts means from linear blocks: set block='linear', not {self.block!r}.")
         if self.dense_depth < 0:

@@ -43,6 +43,13 @@ class LipschitzModel(nn.Module):
         """Returns the layers in order (in_shape, train) -> named operators, and the head, likewise."""
         raise TypeError(f"{type(self).__name__} must define layers().")
 
+    @nn.nowrap
+    def check_choices(self, **known: tuple) -> None:
+        """Raises: ValueError for an attribute whose value is not among its known ones."""
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"expected {name} to be one of {values}, got {getattr(self, name)!r}.")
+
     @nn.compact
     def build(self, train: bool = False) -> Network:
         """The network of the current parameters; train: for a training step."""

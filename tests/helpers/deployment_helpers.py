@@ -11,7 +11,7 @@ import numpy as np
 from deployment_networks import NETWORKS, draw
 
 from lipjax import _dft, conv, operators
-from lipjax.certify import FrozenNetwork
+from lipjax.certify import FrozenNetwork, deployment
 from lipjax.network import make_network
 
 U = 2.0**-24
@@ -276,3 +276,9 @@ def pixels(frozen, count, seed=1):
     images = np.random.default_rng(seed).uniform(0, 1, (count, *frozen.in_shape))
     images[0] = np.round(images[0] * 255) / 255
     return images
+
+
+def float32_gap(frozen, images):
+    """|float32 logit - frozen(images)|, (n, k), by one program, as reports measure it; infinite where it is NaN."""
+    found = deployment._float32_logits(frozen, images, len(images))
+    return deployment._gap(found, frozen(images, len(images)))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from deployment_helpers import NETWORKS, U, apply, evaluate, frozen_network, numbers, pixels, times
+from deployment_helpers import NETWORKS, U, apply, evaluate, float32_gap, frozen_network, numbers, pixels, times
 
 from lipjax import activations, bounds, operators, pooling
 from lipjax.certify import FrozenNetwork, deployment, float32
@@ -58,7 +58,7 @@ def test_no_float32_evaluation_is_further_off_than_proved(name):
         worst = max(worst, error.max())
     assert worst > 1e-9  # control: float32 it was
     assert bound.max() < 3e3 * worst
-    gap = deployment.float32_gap(frozen, images, batch_size=4)
+    gap = float32_gap(frozen, images)
     assert (gap <= bound * (1 + 1e-6)).all() and gap.max() > 1e-9
 
 
@@ -165,7 +165,7 @@ def test_huge_and_tiny_numbers():
     for scale in (1e3, 1e-3, 1e-9, 1e-20):
         frozen = frozen_network("elementwise", scale=scale)
         bound = deployment.float32_error(frozen, images)
-        assert (deployment.float32_gap(frozen, images, 4) <= bound * (1 + 1e-6)).all() and np.isfinite(bound).all()
+        assert (float32_gap(frozen, images) <= bound * (1 + 1e-6)).all() and np.isfinite(bound).all()
     images[0, 0, 0, 0] = np.nan
     found = deployment.float32_error(frozen_network("elementwise"), images)
     assert np.isinf(found[0]).all() and np.isfinite(found[1:]).all()
@@ -173,10 +173,10 @@ def test_huge_and_tiny_numbers():
     ones = np.ones((1, 2))
     frozen = dense_network([[1e39, 0.0]])
     assert np.isinf(deployment.float32_error(frozen, ones)).all()
-    assert np.isinf(deployment.float32_gap(frozen, ones, 1)).all()
+    assert np.isinf(float32_gap(frozen, ones)).all()
     frozen = dense_network([[1e-30, 1e-38]])  # the second is flushed to zero, perhaps
     bound = deployment.float32_error(frozen, ones)
-    assert (deployment.float32_gap(frozen, ones, 1) <= bound).all() and bound.max() < 1e-33
+    assert (float32_gap(frozen, ones) <= bound).all() and bound.max() < 1e-33
 
 
 @pytest.mark.parametrize("name", NETWORKS)
