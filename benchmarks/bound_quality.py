@@ -28,6 +28,7 @@ from lanczos import grid_norm, lanczos_norm, local_norm
 from lipjax import FrozenNetwork, attacks, bounds, operators
 from lipjax.certify.frozen import float64_on_cpu
 from lipjax.evaluation import evaluate, falsify
+from lipjax.operators.grid import Circulants, on_grid
 from lipjax.training.config import load_config
 from lipjax.training.data import load_dataset
 
@@ -54,9 +55,8 @@ def part_norms(op) -> list[tuple[float, float]]:
     found = []
     for part in op.ops if isinstance(op, operators.Residual) else (op,):
         if hasattr(part, "estimate"):
-            norm = lanczos_norm(part)
-            on_grid = grid_norm(part) if type(part) is operators.Conv else None
-            found.append((norm, norm if on_grid is None else on_grid))
+            norm, grid = lanczos_norm(part), on_grid(part)
+            found.append((norm, grid_norm(grid) if isinstance(grid, Circulants) else norm))
         elif hasattr(part, "slope"):
             found.append((max(map(abs, part.slope)),) * 2)
     return found

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.sparse.linalg import LinearOperator, eigsh
 
-from lipjax import conv, operators, spectral
 from lipjax.certify.frozen import float64_on_cpu
+from lipjax.operators.grid import Circulants
 
 
 def largest_singular_value(apply, adjoint, shape: tuple[int, ...]) -> float:
@@ -31,38 +31,22 @@ def lanczos_norm(op) -> float:
         return largest_singular_value(lambda x: op(x[None])[0], lambda y: op.adjoint(y[None])[0], op.in_shape)
 
 
-def grid_norm(op: operators.Conv) -> float | None:
-    """The least norm of the circulants by which a zero-padded convolution is proved: what its proof states, up to
-    rounding. None for one that is bounded as it is.
-    """
-    *sides, per_group, outputs = op.kernel.shape
-    of_group = (*sides, per_group, outputs // op.groups), (*op.in_shape[:2], per_group)
-    used, variants = spectral.embeddings(*of_group, op.strides, op.pads, op.dilation)
+def grid_norm(op: Circulants) -> float:
+    """The least norm of a convolution's circulants: what its proof states, up to rounding."""
     with float64_on_cpu():
-        kernel, norms = jnp.where(used[..., None, None], op.kernel, 0), []
-        strides = conv.stride_pair(op.strides)
-        for grid, twist in variants:
-            shape = (grid[0] * strides[0], grid[1] * strides[1], op.in_shape[2])
+        op, norms = jax.tree.map(jnp.asarray, op), []
+        for grid, twist in op.variants:
+            shape = (grid[0] * op.strides[0], grid[1] * op.strides[1], op.in_shape[3])
+            signs = jnp.asarray(twist)
 
-            def apply(x, twist=twist):
-                return _periodic(op, kernel, x, twist)
+            def apply(x, signs=signs):
+                return op._map(x, signs)
 
             def adjoint(y, apply=apply, shape=shape):
                 return jax.linear_transpose(apply, jnp.zeros(shape))(y)[0]
 
             norms.append(largest_singular_value(apply, adjoint, shape))
-    return min(norms, default=None)
-
-
-def _periodic(op: operators.Conv, kernel, x, twist: tuple[int, int]):
-    """The convolution of (h, w, c) with period (h, w), up to the sign (-1)^twist; no alignment changes its norm."""
-    for axis in range(2):
-        size, taps = x.shape[axis], conv.window(kernel.shape, op.dilation)[axis]
-        places = np.arange(-((taps - 1) // 2), size + taps // 2)
-        signs = 1 - 2 * (places // size % 2) * twist[axis]
-        x = jnp.take(x, places % size, axis) * signs.astype(x.dtype).reshape(-1, *(1,) * (2 - axis))
-    options = {"strides": op.strides, "groups": op.groups, "dilation": op.dilation}
-    return conv.conv2d(x[None], kernel, padding="VALID", precision=jax.lax.Precision.HIGHEST, **options)[0]
+        return min(norms)
 
 
 def local_norm(op, x: np.ndarray) -> float:

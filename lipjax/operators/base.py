@@ -357,6 +357,10 @@ class Composite(Operator, Bounded):
         """The operators whose norms the constant is made of: the parts, or what they are made of."""
         return self.parts()
 
+    def with_measured(self, ops: tuple) -> Any:
+        """The same with others in the place of `measured`, unchecked: of such a one norms are estimated, no more."""
+        return self.with_parts(ops)
+
     @abc.abstractmethod
     def lipschitz_of(self, product: Any) -> Any:
         """A Lipschitz constant, given the product of those of `measured`: likewise a number, Fraction or JAX scalar."""

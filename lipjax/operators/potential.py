@@ -4,6 +4,7 @@ Both are contractive by the norm of a linear map that is stored once, and applie
 An ordinary bound takes them for the product, or one plus the product, of what they are made of (docs/soundness.md, 6a).
 """
 
+import copy
 from fractions import Fraction
 from typing import Any
 
@@ -109,6 +110,11 @@ class _TwoPaths(Composite):
 
     def measured(self) -> tuple:
         return (self.linear,)
+
+    def with_measured(self, ops: tuple) -> Any:
+        other = copy.copy(self)  # not the constructor: a circulant has no way back
+        object.__setattr__(other, "linear", ops[0])
+        return other
 
     def bound(self) -> spectral.NormBound:
         """`lipschitz_of` the claim for the stored map, whose row is details["linear"].

@@ -40,7 +40,7 @@ class Residual(Composite):
         return self.ops
 
     def with_parts(self, parts: tuple) -> "Residual":
-        other = copy.copy(self)  # not the constructor: what walks put in the parts' places need not be operators
+        other = copy.copy(self)  # not the constructor: parts may be circulants, which do not fit each other
         object.__setattr__(other, "ops", tuple(parts))
         return other
 

@@ -37,7 +37,7 @@ INSIDE = {
     "operators": (
         ("base", "text"),
         ("circular", "exponential", "linear", "pairs", "reshape", "softplus", "training_only"),
-        ("elementwise", "heads", "potential", "residual", "tokens"),
+        ("elementwise", "grid", "heads", "potential", "residual", "tokens"),
     ),
     "parametrize": (
         ("aol", "bjorck", "bro", "cayley", "cholesky", "lln", "lot", "residual", "soc_frequency"),

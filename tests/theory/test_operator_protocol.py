@@ -15,6 +15,7 @@ from lipjax.certify import deployment
 from lipjax.certify.layout import arrays_of, entry_of, rebuild
 from lipjax.errors import NotCertifiable
 from lipjax.network import Application, Network, make_network
+from lipjax.operators.grid import on_grid
 
 ROOT = Path(lipjax.__file__).parent
 # Rooms that meet operators. The protocol itself may look at any attribute.
@@ -230,6 +231,7 @@ def test_a_new_composite_adds_one_file(monkeypatch):
     np.testing.assert_array_equal(new, old)
     new, old = (jax.grad(lambda x, n=network: of_images(n)(x).sum())(x) for network in small.values())
     np.testing.assert_allclose(new, old)
+    assert isinstance(on_grid(pair), operators.Composite)
     entry = entry_of(pair)
     document = {"ops": [{"name": "block", **entry}], "head": "LinearHead"}
     pixels = {"input_mean": np.zeros(1), "input_std": np.ones(1)}

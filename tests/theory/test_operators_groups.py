@@ -15,6 +15,7 @@ from test_operators import grouped, to_matrix
 import lipjax
 from lipjax import FrozenNetwork, NotCertifiable, conv, operators, spectral
 from lipjax.network import make_network
+from lipjax.operators.grid import Circulants, on_grid
 from lipjax.spectral import norms
 
 
@@ -39,6 +40,21 @@ def test_dense_kernels_are_the_same_map(name, key):
     if op.groups > 1:  # control: other groups
         other = jnp.roll(op.kernel, 1, 3)
         assert np.abs(full(op)(x) - conv.conv2d(x, other, **op.options())).max() > 0.1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_estimates_on_the_grid_reach_the_proved_bound(name, key, monkeypatch):
+    monkeypatch.setattr(norms, "_DENSE_SIDE", 0)
+    op = CASES[name]
+    grid, bound = on_grid(op), op.bound()
+    assert isinstance(grid, Circulants)
+    found = [part["method"] for part in bound.details.get("groups", [])] or [bound.method]
+    assert all("block circulant" in method for method in found)
+    sigma, v = jax.jit(lambda v: grid.estimate(v, 3000))(jax.random.normal(key, grid.in_shape))
+    assert v.shape == grid.in_shape
+    # The least over grids of the largest over groups is not below the largest of the least.
+    assert bound.proved * (1 - 1e-4) <= float(sigma) <= bound.proved * 1.1
+    assert bound.proved >= op.estimate(jax.random.normal(key, op.in_shape), 300)[0] * (1 - 1e-12)
 
 
 @pytest.mark.parametrize(("dilation", "block"), [(1, 1), (3, 1), ((2, 5), 1), (3, 2)])

@@ -13,6 +13,7 @@ from lipjax.attacks.input_gradient import of_images
 from lipjax.certify.float64 import advance, float64_on_cpu
 from lipjax.errors import NotCertifiable
 from lipjax.network import Application, make_network
+from lipjax.operators.grid import Circulants, on_grid
 
 RNG = np.random.default_rng(0)
 # Each with 5 columns or input channels, and 3 outputs.
@@ -158,6 +159,8 @@ def test_estimates_gradients_and_bfloat16(make):
     promised = type(op)(linear, BIAS, relu(linear), **({} if make is step_of else {"outputs": 2}), nonexpansive=True)
     assert not bounds.init_vectors(one_layer(promised), jax.random.key(0))
     assert promised.bound() == op.bound()  # which does not look at the promise
+    large = operators.Conv(np.ones((3, 3, 5, 3)), (32, 32, 5))
+    assert isinstance(on_grid(make(large)).measured()[0], Circulants)
     # The gradient of an estimate reaches the stored array.
     grow = jax.grad(lambda net: bounds.norm_estimates(net, vectors, 100)[0]["layer"])(
         jax.tree.map(lambda a: 2 * a, network)
