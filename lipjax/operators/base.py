@@ -27,6 +27,7 @@ from jaxtyping import Array, Float
 
 from lipjax import spectral
 from lipjax.errors import NotCertifiable
+from lipjax.operators.chain import check_chain
 from lipjax.spectral.arguments import Bounded, Estimated
 from lipjax.spectral.verified import float_up
 
@@ -335,15 +336,8 @@ class Composite(Operator, Bounded):
             if not isinstance(op, Operator) or isinstance(op, Composite):
                 raise ValueError(f"operator {i}: {type(op).__name__} cannot stand inside a {kind}.")
             op.check()
-        given = [(f"operator {i} gives", op.out_shape) for i, op in enumerate(parts)]
-        taken = [(f"operator {i} takes", op.in_shape) for i, op in enumerate(parts)]
-        taken.append((f"the {kind} gives", self.out_shape))
-        wanted = [*zip([(f"the {kind} takes", self.in_shape), *given], taken, strict=True)]
-        if self.adds_input:
-            wanted.insert(-1, (given[-1], ("the sum takes", self.in_shape)))
-        for (first, shape), (then, expected) in wanted:
-            if tuple(shape) != tuple(expected):
-                raise ValueError(f"{first} shape {tuple(shape)}, but {then} {tuple(expected)}.")
+        shapes = [(op.in_shape, op.out_shape) for op in parts]
+        check_chain(kind, self.in_shape, self.out_shape, shapes, self.adds_input)
 
     @abc.abstractmethod
     def parts(self) -> tuple:

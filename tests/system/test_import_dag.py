@@ -35,7 +35,8 @@ INSIDE = {
     "conv": (("blocks", "maps", "response"), ("series",)),
     "spectral": (("arguments", "arithmetic", "verified"), ("estimates", "row_sums", "series", "symbol"), ("norms",)),
     "operators": (
-        ("base", "text"),
+        ("chain", "text"),
+        ("base",),
         ("circular", "exponential", "linear", "pairs", "reshape", "softplus", "training_only"),
         ("elementwise", "grid", "heads", "potential", "residual", "tokens"),
     ),
