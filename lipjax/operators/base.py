@@ -383,9 +383,9 @@ def bound_row(place: str, op, found: spectral.NormBound | None = None) -> dict[s
     kind = type(op).__name__
     if not isinstance(op, Bounded):
         raise NotCertifiable(f"{place}: no proved Lipschitz bound is known for one of type {kind}.")
-    found = op.bound() if found is None else found
-    claims = {"type": kind, "bound": float(found.claimed), "sigma": float(found.proved)}
-    return {**claims, "method": found.method, "details": found.details}
+    proof: spectral.NormBound = op.bound() if found is None else found
+    claims = {"type": kind, "bound": float(proof.claimed), "sigma": float(proof.proved)}
+    return {**claims, "method": proof.method, "details": proof.details}
 
 
 class Head(Operator):

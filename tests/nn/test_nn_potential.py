@@ -1,6 +1,7 @@
 """SLL, CPL and sandwich layers as modules: what they keep, how they train, freeze and certify."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +99,7 @@ def test_a_training_step_advances_the_vectors_and_counts_the_constants_as_one():
         assert change < 0.5 and np.linalg.norm(advanced[layer]["vector"]) == pytest.approx(1)
     sigmas, _ = bounds.norm_estimates(network, start["vectors"], 1)
     assert sigmas == {}
-    evaluated = model.apply(variables, method="build")
+    evaluated: Any = model.apply(variables, method="build")
     vectors = {name: v for name, v in start["vectors"].items() if name.startswith(("sll", "cpl", "leaky"))}
     assert set(vectors) == {f"{name}/step/0" for name in ("sll", "cpl", "leaky", "sll_dense", "cpl_dense")}
     sigmas, _ = bounds.norm_estimates(evaluated, start["vectors"], 30)

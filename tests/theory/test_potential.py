@@ -140,7 +140,7 @@ def test_saved_loaded_and_exported(name, make, tmp_path):
     assert again.sha256() == frozen.sha256() and repr(again) == repr(frozen)
     np.testing.assert_array_equal(again.certify(images).radii, frozen.certify(images).radii)
     assert {"ops/layer/bias"} < {key for key in frozen.arrays() if key.startswith("ops/layer/")}
-    program = jax.export.deserialize(frozen.export("float64"))
+    program = jax.export.deserialize(bytearray(frozen.export("float64")))
     np.testing.assert_allclose(np.asarray(program.call(images)), frozen(images), atol=1e-12)
     row = again.lipschitz_report()[1]
     assert [part.type for part in row.parts][1:3] == ["Bias", "ReLU"] and row.details["linear"]["bound"] > 0
@@ -173,6 +173,19 @@ def test_estimates_gradients_and_bfloat16(make):
     single = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), network)
     narrow, _ = single.features_and_means(jnp.asarray(x, jnp.float32), Application(precision="bfloat16"))
     np.testing.assert_allclose(narrow, network.features(x), atol=0.1)
+
+
+def test_equal_layers_are_one_loop_and_stand_in_no_other_block():
+    rng = np.random.default_rng(6)
+    maps = [operators.Dense(rng.normal(size=(3, 5)) / 3) for _ in range(3)]
+    steps = [(f"s{i}/step", step_of(linear)) for i, linear in enumerate(maps)]
+    network = jax.tree.map(jnp.asarray, make_network(steps, operators.LinearHead(np.eye(5), np.zeros(5))))
+    x = jnp.asarray(rng.normal(size=(4, 5)))
+    looped, _ = network.features_and_means(x, Application(scan=True))
+    assert str(jax.make_jaxpr(lambda x: network.features_and_means(x, Application(scan=True))[0])(x)).count("scan[") == 1
+    np.testing.assert_allclose(looped, network.features(x), atol=1e-14)
+    with pytest.raises(ValueError, match="operator 0: PotentialStep cannot stand inside a residual block"):
+        operators.Residual((steps[0][1],))
 
 
 class Halved(operators.Elementwise):
