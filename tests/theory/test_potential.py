@@ -182,7 +182,8 @@ def test_equal_layers_are_one_loop_and_stand_in_no_other_block():
     network = jax.tree.map(jnp.asarray, make_network(steps, operators.LinearHead(np.eye(5), np.zeros(5))))
     x = jnp.asarray(rng.normal(size=(4, 5)))
     looped, _ = network.features_and_means(x, Application(scan=True))
-    assert str(jax.make_jaxpr(lambda x: network.features_and_means(x, Application(scan=True))[0])(x)).count("scan[") == 1
+    program = jax.make_jaxpr(lambda x: network.features_and_means(x, Application(scan=True))[0])(x)
+    assert str(program).count("scan[") == 1
     np.testing.assert_allclose(looped, network.features(x), atol=1e-14)
     with pytest.raises(ValueError, match="operator 0: PotentialStep cannot stand inside a residual block"):
         operators.Residual((steps[0][1],))
