@@ -279,13 +279,9 @@ class Reordering(Isometric):
 
 
 class Elementwise(Operator, Bounded):
-    """An activation that acts on every component alone, which loop transformation (LipLT) composes with linear maps.
+    """An activation that acts on every component alone, which loop transformation (LipLT) composes with linear maps."""
 
-    Attributes:
-      homogeneous: whether f(c x) = c f(x) for all c > 0, so that positive scales may pass through it.
-    """
-
-    homogeneous = False
+    homogeneous = False  # True if f(c x) = c f(x) for all c > 0, so that positive scales may pass through it
 
     @property
     @abc.abstractmethod
