@@ -1,6 +1,8 @@
 """lipjax: classifiers whose robustness is proved. `import lipjax` loads the theory; models and training apart."""
 
+import importlib
 import os
+from typing import Any
 
 # OpenBLAS threads beside XLA's make batched solves up to 1000 times slower and have corrupted the heap:
 # https://github.com/jax-ml/jax/issues/39292
@@ -45,6 +47,12 @@ __all__ = [
     "pooling",
     "spectral",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "manifold":  # on demand, because it takes optax
+        return importlib.import_module("lipjax.manifold")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,7 @@
-"""Matrix functions that make orthogonal matrices: the exponential of skew matrices, Cayley, Cholesky, reflectors."""
+"""Matrix functions that make orthogonal matrices, such as the exponential of skew ones; steps from one to the next."""
 
 from lipjax.linalg.functions import cayley, cayley_split, cholesky_orthogonalize, expm_skew, expm_skew_split
+from lipjax.linalg.orthogonal_steps import expm_truncated, geodesic_step, polar, tangent
 from lipjax.linalg.reflectors import block_reflector, block_reflector_split
 
 __all__ = [
@@ -11,6 +12,10 @@ __all__ = [
     "cholesky_orthogonalize",
     "expm_skew",
     "expm_skew_split",
+    "expm_truncated",
+    "geodesic_step",
+    "polar",
+    "tangent",
 ]
 
 

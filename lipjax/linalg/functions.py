@@ -124,8 +124,8 @@ def _exponential(a: Parts) -> Parts:
 
 def _exponential_forward(a: Parts):
     # Everything is computed for d = exp - I: doubling by 2 d + d^2 rounds relative to |d|, not to |I + d|.
-    start, derivative, squarings = jax.linearize(_polynomial, a, has_aux=True)
-    d = lax.fori_loop(0, squarings, lambda _, d: _doubled(d), start)
+    start, derivative, squarings = jax.linearize(polynomial, a, has_aux=True)
+    d = lax.fori_loop(0, squarings, lambda _, d: doubled(d), start)
     v = add_identity(1.0, d)
     v = lax.cond(squarings > _UNPOLISHED[str(v[0].dtype)], _newton_schulz, lambda v: v, v)
     return v, (start, derivative, squarings)
@@ -142,7 +142,7 @@ def _exponential_backward(residuals, g: Parts):
 
     def step(_, carry):
         d, tangent = carry
-        d = _doubled(d)
+        d = doubled(d)
         return d, along(d, tangent)
 
     # The d of the forward pass are made again rather than kept; one squaring, the common case, makes none.
@@ -154,8 +154,8 @@ def _exponential_backward(residuals, g: Parts):
 _exponential.defvjp(_exponential_forward, _exponential_backward)
 
 
-def _polynomial(a: Parts) -> tuple[Parts, Array]:
-    """p(a / 2^s) - I and s."""
+def polynomial(a: Parts) -> tuple[Parts, Array]:
+    """p(a / 2^s) - I and s. a: skew-Hermitian, or of the same eigenvalues as some such matrix."""
     x1, x2, x4, x5, x6, x7, y2 = _COEFFICIENTS[str(a[0].dtype)]
     a2 = product(a, a)
     squarings = _squarings(lax.stop_gradient(a2))
@@ -177,7 +177,7 @@ def _squarings(a2: Parts) -> Array:
     return jnp.where(jnp.isfinite(bound), jnp.maximum(exponent, 0.0), 0.0).astype(jnp.int32)
 
 
-def _doubled(d: Parts) -> Parts:
+def doubled(d: Parts) -> Parts:
     """(I + d)^2 - I."""
     return add(product(d, d), scaled(2.0, d))
 

@@ -29,7 +29,10 @@ def bare(code, *arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("module", ["nn", "models", "interop", "training", "training.data.local", "evaluation", "plan"])
+MODULES = ("nn", "models", "manifold", "interop", "training", "training.data.local", "evaluation", "plan")
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_a_module_that_needs_more_names_the_extra(module):
     found = bare(f"import lipjax.{module}")
     assert found.returncode == 1

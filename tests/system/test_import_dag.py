@@ -21,7 +21,7 @@ ROWS = (
     ("parametrize", "network", "curvature"),
     ("bounds", "attacks"),
     ("certify", "losses"),
-    ("nn",),
+    ("manifold", "nn"),
     ("models",),
     ("interop", "training"),
     ("evaluation", "plan"),
@@ -31,7 +31,7 @@ ROWS = (
 )
 # Inside a room of several modules likewise: each row may import the rows before it. "html" is evaluation/html/.
 INSIDE = {
-    "linalg": (("parts", "unit"), ("cholesky",), ("reflectors",), ("functions",)),
+    "linalg": (("parts", "unit"), ("cholesky",), ("reflectors",), ("functions",), ("orthogonal_steps",)),
     "conv": (("blocks", "maps", "response"), ("series",)),
     "spectral": (("arguments", "arithmetic", "verified"), ("estimates", "row_sums", "series", "symbol"), ("norms",)),
     "operators": (
@@ -97,6 +97,7 @@ THEORY_PACKAGES = {"jax", "numpy", "scipy", "jaxtyping", "threadpoolctl"}
 PACKAGES = dict.fromkeys(THEORY, THEORY_PACKAGES) | {
     "files": THEORY_PACKAGES | {"safetensors"},
     "certify": THEORY_PACKAGES | {"safetensors"},
+    "manifold": THEORY_PACKAGES | {"optax"},
     "nn": THEORY_PACKAGES | {"flax"},
     "models": THEORY_PACKAGES | {"flax"},
     "checker": {"numpy", "safetensors"},

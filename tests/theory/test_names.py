@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import lipjax
+import lipjax.manifold
 import lipjax.models
 import lipjax.nn
 import lipjax.training
@@ -16,7 +17,7 @@ import lipjax.training.data
 THEORY = [name for name in lipjax.__all__ if isinstance(getattr(lipjax, name), types.ModuleType)]
 MODULES = {
     "lipjax": lipjax,
-    **{f"lipjax.{name}": getattr(lipjax, name) for name in (*THEORY, "errors", "models", "nn", "training")},
+    **{f"lipjax.{name}": getattr(lipjax, name) for name in (*THEORY, "errors", "manifold", "models", "nn", "training")},
     "lipjax.training.data": lipjax.training.data,
 }
 
