@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.core import Tracer
 
 from lipjax import linalg
-from lipjax.errors import require_extra
+from lipjax.errors import UserError, require_extra
 from lipjax.linalg.orthogonal_steps import ORDERS, polar_step
 
 try:
@@ -108,7 +107,7 @@ def skew_adam(
     on_skew = moments == "skew"
 
     def init(params):
-        jax.tree_util.tree_map_with_path(_check_orthonormal, params)
+        check_orthonormal(params)
         zeros = jax.tree.map(_no_direction, params)
         means = zeros if on_skew else jax.tree.map(jnp.zeros_like, params)
         slow, travelled = (jax.tree.map(jnp.copy, params), zeros) if lookahead_period else ((), ())
@@ -178,6 +177,18 @@ def labels(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(label, params)
 
 
+def orthogonal_parameters(params: Any) -> Any:
+    """The parameters of a model whose names begin with "orthogonal", with None in the place of the others.
+
+    Args:
+      params: nested dicts, as for `labels`.
+    Returns: a tree of which the others are no leaves.
+    Example:
+      >>> lipjax.manifold.orthogonal_parameters({"orthogonal_mix": jnp.eye(1), "bias": jnp.zeros(2)})["bias"]
+    """
+    return jax.tree.map(lambda label, p: p if label == "orthogonal" else None, labels(params), params)
+
+
 def partition(
     orthogonal: optax.GradientTransformation, rest: optax.GradientTransformation
 ) -> optax.GradientTransformation:
@@ -212,31 +223,48 @@ def _check_arguments(rate, b1, b2, eps, moments, exponential, retract_every, per
             raise ValueError(f"skew_adam: expected {name} to be {expected}, got {value!r}.")
 
 
+def check_orthonormal(params: Any) -> None:
+    """Checks that all parameters are stacks of matrices with orthonormal columns or rows, as far as numbers are known.
+
+    Args:
+      params: a tree of arrays (..., n, p); inside of `jit` only shapes and dtypes are checked.
+    Returns: nothing.
+    Raises: UserError, a ValueError, for a parameter with |X^T X - I| above 1e-4 sqrt(p) in Frobenius norm, where p <= n
+      (rounding to float32 gives about 1e-7 sqrt(p), to bfloat16 0.003 sqrt(p)); for another shape or dtype.
+    Example:
+      >>> lipjax.manifold.check_orthonormal({"a": jnp.eye(3, 2)})
+    """
+    jax.tree_util.tree_map_with_path(_check_orthonormal, params)
+
+
 def _name(path) -> str:
     key = path[-1] if path else ""
     return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
 
 
 def _check_orthonormal(path, x) -> None:
-    """Raises: ValueError if x is no matrix, or known and further from orthonormal than rounding explains."""
     name = f"the parameter {jax.tree_util.keystr(path) or 'given'}"
     if jnp.ndim(x) < 2 or str(x.dtype) not in ("float32", "float64"):
-        raise ValueError(
+        raise UserError(
             f"skew_adam moves matrices (..., n, p) in float32 or float64, but {name} is {x.dtype} {jnp.shape(x)}: move "
             "it by another optimiser (lipjax.manifold.partition), or give it as a matrix."
         )
     if isinstance(x, Tracer | jax.ShapeDtypeStruct) or x.size == 0:
         return
-    x = np.asarray(x, np.float64)
-    x = np.swapaxes(x, -1, -2) if x.shape[-2] < x.shape[-1] else x
-    side = x.shape[-1]
-    departure = np.max(np.linalg.norm(np.swapaxes(x, -1, -2) @ x - np.eye(side), axis=(-2, -1)))
-    # Rounding to float32 gives about 1e-7 sqrt(side), to bfloat16 0.003 sqrt(side).
-    if not departure <= 1e-4 * side**0.5:
-        raise ValueError(
+    departure = float(_departure(jnp.asarray(x)))
+    if not departure <= 1e-4 * min(x.shape[-2:]) ** 0.5:
+        raise UserError(
             f"skew_adam expects matrices with orthonormal columns (or rows) X, but of {name} |X^T X - I| is "
             f"{departure:.3g} in Frobenius norm: lipjax.linalg.polar(X) is the nearest such matrix."
         )
+
+
+@jax.jit
+def _departure(x: jax.Array) -> jax.Array:
+    """The largest |x^T x - I| in Frobenius norm."""
+    x = jnp.swapaxes(x, -1, -2) if x.shape[-2] < x.shape[-1] else x
+    gram = jnp.matmul(jnp.swapaxes(x, -1, -2), x, precision=lax.Precision.HIGHEST)
+    return jnp.sqrt(jnp.max(jnp.sum((gram - jnp.eye(x.shape[-1], dtype=x.dtype)) ** 2, (-2, -1))))
 
 
 def _no_direction(x: Any) -> jax.Array:
@@ -258,7 +286,16 @@ def _symmetric_part(z: jax.Array, x: jax.Array, sign: int) -> jax.Array:
     return z.at[..., : a.shape[-2], :].set((a + sign * jnp.swapaxes(a, -1, -2)) / 2)
 
 
-__all__ = ["MOMENTS", "PREFIX", "SkewAdamState", "labels", "partition", "skew_adam"]
+__all__ = [
+    "MOMENTS",
+    "PREFIX",
+    "SkewAdamState",
+    "check_orthonormal",
+    "labels",
+    "orthogonal_parameters",
+    "partition",
+    "skew_adam",
+]
 
 
 def __dir__() -> list[str]:

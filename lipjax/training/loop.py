@@ -22,13 +22,7 @@ from lipjax.training import optimizer as optimizers
 from lipjax.training import step as steps
 from lipjax.training.accumulate import check_accumulation
 from lipjax.training.checkpoint import Checkpointer
-from lipjax.training.checks import (
-    check_augmentation,
-    check_class_weights,
-    check_finite,
-    check_loss,
-    check_vectors,
-)
+from lipjax.training.checks import check_augmentation, check_class_weights, check_finite, check_loss, check_vectors
 from lipjax.training.data import (
     ArrayDataset,
     GeneratedDataset,
@@ -87,6 +81,8 @@ class Run:
             raise UserError(
                 f'config.lipschitz "{config.lipschitz}" does not fit config.model: {error} Set it to "product".'
             ) from error
+        except UserError:
+            raise
         except (
             TypeError,
             ValueError,
@@ -151,6 +147,7 @@ class Run:
         if self.config.init_from:
             state = warm_start.state_from(self.config.init_from, state, self.model, self.mesh, self.data_identity)
             state = jax.jit(lambda whole: whole, out_shardings=self.shardings)(state)
+        optimizers.check_start(self.config.optimizer, state.params)
         return state
 
     def batch_runner(self, first_step: int):

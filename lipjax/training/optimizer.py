@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lipjax import manifold
+from lipjax.errors import UserError
 from lipjax.training.setting import Setting, at_least_0, positive
 
 
@@ -69,7 +71,7 @@ class LookaheadState(NamedTuple):
 
 
 def lookahead(
-    fast: optax.GradientTransformation, period: int, rate: float, steps_per_epoch: int
+    fast: optax.GradientTransformation, period: int, rate: float, steps_per_epoch: int, itself: Callable | None = None
 ) -> optax.GradientTransformation:
     """Every `period` steps and at the end of every epoch: slow <- slow + rate (params - slow), params <- slow.
 
@@ -78,6 +80,8 @@ def lookahead(
     The first synchronisation sets slow to the parameters. In `optax.lookahead` parameters are pairs, and it does not
     synchronise at the end of an epoch.
 
+    Args: itself: parameters -> for each whether `fast` does this for it at the same steps, in its own way; slow then is
+      what that leaves. None: for none.
     Source: Zhang et al. 2019, arXiv:1907.08610; start and end of the epoch as in the recipe's code (timm's Lookahead).
     """
 
@@ -90,7 +94,10 @@ def lookahead(
         synchronise = (count % period == 0) | (count % steps_per_epoch == 0)
         first = count == min(period, steps_per_epoch)
         moved = optax.apply_updates(params, updates)
-        target = jax.tree.map(lambda s, p: jnp.where(first, p, s + rate * (p - s)), state.slow, moved)
+        done = jax.tree.map(lambda p: False, params) if itself is None else itself(params)
+        target = jax.tree.map(
+            lambda s, p, own: p if own else jnp.where(first, p, s + rate * (p - s)), state.slow, moved, done
+        )
         slow = jax.tree.map(lambda s, t: jnp.where(synchronise, t, s), state.slow, target)
         updates = jax.tree.map(lambda u, t, p: jnp.where(synchronise, t - p, u), updates, target, params)
         return updates, LookaheadState(count, slow, inner)
@@ -115,33 +122,73 @@ def _decay_in_gradient(update: optax.GradientTransformation, config, mask) -> op
 class Optimizer:
     """An entry of OPTIMIZERS.
 
-    Attributes: make: (learning-rate schedule, optimizer group of the config, mask of what decays) -> optax's.
-      fields: that config.optimizer has for it alone.
+    Attributes: make: (learning-rate schedule, optimizer group of the config, mask of what decays, steps of an epoch) ->
+      optax's. fields: that config.optimizer has for it alone. itself: of parameters that it makes Lookahead for, in its
+      own way: see `lookahead`.
     """
 
-    make: Callable[[optax.Schedule, Any, Any], optax.GradientTransformation]
+    make: Callable[[optax.Schedule, Any, Any, int], optax.GradientTransformation]
     fields: Mapping[str, Setting] = dataclasses.field(default_factory=dict)
+    itself: Callable | None = None
 
 
-def _adam(rate, config, mask):
+def _adam(rate, config, mask, per_epoch):
+    del per_epoch
     return _decay_in_gradient(optax.adam(rate, eps=config.eps), config, mask)
 
 
-def _adamw(rate, config, mask):
+def _adamw(rate, config, mask, per_epoch):
+    del per_epoch
     return optax.adamw(rate, eps=config.eps, weight_decay=config.weight_decay, mask=mask)
 
 
-def _nadam(rate, config, mask):
+def _nadam(rate, config, mask, per_epoch):
+    del per_epoch
     update = optax.chain(scale_by_torch_nadam(config.eps), optax.scale_by_learning_rate(rate))
     return _decay_in_gradient(update, config, mask)
 
 
-def _nadamw(rate, config, mask):
+def _nadamw(rate, config, mask, per_epoch):
+    del per_epoch
     return optax.nadamw(rate, eps=config.eps, weight_decay=config.weight_decay, mask=mask)
 
 
-def _sgd(rate, config, mask):
+def _sgd(rate, config, mask, per_epoch):
+    del per_epoch
     return _decay_in_gradient(optax.sgd(rate, momentum=0.9), config, mask)  # not Nesterov's momentum
+
+
+def _manifold_adam(rate, config, mask, per_epoch):
+    """Orthonormal again at the end of every epoch, where Lookahead synchronises, too."""
+    orthogonal = manifold.skew_adam(
+        lambda count: config.orthogonal_rate * rate(count),
+        eps=config.eps,
+        moments=config.moments,
+        exponential=config.exponential,
+        retract_every=per_epoch,
+        lookahead_period=config.lookahead_period,
+        lookahead_rate=config.lookahead_rate,
+    )
+    both = manifold.partition(orthogonal, OPTIMIZERS[config.others].make(rate, config, mask, per_epoch))
+
+    def init(params):
+        if not jax.tree.leaves(manifold.orthogonal_parameters(params)):
+            raise UserError(
+                'config.optimizer.name = "manifold_adam" keeps parameters orthogonal whose names begin with '
+                f'"{manifold.PREFIX}", and this model has none: take "{config.others}".'
+            )
+        return both.init(params)
+
+    return optax.GradientTransformation(init, both.update)
+
+
+def _on_manifold(params):
+    return jax.tree.map(lambda label: label == "orthogonal", manifold.labels(params))
+
+
+def _one_of(names: tuple[str, ...], default: str, comment: str) -> Setting:
+    listed = ", ".join(f'"{name}"' for name in names)
+    return Setting(default, f"{comment}: {listed}", lambda value, config: value in names, f"one of {names}")
 
 
 _EPS = {"eps": positive(1e-8, "in the denominator")}
@@ -153,6 +200,30 @@ OPTIMIZERS = {
     "nadamw": Optimizer(_nadamw, _EPS),
     "sgd": Optimizer(_sgd),
 }
+_OTHERS = tuple(OPTIMIZERS)
+OPTIMIZERS["manifold_adam"] = Optimizer(
+    _manifold_adam,
+    {
+        **_EPS,
+        "others": _one_of(_OTHERS, "adamw", "the optimizer of parameters that are not orthogonal"),
+        "orthogonal_rate": positive(0.5, "learning rate of orthogonal parameters, as a multiple of learning_rate"),
+        "moments": _one_of(tuple(manifold.MOMENTS), "skew", "what Adam's moments are of"),
+        "exponential": _one_of(
+            ("taylor", "exact"), "taylor", "of a step, by a series as short as norms allow or exact"
+        ),
+    },
+    _on_manifold,
+)
+
+
+def check_start(config, params: Any) -> None:
+    """Raises: UserError if the optimizer keeps parameters orthogonal, and one is not so at the start.
+
+    Args: config: the optimizer group. params: known numbers.
+    """
+    if config.name == "manifold_adam":
+        manifold.check_orthonormal(manifold.orthogonal_parameters(params))
+
 
 DECAYED = ("all", "weights")
 
@@ -263,14 +334,15 @@ def make_optimizer(
     Args: config: the optimizer group. head_only: leaves all parameters but those of "head" as they are.
     """
     rate = learning_rate_schedule(config, steps_per_epoch, num_epochs)
-    update = OPTIMIZERS[config.name].make(rate, config, decay_mask(config.decay))
+    chosen = OPTIMIZERS[config.name]
+    update = chosen.make(rate, config, decay_mask(config.decay), steps_per_epoch)
     if config.clip_norm:
         update = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
     if head_only:
         still = optax.masked(optax.set_to_zero(), _not_the_head)
         update = optax.chain(still, update, still)  # before, for the norm that is clipped; after, for the decay
     if config.lookahead_period:
-        update = lookahead(update, config.lookahead_period, config.lookahead_rate, steps_per_epoch)
+        update = lookahead(update, config.lookahead_period, config.lookahead_rate, steps_per_epoch, chosen.itself)
     return update
 
 

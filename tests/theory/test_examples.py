@@ -20,7 +20,7 @@ import lipjax
 FUNCTIONS = (
     *(f"linalg.{name}" for name in ("expm_skew", "cayley", "cholesky_orthogonalize")),
     *(f"linalg.{name}" for name in ("expm_truncated", "tangent", "geodesic_step", "polar")),
-    *(f"manifold.{name}" for name in ("skew_adam", "labels", "partition")),
+    *(f"manifold.{name}" for name in ("skew_adam", "labels", "partition", "orthogonal_parameters")),
     *(f"conv.{name}" for name in ("conv2d", "skew_kernel", "frequency_response", "apply_response", "space_to_depth")),
     *(f"parametrize.soc.{name}" for name in ("exponential", "exponential_response")),
     *(f"parametrize.aol.{name}" for name in ("modulus", "rescale_matrix", "rescale_kernel")),

@@ -334,8 +334,9 @@ def test_weight_decay_pulls_towards_zero(name):
     def moved(decay):
         config = tiny_config(**{"optimizer.name": name, "optimizer.weight_decay": decay}).optimizer
         transform = optimizer.make_optimizer(config, 10, 1)
-        params = {"a": jnp.array([2.0])}
-        updates, _ = transform.update({"a": jnp.zeros(1)}, transform.init(params), params)
+        params = {"a": jnp.array([2.0]), "orthogonal_b": jnp.eye(2)}
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        updates, _ = transform.update(zeros, transform.init(params), params)
         return optax.apply_updates(params, updates)["a"][0]
 
     assert moved(0.0) == 2.0 and moved(0.1) < 2.0
