@@ -78,7 +78,8 @@ def skew_adam(
       b1, b2: decay of the moments, in [0, 1). b2 None: 0.999, and 0.95 for "euclidean" moments.
       eps: > 0, in the denominator, beside the root.
       moments: "skew": as above. "euclidean": m and v are means of G and of its squares, and the tangent part of the
-        update -rate m' / (sqrt(v') + eps) is the step.
+        update -rate m' / (sqrt(v') + eps) is the step. Such steps stop where G stops, or noise outweighs it, but not
+        where G is steady and normal to the manifold, as at a constrained minimum without noise.
       exponential: "taylor": ends the series by the norm of the largest step of a stack; "exact": never;
         2, 3 or 4: at that power (`linalg.expm_truncated`).
       retract_every: updates after which the matrices are made orthonormal again (`linalg.polar`), m skew and v
