@@ -25,10 +25,10 @@ except ModuleNotFoundError:
     raise
 
 PREFIX = "orthogonal"
-"""How the names of parameters begin that `partition` keeps on the manifold."""
+"""The beginning of the names of parameters that `partition` keeps on the manifold."""
 
 MOMENTS = {"skew": 0.999, "euclidean": 0.95}
-"""What Adam's moments may be of, and the decay of the second one that was published with it."""
+"""Kinds of Adam's moments, and the decay of the second one that was published with each."""
 
 
 class SkewAdamState(NamedTuple):

@@ -160,8 +160,9 @@ def _sgd(rate, config, mask, per_epoch):
 
 def _manifold_adam(rate, config, mask, per_epoch):
     """Orthonormal again at the end of every epoch, where Lookahead synchronises, too."""
+    part = config.orthogonal_rate
     orthogonal = manifold.skew_adam(
-        lambda count: config.orthogonal_rate * rate(count),
+        lambda count: part * rate(count),
         eps=config.eps,
         moments=config.moments,
         exponential=config.exponential,
