@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 
 from lipjax import spectral
 from lipjax.errors import NotCertifiable
-from lipjax.operators.chain import check_chain
+from lipjax.operators.chain import bound_row, check_chain
 from lipjax.spectral.arguments import Bounded, Estimated
 from lipjax.spectral.verified import float_up
 
@@ -369,19 +369,6 @@ class Composite(Operator, Bounded):
         # Of the claims, so that the checker's proofs of them carry over.
         product = math.prod((Fraction(part["bound"]) for part in parts), start=Fraction(1))
         return spectral.NormBound(float_up(self.lipschitz_of(product)), self._reason, {"parts": parts})
-
-
-def bound_row(place: str, op, found: spectral.NormBound | None = None) -> dict[str, Any]:
-    """The proved bound of an operator inside another, as a certificate states it. Raises: NotCertifiable if none is.
-
-    found: one that is at hand, else the operator's `bound`.
-    """
-    kind = type(op).__name__
-    if not isinstance(op, Bounded):
-        raise NotCertifiable(f"{place}: no proved Lipschitz bound is known for one of type {kind}.")
-    proof: spectral.NormBound = op.bound() if found is None else found
-    claims = {"type": kind, "bound": float(proof.claimed), "sigma": float(proof.proved)}
-    return {**claims, "method": proof.method, "details": proof.details}
 
 
 class Head(Operator):

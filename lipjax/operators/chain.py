@@ -1,6 +1,11 @@
-"""Shapes of operators in turn."""
+"""Operators inside of a composite: shapes that follow from each other, and bounds as certificates state them."""
 
 from collections.abc import Sequence
+from typing import Any
+
+from lipjax import spectral
+from lipjax.errors import NotCertifiable
+from lipjax.spectral.arguments import Bounded
 
 
 def check_chain(
@@ -27,3 +32,16 @@ def check_chain(
     for (first, shape), (then, expected) in wanted:
         if tuple(shape) != tuple(expected):
             raise ValueError(f"{first} shape {tuple(shape)}, but {then} {tuple(expected)}.")
+
+
+def bound_row(place: str, op, found: spectral.NormBound | None = None) -> dict[str, Any]:
+    """The proved bound of an operator inside another, as a certificate states it. Raises: NotCertifiable if none is.
+
+    found: one that is at hand, else the operator's `bound`.
+    """
+    kind = type(op).__name__
+    if not isinstance(op, Bounded):
+        raise NotCertifiable(f"{place}: no proved Lipschitz bound is known for one of type {kind}.")
+    proof: spectral.NormBound = op.bound() if found is None else found
+    claims = {"type": kind, "bound": float(proof.claimed), "sigma": float(proof.proved)}
+    return {**claims, "method": proof.method, "details": proof.details}

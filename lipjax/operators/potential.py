@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipjax import spectral
-from lipjax.operators.base import Composite, Elementwise, Factor, Leaf, bound_row, operator
+from lipjax.operators.base import Composite, Elementwise, Factor, Leaf, operator
+from lipjax.operators.chain import bound_row
 from lipjax.operators.linear import Bias
 from lipjax.spectral.verified import float_up
 
