@@ -210,9 +210,118 @@ def _square(direction) -> tuple[Float[Array, " half"], Float[Array, " half"]]:
     return (along * along - across * across) / size, 2 * along * across / size
 
 
+def n_activation(
+    x: Float[Array, "*batch c"], lower: Float[Array, " c"], upper: Float[Array, " c"]
+) -> Float[Array, "*batch c"]:
+    """The N-activation of every channel: x - 2 lower, -x, x - 2 upper, between which it changes at lower and upper.
+
+    max(x - 2 upper, min(x - 2 lower, -x)): continuous and 1-Lipschitz for any numbers, of slopes 1, -1 and 1.
+
+    Args:
+      x: (..., c).
+      lower, upper: (c,), in the unit of x; where lower >= upper it is x - 2 upper.
+    Returns: (..., c), in the unit of x. At a break the derivative is that of the right-hand piece.
+    Source: Prach & Lampert 2023, arXiv:2311.06103.
+    Example: the absolute value, and a shift of it, below and above -1.
+      >>> x = jnp.array([-3.0, -0.5, 2.0])[:, None]
+      >>> lipjax.activations.n_activation(x, jnp.array([-1.0]), jnp.array([0.0])).ravel().tolist()
+      [-1.0, 0.5, 2.0]
+    """
+    below, above = x - 2 * lower, x - 2 * upper
+    # By comparisons, which unlike minimum and maximum do not halve gradients at ties.
+    inner = jnp.where(below < -x, below, -x)
+    return jnp.where(inner <= above, above, inner)
+
+
+def n_thresholds(theta: Float[Array, "c 2"], rate: float = 1.0) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+    """Thresholds of `n_activation`, lower <= upper, from unconstrained ones.
+
+    Args:
+      theta: (c, 2).
+      rate: theta is multiplied by its root, as if its learning rate were multiplied by `rate`.
+    Returns: lower and upper, (c,) each.
+    Source: the code of Prach & Lampert 2023, arXiv:2311.06103.
+    Example:
+      >>> [a.tolist() for a in lipjax.activations.n_thresholds(jnp.array([[1.0, -0.5]]), 4.0)]
+      [[-1.0], [2.0]]
+    """
+    ordered = jnp.sort(theta * math.sqrt(rate), axis=1)
+    return ordered[:, 0], ordered[:, 1]
+
+
+def linear_spline(
+    x: Float[Array, "*batch c"], values: Float[Array, "c n"], spacing: float, scale: Float[Array, " c"] | None = None
+) -> Float[Array, "*batch c"]:
+    """Interpolates between values at uniform knots, channel by channel: f(scale x) / scale.
+
+    Knots lie at (j - (n - 1) / 2) spacing; beyond them the first and the last piece go on.
+
+    Args:
+      x: (..., c).
+      values: (c, n), f at the knots. n is odd and at least 3: the middle knot is 0.
+      spacing: of the knots, in the unit of x.
+      scale: (c,), not 0, or None for 1.
+    Returns: (..., c), in the unit of values. At a knot the derivative is that of the right-hand piece.
+    Raises: ValueError for an even number of knots.
+    Source: Ducotterd et al. 2022, arXiv:2210.16222.
+    Example: the absolute value by three knots.
+      >>> spline = lipjax.activations.linear_spline(jnp.array([[-4.0], [0.5]]), jnp.array([[1.0, 0.0, 1.0]]), 1.0)
+      >>> spline.ravel().tolist()
+      [4.0, 0.5]
+    """
+    left, right, weight = spline_pieces(x if scale is None else x * scale, values, spacing)
+    y = left + weight * (right - left)
+    return y if scale is None else y / scale
+
+
+def spline_pieces(t: Float[Array, "*batch c"], values: Float[Array, "c n"], spacing: float) -> tuple[Array, ...]:
+    """The values at the knots to the left and to the right of t, or at the last two, and the weight of the latter.
+
+    Args: as of `linear_spline`. Returns: three arrays (..., c). Raises: ValueError for an even number of knots.
+    """
+    check_knots(values)
+    channels, knots = values.shape
+    middle = (knots - 1) // 2
+    places = t / spacing
+    first = stop_gradient(jnp.clip(jnp.floor(places), -middle, middle - 1))
+    rows = knots * jnp.arange(channels, dtype=jnp.int32) + middle
+    index = first.astype(jnp.int32) + rows
+    flat = values.reshape(-1)
+    left, right = (flat.at[i].get(mode="clip") for i in (index, index + 1))  # clip: of NaN any number may come
+    return left, right, places - first
+
+
+def check_knots(values) -> None:
+    """Raises: ValueError unless values are (c, n) with n odd and at least 3."""
+    if jnp.ndim(values) != 2 or values.shape[1] < 3 or values.shape[1] % 2 == 0:
+        raise ValueError(
+            f"Expected values (c, n) at an odd number n >= 3 of knots, one of them 0, got {jnp.shape(values)}."
+        )
+
+
+def spline_values(raw: Float[Array, "c n"], spacing: float) -> Float[Array, "c n"]:
+    """The values with differences clipped to [-spacing, spacing], and the mean of before: slopes within [-1, 1].
+
+    Args:
+      raw: (c, n), values at knots.
+      spacing: of the knots.
+    Returns: (c, n). Differences at the ends of the interval pass the whole gradient.
+    Source: Ducotterd et al. 2022, arXiv:2210.16222.
+    Example: a step that is too steep.
+      >>> lipjax.activations.spline_values(jnp.array([[0.0, 4.0, 5.0]]), 1.0).tolist()
+      [[2.0, 3.0, 4.0]]
+    """
+    steps = jnp.diff(raw, axis=1)
+    inside = (steps >= -spacing) & (steps <= spacing)
+    clipped = jnp.where(inside, steps, stop_gradient(jnp.clip(steps, -spacing, spacing)))
+    values = jnp.concatenate([jnp.zeros_like(raw[:, :1]), jnp.cumsum(clipped, axis=1)], axis=1)
+    return values + jnp.mean(raw - values, axis=1, keepdims=True)
+
+
 __all__ = [
     "HOUSEHOLDER2_THETA",
     "HOUSEHOLDER_THETA",
+    "check_knots",
     "clip_angle",
     "fold",
     "fold_sectors",
@@ -221,7 +330,12 @@ __all__ = [
     "householder2",
     "householder2_directions",
     "householder_direction",
+    "linear_spline",
     "maxmin",
+    "n_activation",
+    "n_thresholds",
+    "spline_pieces",
+    "spline_values",
     "split_pairs",
 ]
 

@@ -1940,6 +1940,95 @@ class Softplus(Elementwise):
         return GUARD * lengths(softplus_error(y))
 
 
+class PartialAbs(Elementwise):
+    """|x| on a fraction of the channels, the first ones, and x on the others (§10c)."""
+
+    settings = ("in_shape", "fraction")
+    fraction: Any  # a JSON value
+
+    def prepare(self):
+        share = Fraction(finite(self.fraction, "fraction"))
+        channels = share * self.in_shape[-1]
+        need(share <= 1 and channels.denominator == 1, f"fraction {self.fraction!r} of {self.in_shape[-1]} channels")
+        self.first = np.arange(self.in_shape[-1]) < int(channels)
+        self.slope = Fraction(-1 if self.first.any() else 1), Fraction(1)
+
+    def apply(self, x):
+        return np.where(self.first, np.abs(x), x)
+
+
+class NActivation(Elementwise):
+    """max(x - 2 upper, min(x - 2 lower, -x)), of slopes 1 and -1 for any numbers (§10c)."""
+
+    arrays = ("lower", "upper")
+    slope = (Fraction(-1), Fraction(1))
+    lower: np.ndarray
+    upper: np.ndarray
+
+    def prepare(self):
+        for values in (self.lower, self.upper):
+            need(values.shape == self.in_shape[-1:], f"thresholds {values.shape} for inputs {self.in_shape}")
+            need(bool((np.abs(values) <= 2.0**100).all()), "thresholds beyond 2^100")
+
+    def apply(self, x):
+        return np.maximum(x - 2 * self.upper, np.minimum(x - 2 * self.lower, -x))
+
+    def local(self, x, y):
+        return rounding(2) * GUARD * lengths(y)
+
+
+class LinearSpline(Elementwise):
+    """f(scale x) / scale, f the interpolant of the values at the knots (j - (n - 1) / 2) spacing (§10c)."""
+
+    arrays, settings = ("values", "scale"), ("in_shape", "spacing")
+    values: np.ndarray
+    scale: np.ndarray
+    spacing: Any  # a JSON value
+
+    def prepare(self):
+        channels = self.in_shape[-1]
+        fits = self.values.ndim == 2 and len(self.values) == channels and self.values.size <= 2**20
+        need(fits and self.values.shape[1] % 2 == 1 and self.values.shape[1] >= 3, f"values {self.values.shape}")
+        need(self.scale.shape == (channels,), f"a scale of shape {self.scale.shape} for {channels} channels")
+        sizes = np.abs(self.scale)
+        need(bool(((sizes >= 2.0**-100) & (sizes <= 2.0**100)).all()), "scales beyond 2^-100 and 2^100")
+        need(bool((np.abs(self.values) <= 2.0**100).all()), "values beyond 2^100")
+        spacing = finite(self.spacing, "spacing", 2.0**-100)
+        need(spacing <= 2.0**100 and math.frexp(spacing)[0] == 0.5, f"spacing {spacing!r} is no power of two")
+        # The steepest by floats, then exactly of those that rounding may have put in its place.
+        steps = np.diff(self.values, axis=1)
+        ends = []
+        for sign in (-1, 1):
+            top = (sign * steps).max()
+            near = np.argwhere(sign * steps >= top - 2.0**-50 * abs(top))
+            exact = {(a, b) for a, b in ((self.values[i, j], self.values[i, j + 1]) for i, j in near)}
+            ends.append(sign * max(sign * (Fraction(float(b)) - Fraction(float(a))) for a, b in exact))
+        self.slope = ends[0] / Fraction(spacing), ends[1] / Fraction(spacing)
+
+    def named(self, method):
+        self.methods = ("exact: slopes of the stored values",)
+        return Operator.named(self, method)
+
+    def pieces(self, t):
+        """The values to the left and to the right of t, and the weight of the latter."""
+        middle = self.values.shape[1] // 2
+        places = t / self.spacing
+        first = np.clip(np.floor(np.nan_to_num(places)), -middle, middle - 1)
+        index, channels = first.astype(np.int64) + middle, np.arange(len(self.values))
+        return self.values[channels, index], self.values[channels, index + 1], places - first
+
+    def apply(self, x):
+        left, right, weight = self.pieces(x * self.scale)
+        return (left + weight * (right - left)) / self.scale
+
+    def local(self, x, y):
+        t = x * self.scale
+        left, right, weight = self.pieces(t)
+        steepest = max(1.0, *(abs(float(s)) for s in self.slope))
+        size = np.abs(left) + np.abs(weight * (right - left)) + steepest * np.abs(t)
+        return rounding(16) * GUARD * lengths(size / np.abs(self.scale))
+
+
 def evaluate_in_turn(ops: list[Operator], x: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The computed output of operators in turn, and a bound (b,) on its error, given that of the input (§7)."""
     for op in ops:
@@ -2189,9 +2278,12 @@ OPERATORS: dict[str, type[Operator]] = {
         Householder2,
         L2Pool,
         LeakyReLU,
+        LinearSpline,
         MaxMin,
         MaxPoolPairs,
+        NActivation,
         PadChannels,
+        PartialAbs,
         PositionalBias,
         PotentialStep,
         ProjectionPool,

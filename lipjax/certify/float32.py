@@ -17,8 +17,12 @@ from lipjax.numerics import ENLARGEMENT32, LARGEST, LEAST_NORMAL32, UNIT_ROUNDOF
 
 # Of an operator without sums, generously.
 _TINY = 2.0**-110
-# Of each pair these make two numbers that depend on both.
-_FOLDS = (operators.MaxMin, operators.Householder, operators.Householder2)
+# What the rounding of an operator's input may be multiplied by if it is computed twice, with other roundings: for both
+# numbers that depend on a pair, or for a comparison and for what it chooses between (docs/soundness.md, 13.2).
+_COPIES = {
+    **dict.fromkeys((operators.MaxMin, operators.Householder, operators.Householder2), math.sqrt(2) * ENLARGEMENT32),
+    **dict.fromkeys((operators.LinearSpline, operators.NActivation, operators.PartialAbs), 3.0),
+}
 
 
 def length_bound(array) -> float:
@@ -136,7 +140,7 @@ def _merged(
             joining = 0
         enlarged.append(dataclasses.replace(local, absolute=absolute, relative=relative, parts=tuple(parts)))
         # No product stands beside the sum of a residual block.
-        copies = max(copies, inner) * (math.sqrt(2) * ENLARGEMENT32 if isinstance(op, _FOLDS) else 1.0)
+        copies = max(copies, inner) * _COPIES.get(type(op), 1.0)
     return enlarged[::-1], copies, joining
 
 
@@ -261,6 +265,32 @@ def _(op, row: LayerBound, terms: int) -> Local:
 @_local.register
 def _(op: operators.LeakyReLU, row: LayerBound, terms: int) -> Local:
     return _pointwise(op, relative=gamma32(3) * abs(op.negative_slope))
+
+
+@_local.register
+def _(op: operators.PartialAbs, row: LayerBound, terms: int) -> Local:
+    return _pointwise(op)
+
+
+@_local.register
+def _(op: operators.NActivation, row: LayerBound, terms: int) -> Local:
+    # The rounded threshold, and one difference of at most |x| + 2 times it.
+    size = length_bound(np.broadcast_to(np.maximum(np.abs(op.lower), np.abs(op.upper)), op.in_shape))
+    local = _pointwise(op, absolute=2 * gamma32(6) * size, relative=gamma32(4))
+    return dataclasses.replace(local, offset=2 * size * ENLARGEMENT32)
+
+
+@_local.register
+def _(op: operators.LinearSpline, row: LayerBound, terms: int) -> Local:
+    # |left| + |weight| |right - left| <= C (1 + n + 2 |scale x| / spacing), C the largest value of n; the rounding of
+    # the argument counts the steepest slope three times.
+    largest, least = float(np.abs(op.values).max()), float(np.abs(op.scale).min())
+    reach = largest * (1 + op.values.shape[1]) / min(least, 1.0) * math.sqrt(math.prod(op.in_shape))
+    growth = 2 * largest / op.spacing
+    relative = gamma32(24) * (growth + 3 * max(row.claimed, 1.0))
+    tiny = 64 * LEAST_NORMAL32 * (1 + 1 / least) * (1 + growth) * math.sqrt(math.prod(op.in_shape))
+    local = _pointwise(op, absolute=gamma32(24) * reach + tiny, relative=relative, gain=2 * growth + 2)
+    return dataclasses.replace(local, offset=2 * reach)
 
 
 @_local.register(operators.Tanh)

@@ -8,6 +8,7 @@ except ModuleNotFoundError:
     require_extra("train", "flax")
 
 from lipjax.nn.by_name import ALL_ACTIVATIONS, LAYERS, Field, LayeredModel, layer_fields
+from lipjax.nn.channelwise import LinearSpline, NActivation
 from lipjax.nn.cholesky import CholeskyConv, CholeskyDense, CholeskyStack
 from lipjax.nn.explicit import AOC, BCOP, RKO, AOCTranspose, OrthoHead, OrthoLinear
 from lipjax.nn.group_shuffle import GroupAndShuffle
@@ -97,8 +98,10 @@ __all__ = [
     "LayeredModel",
     "LinearHead",
     "LinearResidual",
+    "LinearSpline",
     "LipschitzModel",
     "MLPHead",
+    "NActivation",
     "OrthoHead",
     "OrthoLinear",
     "ProjectionPool",

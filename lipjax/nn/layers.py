@@ -57,7 +57,7 @@ ELEMENTWISE: dict[str, Callable] = {
     "sigmoid": operators.Sigmoid,
     "softplus": operators.Softplus,
 }
-"""Activations that act on each entry, by name: in_shape -> operator. LipLT takes them; `ACTIVATIONS` mix channels."""
+"""Activations that act on each entry, by name: in_shape -> operator. LipLT takes them; `ACTIVATIONS` keep norms."""
 
 
 def flatten(in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipjax import activations, conv, operators, pooling
+from lipjax.nn.channelwise import LinearSpline, NActivation
 from lipjax.nn.layers import COLLECTION, NamedOperators, symmetric_uniform, torch_linear, with_bias
 from lipjax.parametrize import cayley, soc, soc_forms
 
@@ -181,6 +182,9 @@ ACTIVATIONS: dict[str, Callable] = {
     "maxmin": operators.MaxMin,
     "householder": lambda shape: Householder(name="activation")(shape),
     "householder2": lambda shape: Householder2(name="activation")(shape),
+    "n_activation": lambda shape: NActivation(name="activation")(shape),
+    "linear_spline": lambda shape: LinearSpline(name="activation")(shape),
+    "partial_abs": operators.PartialAbs,
 }
 POOLINGS: dict[str, Callable] = {
     "max": operators.MaxPoolPairs,

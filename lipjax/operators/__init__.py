@@ -24,6 +24,7 @@ from lipjax.operators.base import (
     operator,
     operator_class,
 )
+from lipjax.operators.channelwise import LinearSpline, NActivation, PartialAbs
 from lipjax.operators.circular import CircularConv, CircularSeries
 from lipjax.operators.elementwise import LeakyReLU, ReLU, Sigmoid, Softplus, Tanh
 from lipjax.operators.exponential import ConvExponential
@@ -53,9 +54,12 @@ OPERATORS = {
         Householder2,
         L2Pool,
         LeakyReLU,
+        LinearSpline,
         MaxMin,
         MaxPoolPairs,
+        NActivation,
         PadChannels,
+        PartialAbs,
         PositionalBias,
         PotentialStep,
         ProjectionPool,
@@ -106,12 +110,15 @@ __all__ = [
     "LeakyReLU",
     "Linear",
     "LinearHead",
+    "LinearSpline",
     "MLPHead",
     "MaxMin",
     "MaxPoolPairs",
+    "NActivation",
     "Normalize",
     "Operator",
     "PadChannels",
+    "PartialAbs",
     "PositionalBias",
     "PotentialStep",
     "ProjectionPool",

@@ -155,6 +155,14 @@ def softplus_of(x, dtype):
     return np.vectorize(lambda v: max(v, Decimal(0)) + (1 + (-abs(v)).exp()).ln(), otypes=[object])(x)
 
 
+def spline(t, values, spacing):
+    middle, channels = values.shape[1] // 2, np.arange(len(values))
+    places = t / spacing
+    first = np.clip(np.floor(places.astype(np.float64)).astype(int), -middle, middle - 1)
+    left, right = values[channels, first + middle], values[channels, first + middle + 1]
+    return left + (places - (first if values.dtype == object else first.astype(values.dtype))) * (right - left)
+
+
 def apply(op, x, dtype):
     of = lambda a: numbers(a, dtype)  # noqa: E731
     exact = dtype is object
@@ -183,6 +191,13 @@ def apply(op, x, dtype):
             return np.maximum(x, 0 * x)
         case operators.LeakyReLU():
             return np.where(x > 0, x, of(op.negative_slope) * x)
+        case operators.PartialAbs():
+            return np.where(np.arange(x.shape[-1]) < op.channels, abs(x), x)
+        case operators.NActivation():
+            two = of(2.0)
+            return np.maximum(x - two * of(op.upper), np.minimum(x - two * of(op.lower), -x))
+        case operators.LinearSpline():
+            return spline(x * of(op.scale), of(op.values), of(op.spacing)) / of(op.scale)
         case operators.Tanh():
             tanh = np.vectorize(lambda v: 1 - 2 / (1 + (2 * v).exp()), otypes=[object])
             return tanh(x) if exact else np.tanh(x)

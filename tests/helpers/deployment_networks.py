@@ -92,6 +92,24 @@ def elementwise(rng, scale):
     return (4, 4, 2), ops
 
 
+def channelwise(rng, scale):
+    """Thresholds, moduli and splines; a comparison behind a bias that may join a sum."""
+    shape, ramps = (4, 4, 4), 0.5 * (np.arange(9) - 4.0)
+    values = np.abs(ramps) * rng.choice([-1.0, 0.5, 1.0], (6, 1)) + 0.1 * draw(rng, 6, 9)
+    return (4, 4, 2), [
+        operators.Conv(draw(rng, 3, 3, 2, 4, scale=scale / 4), (4, 4, 2)),
+        operators.Bias(draw(rng, 4, scale=scale), shape),
+        operators.NActivation(-abs(draw(rng, 4, scale=scale)), abs(draw(rng, 4, scale=scale)), shape),
+        operators.Conv(draw(rng, 1, 1, 4, 4, scale=scale / 2), shape),
+        operators.PartialAbs(shape, 0.5),
+        operators.Flatten(shape),
+        operators.Dense(draw(rng, 6, 64, scale=scale / 8)),
+        operators.Bias(draw(rng, 6, scale=scale), (6,)),
+        operators.LinearSpline(values, rng.uniform(0.5, 2.0, 6), (6,), 0.5),
+        operators.Dense(draw(rng, 6, 6, scale=scale / 3)),
+    ]
+
+
 def residual(rng, scale):
     """Blocks that follow each other, that end in a sum, begin with a fold, and have a value at 0."""
     shape, vectors = (4, 4, 4), (6,)
@@ -158,5 +176,6 @@ def tokens(rng, scale):
 
 
 NETWORKS = {
-    f.__name__: f for f in (convolutional, grouped, circulant, factored, elementwise, residual, potential, tokens)
+    f.__name__: f
+    for f in (convolutional, grouped, circulant, factored, elementwise, channelwise, residual, potential, tokens)
 }

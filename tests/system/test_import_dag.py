@@ -37,7 +37,7 @@ INSIDE = {
     "operators": (
         ("chain", "text"),
         ("base",),
-        ("circular", "exponential", "linear", "pairs", "reshape", "softplus", "training_only"),
+        ("channelwise", "circular", "exponential", "linear", "pairs", "reshape", "softplus", "training_only"),
         ("elementwise", "grid", "heads", "potential", "residual", "tokens"),
     ),
     "parametrize": (
@@ -60,7 +60,7 @@ INSIDE = {
     ),
     "losses": (("logits",), ("balls", "radii", "transport")),
     "nn": (
-        ("layers",),
+        ("channelwise", "layers"),
         ("cholesky", "explicit", "model", "orthogonal", "potential", "responses", "scaled"),
         ("group_shuffle",),
         ("by_name",),

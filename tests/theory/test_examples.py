@@ -28,6 +28,7 @@ FUNCTIONS = (
     "parametrize.lot.packed_response",
     *(f"parametrize.{name}" for name in ("sll.dense", "sll.conv", "cpl.contracted", "cpl.converged", "sandwich.dense")),
     *(f"activations.{name}" for name in ("maxmin", "householder", "householder2")),
+    *(f"activations.{name}" for name in ("n_activation", "n_thresholds", "linear_spline", "spline_values")),
     *(f"pooling.{name}" for name in ("projection_pool", "max_pool_pairs")),
     *(f"spectral.{name}" for name in ("norm_bound", "norm_estimate", "power_iteration", "matrix_norm_bound")),
     "spectral.row_sum_bound",

@@ -29,11 +29,14 @@ from lipjax.operators import (
     L2Pool,
     LeakyReLU,
     LinearHead,
+    LinearSpline,
     MaxMin,
     MaxPoolPairs,
     MLPHead,
+    NActivation,
     Normalize,
     PadChannels,
+    PartialAbs,
     PositionalBias,
     PotentialStep,
     ProjectionPool,
@@ -73,11 +76,14 @@ MADE = {
     L2Pool: lambda: L2Pool(IMAGE, (2, 1)),
     LeakyReLU: lambda: LeakyReLU(IMAGE, 0.1),
     LinearHead: lambda: LinearHead(np.ones((3, 2)), np.zeros(3)),
+    LinearSpline: lambda: LinearSpline(np.zeros((2, 5)), np.ones(2), IMAGE, 0.5),
     MaxMin: lambda: MaxMin(IMAGE),
     MaxPoolPairs: lambda: MaxPoolPairs(IMAGE),
     MLPHead: lambda: MLPHead(np.ones((4, 2)), np.zeros(4), np.ones((3, 4)), np.zeros(3)),
+    NActivation: lambda: NActivation(-np.ones(2), np.zeros(2), IMAGE),
     Normalize: lambda: Normalize(np.zeros(1), np.ones(2), IMAGE),
     PadChannels: lambda: PadChannels(IMAGE, 3),
+    PartialAbs: lambda: PartialAbs(IMAGE, 0.5),
     PotentialStep: lambda: PotentialStep(Dense(EYE), np.zeros(2), ReLU((2,))),
     ProjectionPool: lambda: ProjectionPool(SIDE, IMAGE),
     ReLU: lambda: ReLU(IMAGE),
@@ -141,6 +147,18 @@ WRONG = [
     (L2Pool, {"in_shape": (32,)}, "expects images"),
     (LeakyReLU, {"negative_slope": 2.0}, "between -1 and 1"),
     (LinearHead, {"bias": np.zeros(2)}, "bias"),
+    (LinearSpline, {"values": np.zeros((2, 4))}, "odd number n >= 3 of knots"),
+    (LinearSpline, {"values": np.zeros((2, 1))}, "odd number n >= 3 of knots"),
+    (LinearSpline, {"values": np.zeros((3, 5))}, "values for 2 channels"),
+    (LinearSpline, {"scale": np.ones(3)}, r"scale of shape \(2,\), got \(3,\)"),
+    (LinearSpline, {"scale": np.array([1.0, 0.0])}, "scales of moduli between"),
+    (LinearSpline, {"spacing": 0.3}, "a power of two, such as 0.25: 0.3"),
+    (LinearSpline, {"spacing": 0.0}, "a power of two"),
+    (NActivation, {"lower": np.zeros(3)}, r"lower of shape \(2,\), got \(3,\)"),
+    (NActivation, {"upper": np.zeros((1, 2))}, r"upper of shape \(2,\)"),
+    (PartialAbs, {"fraction": 0.25}, "of the 2 channels that is a whole number of them, without rounding, got 0.25"),
+    (PartialAbs, {"fraction": 1.5}, r"a fraction in \[0, 1\]"),
+    (PartialAbs, {"in_shape": (10,), "fraction": 0.1}, "without rounding"),
     (LinearHead, {"matrix": np.ones(2)}, "matrix"),
     (MaxMin, {"in_shape": (4, 4, 3)}, "even number"),
     (MLPHead, {"w2": np.ones((3, 5))}, "w2"),
@@ -212,7 +230,7 @@ def test_what_does_not_fit_is_refused_when_made(cls, changes, message):
     with pytest.raises(ValueError, match=message):
         cls(**fields | changes)
     traced = {name: value for name, value in changes.items() if isinstance(value, np.ndarray)}
-    if traced and not message.startswith(("lengths", ">=")):  # shapes are known to `jit`, too
+    if traced and not message.startswith(("lengths", ">=", "scales")):  # shapes are known to `jit`, too
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(lambda arrays: cls(**fields | changes | arrays), traced)
 

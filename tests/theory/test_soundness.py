@@ -144,6 +144,62 @@ def test_the_checker_proves_convolutions_and_nothing_below(examples, monkeypatch
 
 
 @st.composite
+def splines(draw):
+    """Values of all kinds, scales of either sign, and points near knots and far beyond them."""
+    channels, knots = draw(st.integers(1, 4)), 2 * draw(st.integers(1, 4)) + 1
+    values = draw(arrays(channels, knots))
+    spacing = 2.0 ** draw(st.integers(-8, 8))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    scale = rng.choice([-1.0, 1.0, 0.3, 7.0], channels) * 2.0 ** rng.integers(-20, 20, channels)
+    points = spacing * np.concatenate([rng.integers(-6, 7, 8), rng.normal(size=8) * 10.0 ** rng.integers(-3, 3, 8)])
+    points = np.concatenate([points, np.nextafter(points, np.inf)])[:, None] / scale
+    return lambda: (values, scale, spacing, np.sort(points, axis=0))
+
+
+def test_splines_are_never_steeper_and_err_by_no_more(examples):
+    """In `operators` and in the checker, against the interpolant of the stored values in exact rationals."""
+    refused = []
+
+    def exact(values, scale, spacing, x):
+        t, middle = scale * x, len(values) // 2
+        first = min(max(math.floor(t / spacing), -middle), middle - 1)
+        left, right = values[first + middle : first + middle + 2]
+        return (left + (t / spacing - first) * (right - left)) / scale
+
+    def check(made):
+        values, scale, spacing, x = made
+        op = operators.LinearSpline(values, scale, (len(values),), spacing)
+        fields = {"values": values, "scale": scale, "in_shape": [len(values)], "spacing": spacing}
+        if not np.abs(values).max() <= 2.0**100:
+            refused.append(op)
+            for refuse in (op.bound, lambda: checker.LinearSpline(fields)):
+                with pytest.raises((NotCertifiable, checker.Unproved), match="beyond 2.100"):
+                    refuse()
+            return
+        bound, theirs = op.bound(), checker.LinearSpline(fields)
+        assert theirs.proves(Fraction(bound.claimed), bound.method, {})
+        rows = [[Fraction(v) for v in row] for row in values.tolist()]
+        truth = [
+            [
+                exact(row, Fraction(float(a)), Fraction(spacing), Fraction(float(v)))
+                for row, a, v in zip(rows, scale, image, strict=True)
+            ]
+            for image in x
+        ]
+        y, local = theirs.evaluate(x)
+        for image, found, allowed, before in zip(x, y, local, truth, strict=True):
+            floor = Fraction(checker.FLOOR) * Fraction(1 + float(np.linalg.norm(image)))
+            error = sum((Fraction(float(v)) - t) ** 2 for v, t in zip(found, before, strict=True))
+            assert error <= (Fraction(float(allowed)) + floor) ** 2
+        for first, second, before, after in zip(x, x[1:], truth, truth[1:], strict=False):
+            for a, b, f, g in zip(first, second, before, after, strict=True):
+                assert abs(f - g) <= Fraction(bound.proved) * abs(Fraction(float(a)) - Fraction(float(b)))
+
+    search(check, splines(), examples)
+    assert len(refused) < examples / 2
+
+
+@st.composite
 def orthogonal_convolutions(draw):
     """Kernels with an orthogonal symbol but for rounding, and somewhat further off; strides, any padding, any map."""
     block, pairs, seed = draw(st.integers(1, 2)), draw(st.integers(0, 2)), draw(st.integers(0, 2**32))
