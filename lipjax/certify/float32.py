@@ -282,14 +282,16 @@ def _(op: operators.NActivation, row: LayerBound, terms: int) -> Local:
 
 @_local.register
 def _(op: operators.LinearSpline, row: LayerBound, terms: int) -> Local:
-    # |left| + |weight| |right - left| <= C (1 + n + 2 |scale x| / spacing), C the largest value of n; the rounding of
-    # the argument counts the steepest slope three times.
-    largest, least = float(np.abs(op.values).max()), float(np.abs(op.scale).min())
-    reach = largest * (1 + op.values.shape[1]) / min(least, 1.0) * math.sqrt(math.prod(op.in_shape))
+    # |left| + |weight| |right - left| <= C + S (R + |scale x|), C the largest value, S the steepest slope, R beyond the
+    # last knot. Rounded values are off by C u each, which counts 1 + 2 |weight| times.
+    largest, least, knots = float(np.abs(op.values).max()), float(np.abs(op.scale).min()), op.values.shape[1]
+    steepest, count = max(row.claimed, 1.0), math.sqrt(math.prod(op.in_shape))
+    reach = (largest + steepest * op.spacing * knots) * count / least
     growth = 2 * largest / op.spacing
-    relative = gamma32(24) * (growth + 3 * max(row.claimed, 1.0))
-    tiny = 64 * LEAST_NORMAL32 * (1 + 1 / least) * (1 + growth) * math.sqrt(math.prod(op.in_shape))
-    local = _pointwise(op, absolute=gamma32(24) * reach + tiny, relative=relative, gain=2 * growth + 2)
+    relative = gamma32(16) * 4 * steepest + gamma32(3) * growth
+    tiny = 64 * LEAST_NORMAL32 * (1 + 1 / least) * (1 + growth) * count
+    absolute = gamma32(16) * reach + gamma32(3) * largest * (1 + knots) * count / least + tiny
+    local = _pointwise(op, absolute=absolute, relative=relative, gain=2 * growth + 2 * steepest)
     return dataclasses.replace(local, offset=2 * reach)
 
 
