@@ -12,6 +12,7 @@ from lipjax.interop.compared import compared
 from lipjax.interop.crm import crm
 from lipjax.interop.lipconvnet import improved, soc
 from lipjax.interop.liresnet import liresnet
+from lipjax.interop.potentialnet import cpl, sll
 from lipjax.nn import COLLECTION, LipschitzModel
 
 # State of the original that has no counterpart here: of a curvature estimate, constants that are checked apart,
@@ -20,14 +21,18 @@ _LIPCONVNET = ("correction", "logits_layer._v", "shift", "scale")
 _IGNORED = {
     **dict.fromkeys(("crm", "improved_l2", "soc"), _LIPCONVNET),
     "bronet": ("stem.0.init_x", "conv_1.init_x", "identity", "I_low", "I_full", "identity_half", "residual_identity"),
+    "compared": ("u",),
+    "cpl": ("eval_sv_max", "u", "alpha"),
     "liresnet": ("stem.0.init_x", "conv.init_x", "conv.identity", "linear.identity", "linear.eval_weight"),
 }
 _FAMILIES = {
     "bronet": bronet,
     "compared": compared,
+    "cpl": cpl,
     "crm": crm,
     "improved_l2": improved,
     "liresnet": liresnet,
+    "sll": sll,
     "soc": soc,
 }
 
@@ -41,7 +46,8 @@ def from_torch(family: str, state_dict: dict[str, Any], **options) -> tuple[Lips
         createNetwork makes of layers without batch normalisation; "liresnet" (hukkai/liresnet, arXiv:2310.02513):
         the class GloroNet with LiResConv, Map2Vec and LiResMLP; "bronet" (ntuaislab/BRONet, arXiv:2505.15174): the
         class BRONet with BRO backbones; "compared" (berndprach/1LipschitzLayersCompared, arXiv:2311.16833): the class
-        SimplifiedConvNet.
+        SimplifiedConvNet; "sll" (araujoalexandre/Lipschitz-SLL-Networks, arXiv:2303.03169): LipschitzNetwork; "cpl"
+        (MILES-PSL/Convex-Potential-Layer, arXiv:2110.12690): ConvexPotentialLayerNetwork with use_lln.
       state_dict: name -> array (anything that numpy.asarray takes), with the original's names and layouts. The
         original's state_dict() of "crm" networks has it under "original".
       options: the original constructor's arguments by name ("crm": the entries of networkConfiguration, of which
@@ -80,6 +86,11 @@ def from_torch(family: str, state_dict: dict[str, Any], **options) -> tuple[Lips
         parent = _at(variables[entry.collection], entry.path[:-1])
         parent[entry.path[-1]] = jnp.asarray(entry.transform(array))
     variables[COLLECTION]["vectors"] = {}
+    for path, leaf in _leaves_with_none(variables):
+        keys = [key.key for key in path]
+        if leaf is None and keys[0] == COLLECTION and keys[-1] == "vector":  # where a layer's norm estimate starts
+            v = jax.random.normal(jax.random.key(0), _at(abstract, keys).shape)
+            _at(variables, keys[:-1])[keys[-1]] = v
     left = [jax.tree_util.keystr(path) for path, leaf in _leaves_with_none(variables) if leaf is None]
     if left:
         raise ValueError(f"The state dict leaves these without a value: {left}.")

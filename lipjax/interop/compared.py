@@ -36,9 +36,26 @@ def _aol(prefix: str, name: str, order) -> list[Entry]:
     return [_kernel(weight, order, order, name, "kernel"), _vector(f"{prefix}.bias", order, name, "bias")]
 
 
+def _potential(prefix: str, name: str, order, weights: str) -> list[Entry]:
+    """A residual layer: its inputs are in our order, and what is inside is in the original's."""
+    found = [_kernel(f"{prefix}.{weights}", None, order, name, "kernel")]
+    return [*found, _vector(f"{prefix}.bias", slice(None), name, "bias")]
+
+
+def _sll(prefix: str, name: str, order) -> list[Entry]:
+    theta = Entry(f"{prefix}.q", "params", (name, "theta"), lambda a: np.log(np.abs(a) + 1e-6), lambda s: s)
+    return [*_potential(prefix, name, order, "kernel"), theta]
+
+
+def _cpl(prefix: str, name: str, order) -> list[Entry]:
+    return _potential(prefix, name, order, "kernel")
+
+
 # The original's class of a convolution: our name, its fields, and the entries of one of them.
 _CONVS: dict[str, tuple[str, dict[str, Any], Callable[[str, str, Any], list[Entry]]]] = {
     "AOLConv2d": ("aol", {"padding": "CIRCULAR"}, _aol),
+    "CPLConv2d": ("cpl", {"epsilon": 1e-6}, _cpl),
+    "SLLConv2d": ("sll", {"epsilon": 1e-6}, _sll),
 }
 
 

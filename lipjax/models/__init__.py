@@ -8,6 +8,7 @@ from lipjax.models.compared import ComparedConvNet
 from lipjax.models.convnet import ConvNet
 from lipjax.models.lipconvnet import LipConvnet
 from lipjax.models.liresnet import LiResNet
+from lipjax.models.potentialnet import PotentialNet
 from lipjax.nn import LAYERS, LayeredModel, LipschitzModel, layer_fields
 
 MODELS = {
@@ -16,6 +17,7 @@ MODELS = {
     "convnet": ConvNet,
     "lipconvnet": LipConvnet,
     "liresnet": LiResNet,
+    "potentialnet": PotentialNet,
 }
 
 
@@ -51,7 +53,7 @@ def get_model(config, *, input_shape: tuple[int, int, int], num_classes: int, ba
     return model
 
 
-__all__ = ["BRONet", "ComparedConvNet", "ConvNet", "LipConvnet", "LiResNet", "get_model"]
+__all__ = ["BRONet", "ComparedConvNet", "ConvNet", "LipConvnet", "LiResNet", "PotentialNet", "get_model"]
 
 
 def __dir__() -> list[str]:

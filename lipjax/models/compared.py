@@ -3,8 +3,11 @@
 import functools
 
 from lipjax import operators
-from lipjax.nn import ACTIVATIONS, ALL_ACTIVATIONS, FirstFeatures, LayeredModel, LinearHead, flatten
+from lipjax.nn import ALL_ACTIVATIONS, FirstFeatures, LayeredModel, LinearHead, flatten
 from lipjax.nn.layers import NamedOperators
+
+# Activations that mix pairs of channels.
+_IN_PAIRS = ("maxmin", "householder", "householder2")
 
 
 class ComparedConvNet(LayeredModel):
@@ -51,7 +54,7 @@ class ComparedConvNet(LayeredModel):
 
     def layers(self):
         activation = ALL_ACTIVATIONS[self.activation]
-        width, in_pairs = self.width, self.activation in ACTIVATIONS
+        width, in_pairs = self.width, self.activation in _IN_PAIRS
         layers: list = [functools.partial(_widen, width, in_pairs), self.conv("first", width, 1, 1, activation)]
         for block in range(1, self.num_blocks + 1):
             kernel_size = 1 if block == self.num_blocks else self.kernel_size

@@ -5,6 +5,7 @@ A further layer is one entry of `LAYERS`: its module, and the fields that it bri
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,9 +17,19 @@ from lipjax.nn.explicit import AOC, BCOP, RKO, OrthoHead, OrthoLinear
 from lipjax.nn.layers import ELEMENTWISE, Conv, Dense, NamedOperators
 from lipjax.nn.model import LipschitzModel
 from lipjax.nn.orthogonal import ACTIVATIONS, SOC, Cayley, CayleyHead, SOCHead
+from lipjax.nn.potential import (
+    CPLConv,
+    CPLDense,
+    SandwichConv,
+    SandwichConvSpatial,
+    SandwichDense,
+    SandwichHead,
+    SLLConv,
+    SLLDense,
+)
 from lipjax.nn.responses import BROConv, BRODense, LOTConv
 from lipjax.nn.scaled import AOLConv, AOLDense
-from lipjax.parametrize import aol, bjorck, lot
+from lipjax.parametrize import aol, bjorck, cpl, lot
 from lipjax.parametrize.soc_forms import FORMS
 
 ALL_ACTIVATIONS: dict[str, Callable] = {**ACTIVATIONS, **ELEMENTWISE}
@@ -55,12 +66,14 @@ class Layer:
     """A layer by name: its modules, and the fields that it brings to a config.
 
     Attributes:
-      about: a line about it. conv: (features, kernel_size, strides, activation=, name=, and the fields) -> a layer.
+      about: a line about it. conv: (features=, kernel_size=, strides=, activation=, name=, and the fields) -> a layer.
       dense: likewise without kernel_size and strides; None: there is none. head: (num_classes, name=, and the fields)
         -> the head whose rows are orthonormal.
       fields: that config.model has for this layer. check: of their values together.
       strides: (kernel_size, strides) -> whether conv takes these strides; else pixels are reordered before it.
-      square: conv has as many channels out as in: a skeleton appends zeros or leaves channels out.
+      square: conv and dense have as many channels out as in, and take no number of them: a skeleton appends zeros
+        before them, or leaves channels out behind.
+      inner: conv and dense have an activation inside, and take none to follow.
       norm: what the norm of its convolution is at most by construction; None: nothing is.
       per_batch: conv has an argument batch_size, by which it chooses how to compute.
     """
@@ -73,6 +86,7 @@ class Layer:
     check: Callable[[Mapping[str, Any]], None] = lambda given: None
     strides: Callable[[int, int], bool] = lambda kernel_size, strides: strides == 1
     square: bool = False
+    inner: bool = False
     norm: float | None = 1.0
     per_batch: bool = False
 
@@ -222,6 +236,45 @@ LAYERS: dict[str, Layer] = {
             "iterations": Field(2, "n: row sums of the Gram matrix to the power 2^(n - 1)"),
         },
     ),
+    "sll": Layer(
+        "SDP-based Lipschitz layer: a residual step whose outputs are scaled by row sums",
+        SLLConv,
+        SLLDense,
+        fields={
+            "padding": _padding("ZERO"),
+            "epsilon": Field(0.0, "added to row sums (SLL) or squared norms (CPL)"),
+        },
+        square=True,
+        inner=True,
+    ),
+    "cpl": Layer(
+        "convex potential layer: a residual step divided by an estimate of a squared norm",
+        CPLConv,
+        CPLDense,
+        fields={
+            "padding": _padding("ZERO"),
+            "epsilon": Field(cpl.EPSILON, "added to row sums (SLL) or squared norms (CPL)"),
+            "power_iters": Field(1, "steps of the norm estimate in a training step"),
+        },
+        square=True,
+        inner=True,
+    ),
+    "sandwich": Layer(
+        "sandwich of two maps with a Cayley transform per frequency",
+        SandwichConv,
+        SandwichDense,
+        head=lambda num_classes, name, **fields: SandwichHead(num_classes, name=name),
+        strides=_always,
+        inner=True,
+    ),
+    "sandwich_spatial": Layer(
+        "sandwich of two convolutions with zero padding, scaled by row sums",
+        SandwichConvSpatial,
+        SandwichDense,
+        head=lambda num_classes, name, **fields: SandwichHead(num_classes, name=name),
+        fields={"padding": _padding("ZERO")},
+        inner=True,
+    ),
     "plain": Layer(
         "an unconstrained convolution, whose norm is estimated and proved",
         _plain,
@@ -264,52 +317,71 @@ class LayeredModel(LipschitzModel):
             field.check(name, given[name])
         LAYERS[self.layer].check(given)
 
-    def conv(self, name: str | None, features: int, kernel_size: int, strides: int = 1, activation=operators.MaxMin):
+    def conv(
+        self,
+        name: str | None,
+        features: int,
+        kernel_size: int,
+        strides: int = 1,
+        activation: Callable | None = operators.MaxMin,
+        **more,
+    ):
         """The chosen convolution as a layer, strides by reordering pixels where it has none of its own.
 
-        Layers that keep the number of channels get zeros appended, or channels left out behind them.
+        Layers that keep the number of channels get zeros appended, or channels left out behind them. more: arguments
+        of the layer's module that the model sets, over its fields.
         """
         kind = LAYERS[self.layer]
         own = strides if kind.strides(kernel_size, strides) else 1
         extra = {"batch_size": self.batch_size} if kind.per_batch else {}
-        fields = {**self.fields_of_layer(), **extra}
+        given = {**self.fields_of_layer(), **extra, **more, "kernel_size": kernel_size, "name": name}
         if kind.square:
-            inner = kind.conv(kernel_size, activation=None, name=name, **fields)
-            return functools.partial(_square, inner, name, features, strides, activation)
-        inner = kind.conv(features, kernel_size, own, activation=activation, name=name, **fields)
-        return inner if own == strides else functools.partial(_reordered, inner, name, strides)
+            layer = kind.conv(**given)
+        elif kind.inner:
+            layer = kind.conv(features=features, strides=own, **given)
+        else:
+            layer, activation = kind.conv(features=features, strides=own, activation=activation, **given), None
+        return functools.partial(_around, layer, name, features, strides // own, activation, kind.square)
 
-    def dense(self, name: str, features: int, activation=operators.MaxMin):
+    def dense(self, name: str, features: int, activation: Callable | None = operators.MaxMin, **more):
         """The dense layer that goes with the chosen convolution. Raises: ValueError if there is none."""
         kind = LAYERS[self.layer]
         if kind.dense is None:
             known = [name for name, layer in LAYERS.items() if layer.dense is not None]
             raise ValueError(f"the layer {self.layer!r} has no dense counterpart; those with one are {known}.")
-        return kind.dense(features, activation=activation, name=name)
+        takes = inspect.signature(kind.dense).parameters
+        own = {field: value for field, value in self.fields_of_layer().items() if field in takes}
+        given = {**own, **more, "name": name}
+        if kind.square:
+            layer = kind.dense(**given)
+        elif kind.inner:
+            layer = kind.dense(features=features, **given)
+        else:
+            layer, activation = kind.dense(features=features, activation=activation, **given), None
+        return functools.partial(_around, layer, name, features, 1, activation, kind.square)
 
     def orthonormal_head(self, name: str = "head"):
         """The head with orthonormal rows that goes with the chosen convolution."""
         return LAYERS[self.layer].head(self.num_classes, name=name, **self.fields_of_layer())
 
 
-def _reordered(layer, name: str | None, strides: int, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
-    """A layer of stride 1 behind a reordering of strides x strides pixels to channels."""
-    op = operators.SpaceToDepth(tuple(in_shape), strides)
-    return [(f"{name}/spacetodepth", op), *layer(op.out_shape, train)]
+def _around(layer, name, features: int, strides: int, activation, square: bool, in_shape, train=False):
+    """A layer behind a reordering of strides x strides pixels, and an activation.
 
-
-def _square(layer, name, features, strides, activation, in_shape, train=False) -> NamedOperators:
-    """A layer that keeps the number of channels, made to give `features` of them, and an activation."""
+    square: the layer keeps the number of channels: zeros are appended in front of it, or channels left out behind it,
+    to make `features` of them.
+    """
     ops: NamedOperators = []
     shape = tuple(in_shape)
     if strides > 1:
         ops.append((f"{name}/spacetodepth", operators.SpaceToDepth(shape, strides)))
         shape = ops[-1][1].out_shape
-    if shape[-1] < features:
+    if square and shape[-1] < features:
         ops.append((f"{name}/padchannels", operators.PadChannels(shape, features)))
         shape = ops[-1][1].out_shape
     ops += layer(shape, train)
-    if shape[-1] > features:
+    if square and shape[-1] > features:
         ops.append((f"{name}/cropchannels", operators.CropChannels(shape, features)))
-        shape = ops[-1][1].out_shape
-    return ops if activation is None else [*ops, (f"{name}/activation", activation(shape))]
+    if activation is not None:
+        ops.append((f"{name}/activation", activation(ops[-1][1].out_shape)))
+    return ops

@@ -3,6 +3,8 @@
 The golden files hold what the original PyTorch code computed in float64 (tests/golden/README.md).
 """
 
+import functools
+
 import golden_helpers
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,8 @@ from golden_helpers import nhwc, relative
 from training_helpers import quick_compiles  # noqa: F401
 
 from lipjax import bounds, interop, losses
-from lipjax.nn import COLLECTION
+from lipjax.nn import COLLECTION, potential
+from lipjax.parametrize import cpl, sll
 
 PARITY = 1e-9
 
@@ -109,6 +112,50 @@ def test_the_network_of_the_comparison():
     value, gradients = loss(variables["params"])
     assert relative(value, arrays["output/loss_train"]) < PARITY
     check_gradients(arrays, in_torch_layout("compared", state, options, gradients))
+
+
+def test_the_network_of_sdp_based_layers(monkeypatch):
+    arrays, state, options = load("sll_net")
+    model, variables = interop.from_torch("sll", state, **options)
+    x, labels = nhwc(arrays["input/x"]), jnp.asarray(arrays["input/labels"])
+    # What our layers leave below 1 is a factor of 1 - 2^-26 in each of five.
+    assert PARITY < relative(jax.jit(model.apply)(variables, x), arrays["output/logits"]) < 5 * 2 * 2.0**-26
+    for name in ("dense", "conv"):
+        monkeypatch.setattr(sll, name, functools.partial(getattr(sll, name), room=1.0))
+
+    @jax.jit
+    def loss(params):
+        logits = model.apply({**variables, "params": params}, x, train=True)
+        return losses.cross_entropy(logits, labels).mean(), logits
+
+    (value, logits), gradients = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+    assert relative(logits, arrays["output/logits"]) < PARITY
+    assert relative(value, arrays["output/loss_train"]) < PARITY
+    # q of their convolutions has no effect, so that its gradient is rounding alone: ours has weights that act.
+    inert = [f"model.{i}.q" for i in (1, 2, 3)]
+    assert all(arrays[f"output/grad_norm/{name}"] < 1e-15 for name in inert)
+    check_gradients(arrays, in_torch_layout("sll", state, options, gradients), skip=inert)
+
+
+def test_the_network_of_convex_potential_layers(monkeypatch):
+    """With the norms that the original's evaluation uses: ours are estimated on another grid, until they converge."""
+    arrays, state, options = load("cpl_net")
+    model, variables = interop.from_torch("cpl", state, **options)
+    x, sigma = nhwc(arrays["input/x"]), {}
+    for here, there, first in (("conv", "stable_block", 1), ("dense", "layers_linear", 0)):
+        for i in range(3 - (here == "dense")):
+            sigma[f"{here}_{i + 1:02d}"] = arrays[f"output/sigma_eval/{there}.{i + 1 - first}.eval_sv_max"][0]
+    ours = jax.jit(lambda v: model.apply(v, method="build"))(variables)
+    monkeypatch.setattr(cpl, "contracted", functools.partial(cpl.contracted, room=1.0))
+    monkeypatch.setattr(potential, "_sigma", lambda module, *rest: jnp.asarray(sigma[module.name]))
+    theirs = jax.jit(lambda v: model.apply(v, method="build"))(variables)
+    assert relative(theirs(x), arrays["output/logits_eval"]) < PARITY
+    # Theirs are low, and their layers not contractive; ours are.
+    products = [
+        float(np.prod([row.claimed for row in bounds.operator_bounds(jax.tree.map(np.asarray, network))]))
+        for network in (theirs, ours)
+    ]
+    assert products[0] > 1.001 and products[1] <= 1 + 1e-6
 
 
 def test_gradients_of_another_layout_are_noticed():

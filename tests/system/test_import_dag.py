@@ -65,8 +65,8 @@ INSIDE = {
         ("group_shuffle",),
         ("by_name",),
     ),
-    "models": (("bronet", "compared", "convnet", "lipconvnet", "liresnet"),),
-    "interop": (("entries",), ("bronet", "compared", "crm", "lipconvnet", "liresnet")),
+    "models": (("bronet", "compared", "convnet", "lipconvnet", "liresnet", "potentialnet"),),
+    "interop": (("entries",), ("bronet", "compared", "crm", "lipconvnet", "liresnet", "potentialnet")),
     "training": (
         ("augment", "compile_alarm", "damage", "randaugment", "setting", "sharding", "stopping", "terminal"),
         ("accumulate", "cluster", "metrics", "objective", "optimizer"),
