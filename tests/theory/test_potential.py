@@ -216,7 +216,8 @@ def test_slopes_are_read_from_the_activation():
     for slope in ((-0.1, 1.0), (0.0, 1.1), (np.nan, 1.0)):
         with pytest.raises(ValueError, match="PotentialStep expects an activation of slopes in .0, 1., got a Halved"):
             step_of(linear, Halved((3,), slope))
-    for activation in (operators.MaxMin((4,)), operators.LeakyReLU((4,), -1.0)):
+    folds = operators.NActivation(-np.ones(4), np.zeros(4), (4,)), operators.PartialAbs((4,))
+    for activation in (operators.MaxMin((4,)), operators.LeakyReLU((4,), -1.0), *folds):
         with pytest.raises(ValueError, match=type(activation).__name__):
             operators.PotentialStep(operators.Dense(np.eye(4)), np.zeros(4), activation)
     for activation in (operators.LeakyReLU, operators.Tanh, operators.Sigmoid, operators.Softplus):
