@@ -12,7 +12,7 @@ import pytest
 
 import lipjax
 from lipjax import NotCertifiable, bounds, losses
-from lipjax.nn import AOC, BCOP, COLLECTION, RKO, LinearHead, LipschitzModel, OrthoLinear, flatten
+from lipjax.nn import AOC, BCOP, COLLECTION, RKO, AOCTranspose, LinearHead, LipschitzModel, OrthoLinear, flatten
 
 SHAPE = (6, 6, 2)
 U32 = 2.0**-24
@@ -143,6 +143,44 @@ def test_a_training_network_counts_one_and_has_no_certificate():
     assert list(sigmas) == ["layer/linear"] and 0.9 < float(sigmas["layer/linear"]) < 1 + 1e-9
 
 
+class Grouped(LipschitzModel):
+    """Groups, dilation and back up again."""
+
+    def layers(self):
+        layers = [
+            AOC(8, 3, 1, num_iters=30, name="wide"),
+            AOC(16, 2, 2, groups=2, dilation=3, num_iters=30, name="patches"),
+            AOCTranspose(8, 4, 2, groups=2, num_iters=30, name="up"),
+            AOCTranspose(6, 3, 2, padding="ZERO", output_padding=1, num_iters=30, name="further"),
+            AOC(8, 3, order="scfac", groups=2, dilation=2, num_iters=30, name="separable"),
+        ]
+        return [*layers, flatten], LinearHead(3, name="head")
+
+
+def test_groups_dilation_and_transposition_train_and_are_orthogonal():
+    model = Grouped((4, 4, 2), 3)
+    start, variables = initialised(model), trained(model, 3)
+    shapes = {name: {n: a.shape for n, a in layer.items()} for name, layer in variables["params"].items()}
+    assert shapes["patches"]["patch"] == (2, 2, 2, 4, 8) and shapes["up"]["columns"] == (2, 6, 4, 2)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), start["params"], variables["params"])
+    assert all(change > 1e-3 for change in jax.tree.leaves(moved))
+    before, after = (state_vectors(v[COLLECTION])["up"]["columns"]["u"] for v in (start, variables))
+    assert before.shape == after.shape == (2, 6, 4) and np.abs(before - after).max() > 1e-6
+    frozen = lipjax.freeze(model, variables)
+    rows = {row.name: row for row in frozen.lipschitz_report()}
+    sizes = {name: op.out_shape for name, op in zip(frozen.network.names, frozen.network.ops, strict=True)}
+    assert sizes["up/linear"] == (4, 4, 8) and sizes["further/linear"] == (8, 8, 6)
+    for name, op in zip(frozen.network.names, frozen.network.ops, strict=True):
+        if name.endswith("linear"):
+            x = jnp.eye(math.prod(op.in_shape)).reshape(-1, *op.in_shape)
+            values = np.linalg.svd(np.asarray(jax.tree.map(jnp.asarray, op)(x)).reshape(len(x), -1), compute_uv=False)
+            assert values.max() * (1 - 1e-13) <= rows[name].proved <= values.max() * (1 + 1e-8), name
+            assert values.max() < 1 + 1e-12, name
+            assert (values.min() > 1 - 1e-6) == (name != "further/linear"), name  # zeros around lose some
+    image = np.random.default_rng(0).uniform(size=(2, 4, 4, 2))
+    assert frozen.certify(image).radii.max() > 0
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
@@ -152,6 +190,10 @@ def test_a_training_network_counts_one_and_has_no_certificate():
             partial(BCOP, 4, 3, 2),
             r"a kernel_size that strides divide, got kernel_size 3 and strides 2.*k \* stride",
         ),
+        (partial(AOC, 4, groups=3), "groups >= 1 that divide the channels, got 3 groups and 2 -> 4"),
+        (partial(AOC, 4, 4, 2, dilation=4), "no factor in common with strides, got dilation 4 and strides 2"),
+        (partial(AOCTranspose, 4, 3, 2, output_padding=1), "0 with circular padding, got 1"),
+        (partial(AOCTranspose, 4, 3, 2, padding="ZERO", output_padding=2), "from 0 to strides - 1"),
         (partial(BCOP, 4, rank=0), "a rank from 1 to 3 .* got 0"),
         (partial(RKO, 4, 2, 3), "got strides 3 for 2 x 2 taps"),
         (partial(AOC, 5), r"MaxMin pairs channels: expected an even number of them, got shape \(6, 6, 5\)"),
