@@ -79,12 +79,25 @@ def lipschitz_lower_bound(
 
     Args:
       network: a pytree that is called on pixels (b, ...), differentiable, such as a Network in float32.
-      images: (n, ...), of which up to 32 are used, evenly spread. num_steps: at least 1. num_starts: of each pair.
+      images: (n, ...), of which up to 32 are used, evenly spread.
+      num_steps: of each search, at least 1.
+      num_starts: searches of each pair.
       pairs: (p, 2), i < j. Default: all of up to 10 classes; of more the 45 that are most often the two largest logits.
       evaluate: (b, ...) float64 pixels -> (b, k) float64 logits, for the quotients, or these and bounds (b, k) of
         their errors, which are subtracted; by default the network itself, which then must be float64. Without bounds
         1e-13 of the largest logit is subtracted, which may be too little where large numbers cancel.
+      seed: of the directions in which searches start.
+      batch_size: points evaluated at a time.
+    Returns: a `LipschitzSearch`: the largest quotients found and where; lower bounds of Lipschitz constants.
     Raises: ValueError if there is no image, for counts below 1, and for logits that are not float64.
+    Example: logits that are the two pixels: their difference changes by up to sqrt(2) per unit.
+      >>> frozen = lipjax.freeze(lipjax.network.make_network(
+      ...     [("dense", lipjax.operators.Dense(np.eye(2)))], lipjax.operators.LinearHead(np.eye(2), np.zeros(2))))
+      >>> network = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), frozen.network)
+      >>> found = lipjax.attacks.lipschitz_lower_bound(
+      ...     network, np.full((1, 2), 0.5), num_steps=3, num_starts=1, evaluate=frozen)
+      >>> round(float(found.lower[0]), 4)
+      1.4142
     """
     if len(images) == 0 or num_steps < 1 or num_starts < 1 or batch_size < 2:
         raise ValueError(

@@ -255,8 +255,17 @@ def apgd_l2(
     three quarters of the steps since the last checkpoint raised the objective, or if neither the step length nor the
     best value has changed since then.
 
-    Args, returns, raises: as `pgd_l2`.
+    Args:
+      logits, images, labels, epsilon, key, num_steps, restarts, objective, num_targets, targets, box: as of `pgd_l2`:
+        images (b, ...) in pixels, labels (b,), epsilon an l2 radius in pixel units.
+    Returns: as `pgd_l2`: images of the same shape within epsilon of the originals.
+    Raises: ValueError as `pgd_l2`.
     Source: Croce & Hein 2020, arXiv:2003.01690, Algorithm 1, with l2 steps along the normalised gradient.
+    Example: logits that are the pixels, and a tie 0.354 away.
+      >>> image, label = jnp.array([[0.75, 0.25]]), jnp.array([0])
+      >>> found = lipjax.attacks.apgd_l2(lambda x: x, image, label, 0.4, jax.random.key(0), num_steps=10)
+      >>> found.argmax(axis=1).tolist()
+      [1]
     """
     scale = like(jnp.asarray(epsilon, images.dtype), images)
     marks = [0, *checkpoints(num_steps)]

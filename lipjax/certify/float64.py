@@ -46,6 +46,24 @@ def float64_on_cpu():
         yield
 
 
+def checked_images(images, in_shape: tuple[int, ...]) -> np.ndarray:
+    """Images in float64. Raises: UserError for another shape, a type that is rounded, pixels beyond [0, 1]."""
+    images = np.asarray(images)
+    shape = ", ".join(map(str, in_shape))
+    if images.shape[1:] != in_shape:
+        raise UserError(f"Expected images of shape (n, {shape}), got {images.shape}.")
+    if not np.issubdtype(images.dtype, np.floating):
+        raise UserError(f"Expected float32 or float64 images in [0, 1], got {images.dtype}: divide 8-bit ones by 255.")
+    if images.dtype.itemsize > 8:
+        raise UserError(f"Expected float64 images or shorter ones, got {images.dtype}, which would be rounded.")
+    images = images.astype(np.float64)
+    known = images[~np.isnan(images)]
+    if known.size and not (known.min() >= 0 and known.max() <= 1):
+        low, high = known.min(), known.max()
+        raise UserError(f"Expected pixels in [0, 1], got values from {low:g} to {high:g}: rescale the images.")
+    return images
+
+
 # Each operator is compiled on its own. Compiled together, x -> W x + b becomes a sum that starts at b, whose rounding
 # error neither operator's bound covers (docs/soundness.md).
 @jax.jit

@@ -60,6 +60,14 @@ def from_torch(family: str, state_dict: dict[str, Any], **options) -> tuple[Lips
       "soc" whose kernels exceed their map computes with cropped kernels; the taps that it crops are zero here.
     Raises: ValueError for an unknown family or option, and for missing, extra or misshapen arrays (naming the array and
       both shapes).
+    Example: the weights of a network with one hidden layer, by their names in the code of CRM.
+      >>> from lipjax import interop
+      >>> layers = [["flatten"], ["linear", 4, 2], ["linear", 2, 2]]
+      >>> state = {"linear.1.weight": np.ones((2, 4)), "linear.1.bias": np.zeros(2),
+      ...          "linear.3.weight": np.eye(2), "linear.3.bias": np.zeros(2)}
+      >>> model, variables = interop.from_torch("crm", state, layers=layers, inputShape=(1, 2, 2))
+      >>> np.asarray(model.apply(variables, jnp.ones((1, 2, 2, 1)))).tolist()
+      [[4.0, 4.0]]
     """
     if family not in _FAMILIES:
         raise ValueError(f"Expected a family of {sorted(_FAMILIES)}, got {family!r}.")

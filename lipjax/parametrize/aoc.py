@@ -234,6 +234,16 @@ def kernel(
       `operators.ConvTranspose` of this one.
     Raises: ValueError as `raw_shapes`, and for arrays of other shapes.
     Source: of the module; routing as in orthogonium 0.0.4.
+    Example: two channels, three taps a side; a circular map keeps its length.
+      >>> from lipjax.parametrize import aoc, bjorck
+      >>> raw = {name: jax.random.normal(jax.random.key(i), shape)
+      ...        for i, (name, shape) in enumerate(aoc.raw_shapes(2, 2, 3).items())}
+      >>> start = {name: bjorck.init_vectors(aoc.matrices(name, a).shape, jax.random.key(9)) for name, a in raw.items()
+      ...          if aoc.needs_vectors(name, a.shape, "bjorck")}
+      >>> kernel = aoc.kernel(raw, aoc.advance(raw, start, 50), 2, 2, 3, num_iters=30)
+      >>> y = lipjax.conv.conv2d(jnp.ones((1, 4, 4, 2), kernel.dtype), kernel, padding="CIRCULAR")
+      >>> kernel.shape, round(float(jnp.linalg.norm(y) / jnp.sqrt(32)), 3)
+      ((3, 3, 2, 2), 1.0)
     """
     rank = raw["columns"].shape[-1] if "columns" in raw else None
     sizes = in_channels, out_channels, kernel_size, strides

@@ -42,8 +42,19 @@ def kernel(
       vectors: u and v (n, m) of `bjorck.advance`, taken as they are; the gradient takes norms as constants.
       rank: of all projectors, their number of columns; None for m // 2.
       num_iters: steps of Björck's iteration. For Gaussian matrices 20 do not converge: it is a contraction then.
+      in_channels, out_channels: of the convolution; more of one than of the other makes a contraction one way.
     Returns: (k, k, in, out), HWIO, k = (n + 1) / 2.
     Raises: ValueError for a rank that does not fit, or raw matrices of another shape.
+    Source: Li et al. 2019, arXiv:1911.00937, Algorithm 2.
+    Example: matrices that are orthogonal already; a circular map keeps its length.
+      >>> from lipjax.parametrize import bcop, bjorck
+      >>> raw = jnp.broadcast_to(jnp.eye(2), bcop.raw_shape(2, 2, 3))
+      >>> start = bjorck.init_vectors(raw.shape, jax.random.key(0))
+      >>> vectors = bjorck.advance(raw, start, 20, bjorck.LCONVNET)
+      >>> kernel = bcop.kernel(raw, vectors, 2, 2)
+      >>> y = lipjax.conv.conv2d(jnp.ones((1, 4, 4, 2), kernel.dtype), kernel, padding="CIRCULAR")
+      >>> kernel.shape, round(float(jnp.linalg.norm(y) / jnp.sqrt(32)), 3)
+      ((3, 3, 2, 2), 1.0)
     """
     k = (len(raw) + 1) // 2
     if tuple(raw.shape) != raw_shape(in_channels, out_channels, k):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import lipjax
+import lipjax.interop
 
 FUNCTIONS = (
     *(f"linalg.{name}" for name in ("expm_skew", "cayley", "cholesky_orthogonalize")),
@@ -44,7 +45,10 @@ FUNCTIONS = (
     *(f"bounds.{name}" for name in ("liplt_vectors", "liplt_estimate", "liplt_bound")),
     *("network.make_network", "freeze", "attacks.pgd_l2", "attacks.attack_l2"),
     *(f"FrozenNetwork.{name}" for name in ("__call__", "certify", "predict", "margin_lipschitz", "lipschitz_report")),
-    *(f"FrozenNetwork.{name}" for name in ("save", "load")),
+    *(f"FrozenNetwork.{name}" for name in ("save", "load", "margins", "norm_estimates", "export")),
+    *(f"attacks.{name}" for name in ("apgd_l2", "lipschitz_lower_bound")),
+    *("parametrize.aoc.kernel", "parametrize.bcop.kernel", "interop.from_torch"),
+    *(f"curvature.{name}" for name in ("estimate", "estimate_table", "top_rivals", "bound")),
 )
 CLASSES = (
     *(f"operators.{name}" for name in ("Dense", "Conv", "ConvExponential", "CircularConv", "ZeroPad", "Crop")),
