@@ -313,8 +313,8 @@ class FrozenNetwork:
     def export(self, dtype: str = "float32", platforms: tuple[str, ...] = ("cpu", "cuda", "tpu")) -> bytes:
         """Pixels (b, *in_shape) -> logits (b, k) as a StableHLO program with all weights, for any batch size b.
 
-        It runs where JAX is and lipjax is not, with products of the platform's highest precision. A certificate speaks of
-        exact arithmetic on the float64 arrays, which a float32 program rounds.
+        It runs where JAX is and lipjax is not, with products of the platform's highest precision. A certificate speaks
+        of exact arithmetic on the float64 arrays, which a float32 program rounds.
 
         Args:
           dtype: "float32" or "float64", of pixels, weights and logits; to call a float64 program takes jax_enable_x64.
