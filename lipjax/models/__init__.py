@@ -1,7 +1,5 @@
 """Models by name: get_model(config.model, input_shape=..., num_classes=...)."""
 
-from flax.core import FrozenDict
-
 from lipjax.errors import UserError
 from lipjax.models.bronet import BRONet
 from lipjax.models.compared import ComparedConvNet
@@ -39,6 +37,8 @@ def get_model(config, *, input_shape: tuple[int, int, int], num_classes: int, ba
             if layer not in LAYERS:
                 raise ValueError(f"expected layer to be one of {tuple(LAYERS)}, got {layer!r}.")
             own = {field: options.pop(field) for field in layer_fields(layer) if field in options}
+            from flax.core import FrozenDict  # here, so that without Flax lipjax.nn is what says so
+
             options["layer_options"] = FrozenDict({**options.get("layer_options", {}), **own})
             others = [field for field in options if any(field in layer_fields(other) for other in LAYERS)]
             if others:
