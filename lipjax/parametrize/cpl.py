@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from lipjax.parametrize.sll import ROOM
+from lipjax.parametrize.sll import BELOW_ONE
 
 EPSILON = 1e-4
 """The number that the original adds to the squared norm."""
@@ -22,7 +22,7 @@ _STEPS, _GAIN, _MOST = 10, 1e-6, 500
 
 
 def contracted(
-    weight: Float[Array, "..."], sigma: Float[Array, ""], *, epsilon: float = EPSILON, room: float = ROOM
+    weight: Float[Array, "..."], sigma: Float[Array, ""], *, epsilon: float = EPSILON, room: float = BELOW_ONE
 ) -> tuple[Float[Array, "..."], Float[Array, ""]]:
     """The array A = room W / sqrt(sigma^2 + epsilon), and the factor.
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lipjax.parametrize import cayley
-from lipjax.parametrize.sll import ROOM
+from lipjax.parametrize.sll import BELOW_ONE
 
 
 def dense(
-    matrix: Float[Array, "o n"], alpha: Float[Array, ""], *, outputs: int, gain: float = 1.0, room: float = ROOM
+    matrix: Float[Array, "o n"], alpha: Float[Array, ""], *, outputs: int, gain: float = 1.0, room: float = BELOW_ONE
 ) -> Float[Array, "o n"]:
     """The matrix room sqrt(g) [A B], [A B] = cayley(alpha X / |X|_F) with orthonormal rows.
 
@@ -47,7 +47,7 @@ def blocks(
     *,
     outputs: int,
     gain: float = 1.0,
-    room: float = ROOM,
+    room: float = BELOW_ONE,
 ) -> tuple[Float[Array, "r o n"], Float[Array, "q 2 o n"]]:
     """`dense` for circular convolutions: for each frequency the Cayley transform of the kernel's response.
 
@@ -71,7 +71,7 @@ def blocks(
 
 
 def bias(
-    bias: Float[Array, " o"], psi: Float[Array, " o"], *, gain: float = 1.0, room: float = ROOM
+    bias: Float[Array, " o"], psi: Float[Array, " o"], *, gain: float = 1.0, room: float = BELOW_ONE
 ) -> Float[Array, " o"]:
     """room e^psi b / sqrt(2 g): what the scales psi of the paper's layer leave behind, in the bias.
 

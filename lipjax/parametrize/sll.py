@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from lipjax.parametrize.aol import correlation, modulus
 
-ROOM = 1 - 2.0**-26
+BELOW_ONE = 1 - 2.0**-26
 """A factor of A that leaves room for the slack of a proof: with it |A| is proved to be at most 1."""
 
 # Of theta minus its mean: beyond it weights differ by 10^26, and a product with them might leave the range of float32.
@@ -18,7 +18,7 @@ _MOST = 30.0
 
 
 def dense(
-    matrix: Float[Array, "o i"], theta: Float[Array, " n"], *, epsilon: float = 0.0, room: float = ROOM
+    matrix: Float[Array, "o i"], theta: Float[Array, " n"], *, epsilon: float = 0.0, room: float = BELOW_ONE
 ) -> tuple[Float[Array, "o i"], Float[Array, " o"]]:
     """The matrix A = room diag(sqrt(t)) W with 1 / t_i = sum_j |W W^T|_ij e^(theta_j - theta_i), and its scales.
 
@@ -30,7 +30,7 @@ def dense(
       matrix: W, (outputs, inputs), any numbers.
       theta: one for each output; only differences count, and the mean is subtracted.
       epsilon: added to every 1 / t, on the safe side.
-      room: a factor of A. ROOM is below 1 so that the proved norm is not above it; 1 is the paper's.
+      room: a factor of A. BELOW_ONE is below 1 so that the proved norm is not above it; 1 is the paper's.
     Returns: (A, scale): (outputs, inputs); (outputs,). Outputs of zero rows have the scale 0, with a gradient of 0.
     Raises: ValueError if theta does not have one number for each row.
     Source: Araujo et al. 2023, arXiv:2303.03169, section 4.
@@ -46,7 +46,7 @@ def dense(
 
 
 def conv(
-    kernel: Float[Array, "kh kw i o"], theta: Float[Array, " n"], *, epsilon: float = 0.0, room: float = ROOM
+    kernel: Float[Array, "kh kw i o"], theta: Float[Array, " n"], *, epsilon: float = 0.0, room: float = BELOW_ONE
 ) -> tuple[Float[Array, "kh kw i o"], Float[Array, " o"]]:
     """`dense` for convolutions with any strides and padding on maps of any size.
 

@@ -44,7 +44,7 @@ def test_scaled_rows_have_a_norm_of_at_most_one_and_a_constant_of_exactly_one(sp
     made, _ = sll.dense(eye, jnp.zeros(5))
     assert norm(made) > 0.3
     made, _ = sll.dense(jnp.eye(5), jnp.zeros(5))
-    assert norm(made) == pytest.approx(sll.ROOM, abs=1e-15) and step_bound(operators.Dense(made)) == 1.0
+    assert norm(made) == pytest.approx(sll.BELOW_ONE, abs=1e-15) and step_bound(operators.Dense(made)) == 1.0
     assert step_bound(operators.Dense(sll.dense(jnp.eye(5), jnp.zeros(5), room=1.0)[0])) > 1.0
 
 
@@ -65,7 +65,7 @@ def test_zero_rows_and_zero_correlations_have_gradients():
     assert not made[1].any() and not gradients[0][1].any()
     # Rows 0 and 2 are orthogonal: |0|' is 0, as that of torch, and both sides of 0 weigh the same.
     first = gradients[0][0]
-    np.testing.assert_allclose(first, jax.grad(lambda r: jnp.sum(r * sll.ROOM / jnp.sqrt(r @ r)))(matrix[0]))
+    np.testing.assert_allclose(first, jax.grad(lambda r: jnp.sum(r * sll.BELOW_ONE / jnp.sqrt(r @ r)))(matrix[0]))
     pulled = jax.grad(lambda m: jnp.sum(sll.dense(m, jnp.zeros(1))[0]))(jnp.zeros((1, 3)))
     assert not pulled.any()
     assert np.isfinite(
