@@ -31,7 +31,7 @@ def run(page, directory):
 @pytest.mark.x64_off
 def test_add_a_layer(tmp_path):
     cells = run(DOCS / "add_a_layer.md", tmp_path)
-    assert sum(bool(cell.expected) for cell in cells) >= 7 and (tmp_path / "aol" / "certificate.json").exists()
+    assert sum(bool(cell.expected) for cell in cells) >= 7 and (tmp_path / "schur" / "certificate.json").exists()
 
 
 def test_theory(tmp_path):
