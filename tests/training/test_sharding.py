@@ -310,6 +310,7 @@ def test_equal_tasks_are_divided(count):
 TINY = {"name": "lipconvnet", "depth": 2, "num_blocks": 1, "width": 16}
 BUILDS = {
     "cayley": (TINY | {"layer": "cayley"}, {}),
+    "bro": (TINY | {"layer": "bro"}, {}),
     "soc": (TINY | {"padding": "CIRCULAR", "form": "response", "train_terms": None}, {}),
     "cholesky": (
         {
