@@ -1,6 +1,7 @@
 """Cholesky factors and their inverses by matrix products, and the orthogonalisation that is made of them."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -11,7 +12,8 @@ from jaxtyping import Array, Float
 from lipjax import _spread
 from lipjax.linalg.parts import Parts, adjoint, product, scaled, subtract, times
 
-_BLOCK = 64  # sides of the blocks that are factorised column by column
+# Sides of the blocks that are factorised column by column, of a few matrices and of many, which every column reads.
+_BLOCK, _OF_MANY, _MANY = 64, 16, 8
 
 Matrices = Float[Array, "*batch n n"]
 
@@ -53,7 +55,8 @@ def _by_products(s: Array) -> tuple[Array, Array]:
 def _by_blocks(s: Parts, least: float | None) -> tuple[Parts, Parts]:
     """A block of columns at a time: `_by_columns` with blocks for numbers. One loop, so that it compiles quickly."""
     n = s[0].shape[-1]
-    if n <= _BLOCK:
+    block = _BLOCK if least is None or math.prod(s[0].shape[:-2]) < _MANY else _OF_MANY
+    if n <= block:
         return _by_columns(s, least)
     if _spread.by_columns(s[0].shape):
 
@@ -64,10 +67,10 @@ def _by_blocks(s: Parts, least: float | None) -> tuple[Parts, Parts]:
 
         found = _spread.with_columns(of_share, *[part for part in s if part is not None])
         return (found[:2], found[2:]) if s[1] is not None else ((found[0], None), (found[1], None))
-    size = _BLOCK * -(-n // _BLOCK)
+    size = block * -(-n // block)
     s = jax.tree.map(lambda part: jnp.pad(part, [(0, 0)] * (part.ndim - 2) + [(0, size - n)] * 2), s)
     s = s[0] + jnp.diag((jnp.arange(size) >= n).astype(s[0].dtype)), s[1]
-    lower, inverse = _panels(_spread.Columns(), s, least, _BLOCK)
+    lower, inverse = _panels(_spread.Columns(), s, least, block)
     return jax.tree.map(lambda part: part[..., :n, :n], (lower, inverse))
 
 

@@ -22,8 +22,8 @@ def exact(v, ridge):
     return np.eye(v.shape[-2]) - 2 * (u * (s**2 / (s**2 + e))[..., None, :]) @ u.conj().swapaxes(-1, -2)
 
 
-# One block of columns, exactly one, several with a last one that is smaller.
-@pytest.mark.parametrize("shape", [(2, 3, 1), (150, 130)])
+# One block of columns; several, the last one smaller, of a single matrix and of many.
+@pytest.mark.parametrize("shape", [(2, 3, 1), (150, 130), (9, 40, 37)])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_error_is_as_documented(shape, dtype):
     cases = [(1e-3, 1.0, draw(shape).real), (1e-5, 1e-2, draw(shape))]
