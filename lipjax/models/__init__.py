@@ -6,7 +6,9 @@ from lipjax.models.compared import ComparedConvNet
 from lipjax.models.convnet import ConvNet
 from lipjax.models.lipconvnet import LipConvnet
 from lipjax.models.liresnet import LiResNet
+from lipjax.models.patchnet import PatchNet
 from lipjax.models.potentialnet import PotentialNet
+from lipjax.models.sandwichnet import SandwichNet
 from lipjax.nn import LAYERS, LayeredModel, LipschitzModel, layer_fields
 
 MODELS = {
@@ -15,7 +17,9 @@ MODELS = {
     "convnet": ConvNet,
     "lipconvnet": LipConvnet,
     "liresnet": LiResNet,
+    "patchnet": PatchNet,
     "potentialnet": PotentialNet,
+    "sandwichnet": SandwichNet,
 }
 
 
@@ -53,7 +57,17 @@ def get_model(config, *, input_shape: tuple[int, int, int], num_classes: int, ba
     return model
 
 
-__all__ = ["BRONet", "ComparedConvNet", "ConvNet", "LipConvnet", "LiResNet", "PotentialNet", "get_model"]
+__all__ = [
+    "BRONet",
+    "ComparedConvNet",
+    "ConvNet",
+    "LipConvnet",
+    "LiResNet",
+    "PatchNet",
+    "PotentialNet",
+    "SandwichNet",
+    "get_model",
+]
 
 
 def __dir__() -> list[str]:

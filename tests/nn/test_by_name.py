@@ -96,6 +96,37 @@ def test_the_network_of_the_comparison_is_proved_with_every_layer(name, tmp_path
     np.testing.assert_allclose(between[~np.eye(CLASSES, dtype=bool)], 2**0.5, rtol=1e-9)
 
 
+POTENTIAL = {"width": 4, "conv_depth": 1, "conv_hidden": 3, "dense_depth": 1, "dense_hidden": 5, "pool": 2}
+NETWORKS = {
+    "sll": {"name": "potentialnet", **POTENTIAL},
+    "cpl": {"name": "potentialnet", "layer": "cpl", **POTENTIAL},
+    "aol": {"name": "patchnet", "patch": 2, "width": 4, "conv_depth": 1, "features": 2, "dense_depth": 2},
+    "sandwich": {"name": "sandwichnet", "widths": (4,), "dense_widths": (6,)},
+    "bronet": {
+        **{"name": "bronet", "depth": 1, "width": 4, "residual_depth": 1, "crop": False, "stem_kernel": 1},
+        **{"stem_strides": 2, "stem_padding": 0, "neck": "norm", "neck_patch": 2, "neck_features": 6},
+        **{"dense": "bro", "dense_depth": 1},
+    },
+}
+
+
+@pytest.mark.x64_off
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("sll", "aol") else pytest.mark.nightly) for n in NETWORKS]
+)
+def test_networks_as_published_train_freeze_and_certify(name, tmp_path):
+    model = get_model(NETWORKS[name], input_shape=SHAPE, num_classes=CLASSES)
+    frozen, product = proved(model, tmp_path)
+    rows = {row.name: row.claimed for row in frozen.lipschitz_report()}
+    free = math.prod(rows.get(f"{layer}/linear", 1) for layer in ("stem", "residual_01"))  # whose norms nothing holds
+    assert product <= free * ROUNDING
+    assert (free == 1) == (name != "bronet")
+    if "pool" in rows:  # sums of 2 x 2 pixels, channel by channel, over 2
+        pool = frozen.network.ops[frozen.network.names.index("pool")]
+        np.testing.assert_array_equal(pool.kernel, np.full((2, 2, 1, 4), 0.5))
+        assert (pool.groups, pool.strides, rows["pool"]) == (4, 2, pytest.approx(1, abs=1e-9))
+
+
 @pytest.mark.parametrize("name", [name for name, layer in LAYERS.items() if layer.dense is not None])
 def test_dense_counterparts(name):
     class Net(LayeredModel):

@@ -65,7 +65,7 @@ INSIDE = {
         ("group_shuffle",),
         ("by_name",),
     ),
-    "models": (("bronet", "compared", "convnet", "lipconvnet", "liresnet", "potentialnet"),),
+    "models": (("bronet", "compared", "convnet", "lipconvnet", "liresnet", "patchnet", "potentialnet", "sandwichnet"),),
     "interop": (("entries",), ("bronet", "compared", "crm", "lipconvnet", "liresnet", "potentialnet")),
     "training": (
         ("augment", "compile_alarm", "damage", "randaugment", "setting", "sharding", "stopping", "terminal"),
