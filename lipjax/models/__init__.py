@@ -5,6 +5,7 @@ from lipjax.models.bronet import BRONet
 from lipjax.models.compared import ComparedConvNet
 from lipjax.models.convnet import ConvNet
 from lipjax.models.lipconvnet import LipConvnet
+from lipjax.models.lipnext import LipNeXt
 from lipjax.models.liresnet import LiResNet
 from lipjax.models.patchnet import PatchNet
 from lipjax.models.potentialnet import PotentialNet
@@ -16,6 +17,7 @@ MODELS = {
     "compared": ComparedConvNet,
     "convnet": ConvNet,
     "lipconvnet": LipConvnet,
+    "lipnext": LipNeXt,
     "liresnet": LiResNet,
     "patchnet": PatchNet,
     "potentialnet": PotentialNet,
@@ -63,6 +65,7 @@ __all__ = [
     "ConvNet",
     "LipConvnet",
     "LiResNet",
+    "LipNeXt",
     "PatchNet",
     "PotentialNet",
     "SandwichNet",

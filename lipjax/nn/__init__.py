@@ -52,6 +52,7 @@ from lipjax.nn.potential import (
 )
 from lipjax.nn.responses import BROConv, BRODense, BROPatches, BROResidual, BROStack, LOTConv
 from lipjax.nn.scaled import AOLConv, AOLDense
+from lipjax.nn.tokens import ShiftBlocks
 
 __all__ = [
     "CPLConv",
@@ -106,6 +107,7 @@ __all__ = [
     "OrthoLinear",
     "ProjectionPool",
     "SOCHead",
+    "ShiftBlocks",
     "advance_means",
     "flatten",
     "layer_fields",

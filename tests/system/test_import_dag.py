@@ -41,7 +41,7 @@ INSIDE = {
         ("elementwise", "grid", "heads", "potential", "residual", "tokens"),
     ),
     "parametrize": (
-        ("aol", "bjorck", "bro", "cayley", "cholesky", "lln", "lot", "residual", "soc_frequency"),
+        ("aol", "bjorck", "bro", "cayley", "cholesky", "exponential", "lln", "lot", "residual", "soc_frequency"),
         ("aoc", "sll", "soc", "soc_forms"),
         ("bcop", "cpl", "sandwich"),
     ),
@@ -61,11 +61,23 @@ INSIDE = {
     "losses": (("logits",), ("balls", "radii", "transport")),
     "nn": (
         ("channelwise", "layers"),
-        ("cholesky", "explicit", "model", "orthogonal", "potential", "responses", "scaled"),
+        ("cholesky", "explicit", "model", "orthogonal", "potential", "responses", "scaled", "tokens"),
         ("group_shuffle",),
         ("by_name",),
     ),
-    "models": (("bronet", "compared", "convnet", "lipconvnet", "liresnet", "patchnet", "potentialnet", "sandwichnet"),),
+    "models": (
+        (
+            "bronet",
+            "compared",
+            "convnet",
+            "lipconvnet",
+            "lipnext",
+            "liresnet",
+            "patchnet",
+            "potentialnet",
+            "sandwichnet",
+        ),
+    ),
     "interop": (("entries",), ("bronet", "compared", "crm", "lipconvnet", "liresnet", "potentialnet")),
     "training": (
         ("augment", "compile_alarm", "damage", "randaugment", "setting", "sharding", "stopping", "terminal"),

@@ -61,11 +61,16 @@ def test_a_scale_is_that_of_a_head():
     assert abs(plain - loss) > 1e-3  # control: the scale is seen
 
 
-@pytest.mark.parametrize("name", MODELS)
+SIZES = {
+    "lipconvnet": {"depth": 2, "num_blocks": 2, "width": 2},
+    "lipnext": {"tokens": 4, "width": 8, "depth": 1, "shift": 1 / 8, "regions": 2, "neck_features": 4},
+    "liresnet": {"depth": 1, "width": 4, "stem_strides": 1},
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
 def test_no_certificate_sees_the_scale(name):
-    sizes = {"lipconvnet": {"depth": 2, "num_blocks": 2, "width": 2}, "liresnet": {"depth": 1, "width": 4}}
-    sizes |= {"liresnet": {"depth": 1, "width": 4, "stem_strides": 1}}
-    options = {"input_shape": (8, 8, 1), "num_classes": 3, **sizes.get(name, {})}
+    options = {"input_shape": (8, 8, 1), "num_classes": 3, **SIZES[name]}
     model = MODELS[name](**options, logit_scale=SCALE)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
     params = dict(variables["params"])

@@ -1,0 +1,35 @@
+"""A LipNeXt-style network on CIFAR-10 for two CPU cores: 8 x 8 tokens, 128 channels, eight blocks (858,891 parameters).
+
+Of LipNeXt (arXiv:2601.18513) no code is public: docs/lipnext.md says what is known. Grid, neck, loss and scale of the
+logits are our choice: l2 pooling of 4 x 4 regions before a dense layer, logit annealing (arXiv:2505.15174), a learned
+scale that starts low. Batch, learning rate and warm-up are not tuned.
+
+Run: python train.py --config=configs/cifar10_lipnext_small.py --workdir=DIR
+Measured: never.
+"""
+
+from lipjax.training.config import default_config
+
+
+def get_config():
+    config = default_config(model="lipnext", loss="logit_annealing", optimizer="nadam")
+    config.batch_size = 128
+    config.num_epochs = 30
+    config.power_iterations = 3
+
+    config.data.name = "cifar10"
+    config.data.validation_fraction = 0.02
+    config.data.crop_padding = 4
+    config.data.flip = True
+
+    config.model.tokens = 8
+    config.model.width = 128
+    config.model.depth = 8
+    config.model.regions = 4
+    config.model.neck_features = 256
+    config.model.logit_scale = 2.0
+
+    config.optimizer.learning_rate = 2e-3
+    config.checkpoint.every_steps = 100
+    config.certify.attack_images = 1000
+    return config.lock()
