@@ -27,7 +27,11 @@ def rank(in_channels: int, out_channels: int, level: float = 0.5, rule: str = "l
     Of a square layer of c channels level times c, rounded down, but c - 1 for level 1 and 1 for level 0; rule
     "lipconvnet" takes 3 (c // 4) for level 3/4. With other numbers of channels the smaller of them, whatever the level.
 
-    Args: level: from 0 to 1. rule: "lipconvnet" or "bronet", as in the two parts of the paper's code.
+    Args:
+      in_channels, out_channels: of the layer.
+      level: from 0 to 1.
+      rule: "lipconvnet" or "bronet", as in the two parts of the paper's code.
+    Returns: the rank, 1 to the larger number of channels.
     Raises: ValueError for other levels or rules, or where the rank is not from 1 to the larger number of channels.
     Example:
       >>> lipjax.parametrize.bro.rank(512, 512, 1 / 8), lipjax.parametrize.bro.rank(32, 64)
@@ -75,7 +79,7 @@ def packed_response(
     Example: with one tap, V^H V = 1: a Householder reflection at every frequency.
       >>> kernel = jnp.zeros((1, 1, 1, 2)).at[0, 0, 0, 0].set(1.0)
       >>> fixed, paired = lipjax.parametrize.bro.packed_response(kernel, (4, 4), ridge=0.0)
-      >>> fixed.shape, paired.shape, fixed[0].tolist()
+      >>> fixed.shape, paired.shape, fixed[0].round(3).tolist()
       ((4, 2, 2), (6, 2, 2, 2), [[-1.0, 0.0], [0.0, 1.0]])
     """
     fixed, paired = conv.packed_response(kernel, size)
