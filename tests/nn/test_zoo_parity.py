@@ -61,7 +61,7 @@ def check_gradients(arrays, found, skip=()):
 
 @pytest.mark.parametrize(
     "name",
-    ["bronet_bro", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("bronet_cholesky", "bronet_v2"))],
+    ["net_bronet_bro", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("net_bronet_cholesky", "net_bronet_v2"))],
 )
 def test_bronet(name):
     arrays, state, options = load(name)
@@ -98,7 +98,7 @@ def test_bronet(name):
 
 
 def test_the_network_of_the_comparison():
-    arrays, state, options = load("convnet_aol")
+    arrays, state, options = load("net_compared_aol")
     model, variables = interop.from_torch("compared", state, **options)
     x, labels = nhwc(arrays["input/x"]), jnp.asarray(arrays["input/labels"])
     assert relative(jax.jit(model.apply)(variables, x), arrays["output/logits"]) < PARITY
@@ -115,7 +115,7 @@ def test_the_network_of_the_comparison():
 
 
 def test_the_network_of_sdp_based_layers(monkeypatch):
-    arrays, state, options = load("sll_net")
+    arrays, state, options = load("net_sll")
     model, variables = interop.from_torch("sll", state, **options)
     x, labels = nhwc(arrays["input/x"]), jnp.asarray(arrays["input/labels"])
     # What our layers leave below 1 is a factor of 1 - 2^-26 in each of five.
@@ -139,7 +139,7 @@ def test_the_network_of_sdp_based_layers(monkeypatch):
 
 def test_the_network_of_convex_potential_layers(monkeypatch):
     """With the norms that the original's evaluation uses: ours are estimated on another grid, until they converge."""
-    arrays, state, options = load("cpl_net")
+    arrays, state, options = load("net_cpl")
     model, variables = interop.from_torch("cpl", state, **options)
     x, sigma = nhwc(arrays["input/x"]), {}
     for here, there, first in (("conv", "stable_block", 1), ("dense", "layers_linear", 0)):
@@ -160,7 +160,7 @@ def test_the_network_of_convex_potential_layers(monkeypatch):
 
 def test_gradients_of_another_layout_are_noticed():
     """A control for `in_torch_layout`: kernels that are not turned over give another gradient."""
-    arrays, state, options = load("bronet_cholesky")
+    arrays, state, options = load("net_bronet_cholesky")
     _, entries = interop._FAMILIES["bronet"](state, dict(options))
     entry = next(entry for entry in entries if entry.name == "conv.weights")
     places = np.arange(np.size(state[entry.name])).reshape(np.shape(state[entry.name]))[0]
