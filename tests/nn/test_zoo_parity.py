@@ -61,7 +61,10 @@ def check_gradients(arrays, found, skip=()):
 
 @pytest.mark.parametrize(
     "name",
-    ["net_bronet_bro", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("net_bronet_cholesky", "net_bronet_v2"))],
+    [
+        "net_bronet_bro",
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("net_bronet_cholesky", "net_bronet_v2")),
+    ],
 )
 def test_bronet(name):
     arrays, state, options = load(name)
