@@ -9,11 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+FEW = 60
 # A test with the argument `examples` tries so many, and many more at night.
 few_and_nightly_many = pytest.mark.parametrize(
     "examples",
     [
-        pytest.param(60, id="normal"),
+        pytest.param(FEW, id="normal"),
         pytest.param(int(os.environ.get("LIPJAX_EXAMPLES", "2000")), id="nightly", marks=pytest.mark.nightly),
     ],
 )

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lipjax.operators.grid import on_grid
 
 from lipjax import operators, spectral
+from lipjax.operators.grid import on_grid
 from lipjax.parametrize import cpl, sandwich, sll
 from lipjax.spectral import norms
 

@@ -28,6 +28,11 @@ OF_OTHERS = {
     ("checker.py", "O_NONBLOCK"),
     ("verified.py", "sched_getaffinity"),
     ("pairs.py", "is_fully_addressable"),  # of an array
+    ("channelwise.py", "is_fully_addressable"),  # of an array
+    ("channelwise.py", "dtype"),  # of an array, or of what stands in its place
+    ("manifold.py", "key"),  # of the keys of a path in a tree
+    ("manifold.py", "name"),
+    ("manifold.py", "idx"),
     ("text.py", "shape"),  # of an array, or of what stands in its place
     ("__init__.py", "__name__"),
 }
