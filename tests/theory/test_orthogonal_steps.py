@@ -51,13 +51,13 @@ FACTORS = {
 )
 def test_singular_values_drift_as_stated_in_the_worst_case(order, norm, stated):
     angle = norm / np.sqrt(2)
-    values = np.linalg.svd(linalg.expm_truncated(jnp.asarray(one_plane(angle)), order), compute_uv=False)
-    far = values[np.argmax(np.abs(values - 1))]
+    both = jnp.asarray(np.stack([one_plane(angle, 5), skew((5, 5), norm)]))
+    worst, generic = np.linalg.svd(linalg.expm_truncated(both, order), compute_uv=False)
+    far = worst[np.argmax(np.abs(worst - 1))]
     np.testing.assert_allclose(far, FACTORS[order](angle), rtol=20 * U64)
     assert stated / 2 < abs(far - 1) < stated
     first = {2: angle**4 / 8, 3: -(angle**4) / 24, 4: -(angle**6) / 144}[order]
     np.testing.assert_allclose(far - 1, first, rtol=0.4)  # the leading term
-    generic = np.linalg.svd(linalg.expm_truncated(jnp.asarray(skew((6, 6), norm)), order), compute_uv=False)
     assert np.abs(generic - 1).max() < abs(far - 1)
 
 
@@ -77,7 +77,7 @@ def test_the_series_is_as_long_as_the_largest_norm_of_the_stack_needs():
 
 @pytest.mark.parametrize("norm", [0.3, 1.5, 6.0, 40.0])
 def test_large_steps_are_exponentials(norm):
-    a = skew((2, 9, 9), norm)
+    a = skew((2, 5, 5), norm)
     expected = np.stack([scipy.linalg.expm(m) for m in a])
     np.testing.assert_allclose(linalg.expm_truncated(jnp.asarray(a), "exact"), expected, rtol=0, atol=40 * norm * U64)
     taylor = linalg.expm_truncated(jnp.asarray(a))
@@ -87,7 +87,7 @@ def test_large_steps_are_exponentials(norm):
 # ---- tangents and geodesics ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n", "p"), [(7, 3), (9, 1), (6, 6)])
+@pytest.mark.parametrize(("n", "p"), [(7, 3), (6, 6)])
 def test_geodesics_are_those_of_the_whole_space(n, p):
     """exp(W x^T - x W^T) x with the n x n exponential; wide matrices by transposition."""
     x, g = orthonormal(n, p), np.random.default_rng(3).normal(size=(n, p))
@@ -135,7 +135,7 @@ def test_a_step_that_leaves_the_span_in_few_directions_is_as_good():
         assert departure(found) < 200 * U64
 
 
-@pytest.mark.parametrize("order", [2, 3, 4])
+@pytest.mark.parametrize("order", [2, 4])
 def test_truncated_rectangular_steps_drift_as_square_ones(order):
     """The same polynomial of the n x n matrix: out of the span along one direction turns one plane."""
     x = orthonormal(7, 3)
@@ -149,10 +149,14 @@ def test_truncated_rectangular_steps_drift_as_square_ones(order):
 # ---- the way back ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(
-    ("shape", "spread"),
-    [((20, 20), 1e-6), ((20, 20), 1e-2), ((3, 12, 7), 0.1), ((7, 12), 0.5), ((9, 9), 3.0), ((9, 4), 12.0)],
+    ("dtype", "shape", "spread"),
+    [
+        *(("float32", (20, 20), spread) for spread in (1e-6, 1e-2, 1.0)),
+        ("float32", (7, 12), 0.5),
+        ("float64", (3, 12, 7), 0.1),
+        *(("float64", (9, 4), spread) for spread in (1e-6, 3.0, 12.0)),
+    ],
 )
 def test_the_polar_factor_is_that_of_singular_vectors(dtype, shape, spread):
     """Singular values between exp(-spread) and exp(spread): 12 is a condition number of 3e10."""
@@ -163,8 +167,6 @@ def test_the_polar_factor_is_that_of_singular_vectors(dtype, shape, spread):
     unit = U32 if dtype == "float32" else U64
     found = np.asarray(linalg.polar(jnp.asarray(x)))
     assert found.dtype == dtype
-    if unit * np.exp(2 * spread) > 0.1:  # rounding x has changed its factor
-        return
     assert departure(found) <= 4 * np.sqrt(min(shape[-2:])) * unit
     # Rounding of x, and of products along the way, moves the factor by as much over the least singular value.
     np.testing.assert_allclose(found, u @ v, rtol=0, atol=40 * unit * np.exp(2 * spread))
@@ -172,7 +174,7 @@ def test_the_polar_factor_is_that_of_singular_vectors(dtype, shape, spread):
 
 
 def test_a_matrix_without_a_polar_factor_ends():
-    assert np.isfinite(linalg.polar(jnp.zeros((3, 3)))).all()
+    assert np.isfinite(linalg.polar(jnp.zeros((2, 2)))).all()
     found = linalg.polar(jnp.asarray(np.diag([2.0, 0.0])))
     np.testing.assert_allclose(found, np.diag([1.0, 0.0]), atol=1e-12)
     assert np.isnan(linalg.polar(jnp.full((2, 2), jnp.nan))).all()
