@@ -14,6 +14,7 @@ from flax.core import FrozenDict
 from lipjax import operators
 from lipjax.nn.cholesky import CholeskyDense
 from lipjax.nn.explicit import AOC, BCOP, RKO, OrthoHead, OrthoLinear
+from lipjax.nn.group_shuffle import GroupAndShuffle
 from lipjax.nn.layers import ELEMENTWISE, Conv, Dense, NamedOperators
 from lipjax.nn.model import LipschitzModel
 from lipjax.nn.orthogonal import ACTIVATIONS, SOC, Cayley, CayleyHead, SOCHead
@@ -116,6 +117,10 @@ def _soc(features: int, kernel_size: int, strides: int, *, scale: float | None, 
     return SOC(features, kernel_size, strides, scale=_soc_scale(scale, kernel_size), **fields)
 
 
+def _group_shuffle(features: int, kernel_size: int, strides: int, *, scale: float | None, **fields):
+    return GroupAndShuffle(features, kernel_size, strides, scale=_soc_scale(scale, kernel_size), **fields)
+
+
 def _soc_head(num_classes: int, *, scale, train_terms, eval_terms, name, **fields):
     del fields
     scale = _soc_scale(scale, 1)
@@ -193,6 +198,23 @@ LAYERS: dict[str, Layer] = {
         OrthoLinear,
         fields={"padding": _padding("CIRCULAR"), "rank": _RANK, "method": _METHOD, "num_iters": _STEPS},
         strides=lambda kernel_size, strides: kernel_size % strides == 0,
+    ),
+    "group_shuffle": Layer(
+        "group-and-shuffle: skew orthogonal convolutions in groups, with the channels dealt out anew between them",
+        _group_shuffle,
+        head=_soc_head,
+        fields={
+            "groups": Field(2, "of channels, in the k x k layers"),
+            "pointwise_groups": Field(2, "likewise in the 1 x 1 layers behind them"),
+            "paired": Field(False, "neighbouring channels stay together"),
+            "padding": _padding("ZERO"),
+            "train_terms": Field(5, "highest power of the series in a training step"),
+            "eval_terms": Field(12, "likewise in evaluation and certification"),
+            "scale": _SOC_SCALE,
+            "fast_gradient": Field(False, "the approximate backward pass of arXiv:2211.08453"),
+        },
+        check=_check_scale,
+        strides=_always,
     ),
     "rko": Layer(
         "reshaped kernel orthogonalisation",

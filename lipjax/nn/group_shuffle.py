@@ -1,6 +1,7 @@
 """Group-and-shuffle convolutions: orthogonal layers in groups, with the channels dealt out anew between them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 
@@ -12,15 +13,15 @@ from lipjax.nn.orthogonal import SOC
 class GroupAndShuffle(nn.Module):
     """Shuffle, SOC in groups, shuffle, 1 x 1 SOC in other groups, activation; a bias after each SOC.
 
-    Each output depends on all inputs if groups[0] groups[1] is at most the number of channels, at a fraction of the
-    cost of a SOC: 1 / groups[0] for each term of the series, and 1 / groups[1] for those of the 1 x 1 layer.
+    Each output depends on all inputs if the product of both numbers of groups is at most the number of channels, at a
+    fraction of the cost of a SOC: 1 / groups for each term of the series, and a 1 x 1 layer in its groups.
 
-    groups: of the two layers. paired: neighbouring channels stay together when channels are dealt out, which suits
-    activations that act on neighbours. The first shuffle deals out the layer's own input, before strides (space to
-    depth) and before channels are padded, and is left out where groups[0] does not divide its channels; this is the
-    order of the original. shuffle_between: False leaves the second one out, as the original's class GS_SOC does, which
-    forgets its result; its GS_SOC_Accelerated has it. Other fields: as of `SOC`; scale is that of the first layer, the
-    1 x 1 layer's is 1.
+    groups, pointwise_groups: of the first and the second layer. paired: neighbouring channels stay together when they
+    are dealt out, which suits activations that act on neighbours. The first shuffle deals out the layer's own input,
+    before strides (space to depth) and before channels are padded, and is left out where groups does not divide its
+    channels; this is the order of the original. shuffle_between: False leaves the second one out, as the original's
+    class GS_SOC does, which forgets its result; its GS_SOC_Accelerated has it. Other fields: as of `SOC`; scale is that
+    of the first layer, the 1 x 1 layer's is 1.
 
     Source: Gorbunov, Yudin, Soboleva, Alanov, Naumov & Rakhuba 2024, arXiv:2406.10019.
     """
@@ -28,7 +29,8 @@ class GroupAndShuffle(nn.Module):
     features: int
     kernel_size: int = 3
     strides: int = 1
-    groups: tuple[int, int] = (4, 4)
+    groups: int = 4
+    pointwise_groups: int = 4
     paired: bool = False
     shuffle_between: bool = True
     padding: str = "ZERO"
@@ -42,8 +44,8 @@ class GroupAndShuffle(nn.Module):
 
     @nn.compact
     def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
-        (first, second), shape = self.groups, tuple(in_shape)
-        found: list = []
+        first, second, shape = self.groups, self.pointwise_groups, tuple(in_shape)
+        found: list[tuple[str, Any]] = []
 
         def shuffle(groups: int, name: str, shape: tuple[int, ...]) -> None:
             found.append((name, operators.ChannelShuffle(shape, groups, self.paired)))

@@ -21,7 +21,7 @@ def layer_of(case):
     z, meta = load(f"gs_{case}")
     c = meta["constructor"]
     options = {"kernel_size": c["kernel_size"], "strides": c["stride"], "paired": c["paired"], "activation": None}
-    module = GroupAndShuffle(c["out_channels"], groups=tuple(c["groups"]), **options)
+    module = GroupAndShuffle(c["out_channels"], groups=c["groups"][0], pointwise_groups=c["groups"][1], **options)
     params, state = {}, {}
     for ours, theirs in (("spatial", "soc1"), ("pointwise", "soc2")):
         kernel, bias = z[f"param/{theirs}.random_conv_filter"], z[f"param/{theirs}.bias"]
@@ -66,8 +66,8 @@ def test_layers_of_the_original(case):
 
 class Net(LipschitzModel):
     def layers(self):
-        first = GroupAndShuffle(8, 3, 2, (2, 4), eval_terms=12, name="first")
-        second = GroupAndShuffle(8, 3, 1, (4, 2), paired=True, padding="CIRCULAR", name="second")
+        first = GroupAndShuffle(8, 3, 2, 2, 4, eval_terms=12, name="first")
+        second = GroupAndShuffle(8, 3, 1, 4, 2, paired=True, padding="CIRCULAR", name="second")
         return [first, second, SOC(8, groups=8, name="depthwise"), flatten], LinearHead(3, name="head")
 
 
@@ -123,8 +123,8 @@ def test_a_network_trains_freezes_and_certifies():
             "2 groups, form 'auto' and num_terms",
         ),
         (functools.partial(SOC, 8, groups=2, padding="CIRCULAR", form="response"), "form 'spatial'"),
-        (functools.partial(GroupAndShuffle, 8, groups=(2, 3)), "that divide the 8 channels, got 3"),
-        (functools.partial(GroupAndShuffle, 8, groups=(3, 2)), "groups >= 1 that divide its 8 channels"),
+        (functools.partial(GroupAndShuffle, 8, groups=2, pointwise_groups=3), "that divide the 8 channels, got 3"),
+        (functools.partial(GroupAndShuffle, 8, groups=3, pointwise_groups=2), "groups >= 1 that divide its 8 channels"),
     ],
 )
 def test_misuse_says_what_was_expected(layer, message):
