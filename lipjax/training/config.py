@@ -102,7 +102,7 @@ def default_config(
     config.loss.epsilon = 36 / 255  # the radius that validation certifies at
 
     config.optimizer = ml_collections.ConfigDict()
-    config.optimizer.name = "adamw"  # or "adam", "nadam", "nadamw", "sgd", "manifold_adam"; it brings fields
+    config.optimizer.name = "adamw"  # or "adam", "nadam", "nadamw", "sgd", "manifold_adam"; it may bring fields
     config.optimizer.learning_rate = 1e-3  # the largest of the schedule
     config.optimizer.schedule = "cosine"  # or another of those below, from the warm-up on; likewise
     config.optimizer.weight_decay = 0.0  # decoupled in adamw and nadamw; added to the gradient (L2) in the others
