@@ -13,6 +13,7 @@ from lipjax.interop.crm import crm
 from lipjax.interop.lipconvnet import improved, soc
 from lipjax.interop.liresnet import liresnet
 from lipjax.interop.potentialnet import cpl, sll
+from lipjax.interop.sandwichnet import lbdn
 from lipjax.nn import COLLECTION, LipschitzModel
 
 # State of the original that has no counterpart here: of a curvature estimate, constants that are checked apart,
@@ -31,6 +32,7 @@ _FAMILIES = {
     "cpl": cpl,
     "crm": crm,
     "improved_l2": improved,
+    "lbdn": lbdn,
     "liresnet": liresnet,
     "sll": sll,
     "soc": soc,
@@ -47,7 +49,8 @@ def from_torch(family: str, state_dict: dict[str, Any], **options) -> tuple[Lips
         the class GloroNet with LiResConv, Map2Vec and LiResMLP; "bronet" (ntuaislab/BRONet, arXiv:2505.15174): the
         class BRONet with BRO backbones; "compared" (berndprach/1LipschitzLayersCompared, arXiv:2311.16833): the class
         SimplifiedConvNet; "sll" (araujoalexandre/Lipschitz-SLL-Networks, arXiv:2303.03169): LipschitzNetwork; "cpl"
-        (MILES-PSL/Convex-Potential-Layer, arXiv:2110.12690): ConvexPotentialLayerNetwork with use_lln.
+        (MILES-PSL/Convex-Potential-Layer, arXiv:2110.12690): ConvexPotentialLayerNetwork with use_lln; "lbdn"
+        (acfr/LBDN, arXiv:2301.11526): DNN with gamma 1.
       state_dict: name -> array (anything that numpy.asarray takes), with the original's names and layouts. The
         original's state_dict() of "crm" networks has it under "original".
       options: the original constructor's arguments by name ("crm": the entries of networkConfiguration, of which

@@ -15,7 +15,7 @@ from training_helpers import quick_compiles  # noqa: F401
 
 from lipjax import bounds, interop, losses
 from lipjax.nn import COLLECTION, potential
-from lipjax.parametrize import cpl, sll
+from lipjax.parametrize import cpl, sandwich, sll
 
 PARITY = 1e-9
 
@@ -159,6 +159,63 @@ def test_the_network_of_convex_potential_layers(monkeypatch):
         for network in (theirs, ours)
     ]
     assert products[0] > 1.001 and products[1] <= 1 + 1e-6
+
+
+def cayley_of_wide(w):
+    """[A B] with orthonormal rows, as the original writes it: for complex matrices transposed, not conjugated."""
+    o, w = len(w), w.T
+    u, v, eye = w[:o], w[o:], np.eye(len(w[0]))
+    inverse = np.linalg.inv(eye + u - u.conj().T + v.conj().T @ v)
+    z = u - u.conj().T + v.conj().T @ v
+    return np.concatenate([inverse @ (eye - z), -2 * v @ inverse]).T
+
+
+def sandwich_convolution(x, weight, bias, psi, alpha, strided):
+    """The original's layer on an image (c, n, n), frequency by frequency."""
+    if strided:
+        c, n, _ = x.shape
+        x = x.reshape(c, n // 2, 2, n // 2, 2).transpose(0, 2, 4, 1, 3).reshape(4 * c, n // 2, n // 2)
+    o, _, k, _ = weight.shape
+    n = x.shape[1]
+    away = np.arange(k) - (k - 1) // 2
+    waves = np.exp(2j * np.pi * np.arange(n)[:, None] * away / n)
+    symbols = np.einsum("oiab,fa,gb->fgoi", weight, waves, waves)
+    symbols *= alpha / np.linalg.norm(symbols[:, : n // 2 + 1])
+    stacked = np.array([[cayley_of_wide(w) for w in row] for row in symbols])
+    first, second = stacked[..., :o], stacked[..., o:]
+    hidden = np.einsum("fgoi,ifg->ofg", second, np.fft.fft2(x))
+    hidden = np.fft.ifft2(2**0.5 * np.exp(-psi)[:, None, None] * hidden).real + bias[:, None, None]
+    hidden = np.exp(psi)[:, None, None] * np.fft.fft2(np.maximum(hidden, 0))
+    return np.fft.ifft2(2**0.5 * np.einsum("fgoi,ofg->ifg", first.conj(), hidden)).real
+
+
+def test_the_network_of_sandwiches(monkeypatch):
+    """Against the original's definition in NumPy: its own sizes, which are fixed, are too large to compare."""
+    rng, o, dense, classes = np.random.default_rng(0), 4, 6, 3
+    shapes = [(o, o + 2, 3, 3), (o, o + 4 * o, 1, 1), (dense, dense + 4 * o)]
+    state = {}
+    for i, shape in zip((0, 1, 3), shapes, strict=True):
+        state[f"model.{i}.weight"] = rng.normal(size=shape)
+        state |= {f"model.{i}.{name}": rng.normal(size=shape[0]) / 2 for name in ("bias", "psi")}
+        state[f"model.{i}.alpha"] = np.array(rng.uniform(2, 4))
+    state |= {"model.4.weight": rng.normal(size=(classes, dense)), "model.4.bias": rng.normal(size=classes)}
+    options = {"img_size": 4, "in_channels": 2, "num_classes": classes, "widths": (o,), "dense_widths": (dense,)}
+    model, variables = interop.from_torch("lbdn", state, **options)
+    image = rng.normal(size=(2, 4, 4))
+    x = image
+    for i in (0, 1):
+        x = sandwich_convolution(x, *(state[f"model.{i}.{n}"] for n in ("weight", "bias", "psi", "alpha")), i == 1)
+    weight, psi = state["model.3.weight"], state["model.3.psi"]
+    stacked = cayley_of_wide(state["model.3.alpha"] * weight / np.linalg.norm(weight))
+    hidden = 2**0.5 * np.exp(-psi) * (stacked[:, dense:] @ x.ravel()) + state["model.3.bias"]
+    x = 2**0.5 * stacked[:, :dense].T @ (np.exp(psi) * np.maximum(hidden, 0))
+    rows = state["model.4.weight"] / np.linalg.norm(state["model.4.weight"], axis=1, keepdims=True)
+    for name in ("dense", "blocks", "bias"):  # without the room that ours leave below 1
+        monkeypatch.setattr(sandwich, name, functools.partial(getattr(sandwich, name), room=1.0))
+    ours = model.apply(variables, nhwc(image[None]))[0]
+    assert relative(ours, rows @ x + state["model.4.bias"]) < PARITY
+    with pytest.raises(ValueError, match="gamma: expected 1"):
+        interop.from_torch("lbdn", state, gamma=2.0, **options)
 
 
 def test_gradients_of_another_layout_are_noticed():

@@ -78,7 +78,7 @@ INSIDE = {
             "sandwichnet",
         ),
     ),
-    "interop": (("entries",), ("bronet", "compared", "crm", "lipconvnet", "liresnet", "potentialnet")),
+    "interop": (("entries",), ("bronet", "compared", "crm", "lipconvnet", "liresnet", "potentialnet", "sandwichnet")),
     "training": (
         ("augment", "compile_alarm", "damage", "randaugment", "setting", "sharding", "stopping", "terminal"),
         ("accumulate", "cluster", "metrics", "objective", "optimizer"),
