@@ -3,6 +3,8 @@
 Patches of 2 x 2 pixels are tokens, on a grid of 4 x 4. Of LipNeXt (arXiv:2601.18513) no code is public: docs/lipnext.md
 says what is known. Other forms: --config.model.orthogonal=exponential, --config.model.neck=l2, and so on.
 Run: python train.py --config=configs/digits_lipnext.py --workdir=DIR
+Measured: accuracy 97.21 %, proved at l2 radius 0.1 95.26 %, 0.25 88.30 %, 0.5 60.45 % (seed 0, commit c9fec03, two
+cores of an AMD EPYC that did other work besides: 36 s of processor time with compilation, certification and attack).
 """
 
 from lipjax.training.config import default_config
