@@ -18,7 +18,7 @@ SCHEDULE = {"epsilon": 0.1}
 
 def examples():
     """(operator, how many roundings to bfloat16, each relative to the norm, reach its result) by its type's name."""
-    keys = iter(jax.random.split(jax.random.key(0), 20))
+    keys = iter(jax.random.split(jax.random.key(0), 30))
 
     def normal(*shape):
         return jax.random.normal(next(keys), shape, jnp.float32)
@@ -38,7 +38,9 @@ def examples():
         (bias, 1),
         (operators.CircularConv.from_blocks(fixed, paired, image), fourier),
         (operators.CircularSeries(fixed, paired, image, 6, 3), 2 * fourier),
+        (operators.ChannelShuffle(image, 2), 0),
         (operators.Conv(normal(3, 3, 6, 4), image, 2), dense),
+        (operators.ConvTranspose(operators.Conv(normal(3, 3, 6, 4), image, 2)), dense),
         (operators.ConvExponential(skew, image, 3), 3 * dense),
         (operators.ConvExponential(skew, image, 3, fast_gradient=True), 3 * dense),
         (operators.Crop(image, ((1, 0), (0, 2))), 0),
@@ -49,13 +51,23 @@ def examples():
         (operators.Householder2(jnp.stack([direction, pairs, pairs]), image), 1),
         (operators.L2Pool(image, (2, 1)), 1),
         (operators.LeakyReLU(image, 0.1), 1),
+        (operators.LinearSpline(normal(6, 5), 1 + jnp.abs(normal(6)), image, 0.5), 2 * dense),
         (operators.MaxMin(vector), 0),
         (operators.MaxPoolPairs(vector), 0),
+        (operators.NActivation(-jnp.abs(normal(6)), jnp.abs(normal(6)), image), 2),
         (operators.PadChannels(image, 8), 0),
+        (operators.PartialAbs(image), 0),
         (operators.PositionalBias(normal(4, 4, 1), image), 1),
+        (operators.PotentialStep(square, normal(6), operators.ReLU(image)), 2 * dense),
         (operators.ProjectionPool(pairs, image), 1),
         (operators.ReLU(image), 0),
         (operators.Residual((square, bias, operators.MaxMin(image))), 2 * dense),
+        (
+            operators.Sandwich(
+                operators.Conv(0.1 * normal(3, 3, 6, 5), image), normal(5), operators.ReLU((4, 4, 5)), 2
+            ),
+            2 * dense,
+        ),
         (operators.Shift(image, 1), 0),
         (operators.Sigmoid(image), 1),
         (operators.Softplus(image), 1),
