@@ -106,8 +106,11 @@ MADE = {
     "Householder2(in (4, 4, 2))": operators.Householder2(np.ones((3, 2, 1)), SHAPE),
     "L2Pool(regions (2, 1), in (4, 4, 2))": operators.L2Pool(SHAPE, (2, 1)),
     "LeakyReLU(negative_slope 0.2, in (4, 4, 2))": operators.LeakyReLU(SHAPE, 0.2),
+    "LinearSpline(spacing 0.5, in (4, 4, 2))": operators.LinearSpline(np.zeros((2, 5)), np.ones(2), SHAPE, 0.5),
     "MaxMin(in (4, 4, 2))": operators.MaxMin(SHAPE),
     "MaxPoolPairs(in (4, 4, 2))": operators.MaxPoolPairs(SHAPE),
+    "NActivation(in (4, 4, 2))": operators.NActivation(np.zeros(2), np.ones(2), SHAPE),
+    "PartialAbs(in (4, 4, 2))": operators.PartialAbs(SHAPE),
     "PadChannels(channels 5, in (4, 4, 2))": operators.PadChannels(SHAPE, 5),
     "PotentialStep(Dense(3 -> 5), ReLU(in (5,)), nonexpansive)": operators.PotentialStep(
         operators.Dense(np.zeros((5, 3))), np.zeros(5), operators.ReLU((5,)), nonexpansive=True
