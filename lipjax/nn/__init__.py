@@ -7,11 +7,12 @@ try:
 except ModuleNotFoundError:
     require_extra("train", "flax")
 
-from lipjax.nn.by_name import ALL_ACTIVATIONS, LAYERS, Field, LayeredModel, layer_fields
+from lipjax.nn.by_name import ALL_ACTIVATIONS, LAYERS, Field, layer_fields
 from lipjax.nn.channelwise import LinearSpline, NActivation
 from lipjax.nn.cholesky import CholeskyConv, CholeskyDense, CholeskyStack
 from lipjax.nn.explicit import AOC, BCOP, RKO, AOCTranspose, OrthoHead, OrthoLinear
 from lipjax.nn.group_shuffle import GroupAndShuffle
+from lipjax.nn.layered import LayeredModel
 from lipjax.nn.layers import (
     COLLECTION,
     ELEMENTWISE,

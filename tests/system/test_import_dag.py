@@ -64,6 +64,7 @@ INSIDE = {
         ("cholesky", "explicit", "model", "orthogonal", "potential", "responses", "scaled", "tokens"),
         ("group_shuffle",),
         ("by_name",),
+        ("layered",),
     ),
     "models": (
         (
