@@ -156,6 +156,7 @@ def splines(draw):
     return lambda: (values, scale, spacing, np.sort(points, axis=0))
 
 
+@few_and_nightly_many
 def test_splines_are_never_steeper_and_err_by_no_more(examples):
     """In `operators` and in the checker, against the interpolant of the stored values in exact rationals."""
     refused = []
