@@ -16,7 +16,7 @@ from lipjax import conv, operators
 from lipjax.parametrize import lln, residual
 
 Initializer = Callable[..., jax.Array]
-NamedOperators = list[tuple[str, object]]
+NamedOperators = list[tuple[str, Any]]
 
 COLLECTION = "lip"
 """Name of the state collection: warm-started vectors of norm estimates and normalisations, running means."""

@@ -137,9 +137,9 @@ def default_config(
     for choice, name in zip(CHOICES, (model, loss, optimizer, schedule, layer), strict=True):
         if name is None and choice is LAYER:
             continue
-        _check(name in choice.names, choice.path, f"one of {sorted(choice.names)}", name)
+        _check(str(name) in choice.names, choice.path, f"one of {sorted(choice.names)}", name)
         _check(choice.field in config[choice.group], choice.path, f"nothing, since {model} has its own layers", name)
-        choice.choose(config, name)
+        choice.choose(config, str(name))
     return config
 
 
@@ -162,7 +162,7 @@ def validate(config) -> None:
     """Raises: UserError naming the first field that does not exist or whose value cannot be used."""
     for choice in RECIPE:
         name = choice.chosen(config)
-        _check(name in choice.names, choice.path, f"one of {sorted(choice.names)}", name)
+        _check(str(name) in choice.names, choice.path, f"one of {sorted(choice.names)}", name)
     # Which models have which attributes they check themselves.
     defaults = defaults_for({name: value for name, value in config.items() if name in ("loss", "optimizer")})
     _check_types(config, defaults, "")
