@@ -9,7 +9,6 @@ from flax.core import FrozenDict
 
 from lipjax import operators
 from lipjax.nn.by_name import LAYERS, layer_fields
-from lipjax.nn.layers import NamedOperators
 from lipjax.nn.model import LipschitzModel
 
 
@@ -93,7 +92,7 @@ def _around(layer, name, features: int, strides: int, activation, square: bool, 
     square: the layer keeps the number of channels: zeros are appended in front of it, or channels left out behind it,
     to make `features` of them.
     """
-    ops: NamedOperators = []
+    ops: list = []
     shape = tuple(in_shape)
     if strides > 1:
         ops.append((f"{name}/spacetodepth", operators.SpaceToDepth(shape, strides)))
