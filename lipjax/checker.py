@@ -327,7 +327,7 @@ def is_below(grams: np.ndarray, error: Fraction, limit: Fraction) -> bool:
     for real, sqrt(2) gamma_(2n+2) for complex matrices, where gamma_(n+4) and gamma_(3(n+4)) are taken.
     """
     n = grams.shape[-1]
-    room = limit - error - TINY
+    room = min(limit - error - TINY, Fraction(2) ** 400)  # a claim may be beyond what a float holds
     diagonals = np.einsum("...ii->...i", grams).real
     if room <= 0 or not np.isfinite(diagonals).all():
         return False
@@ -465,6 +465,13 @@ class Axis:
         return bool((outside % (self.stride * grid) >= self.size).all())
 
 
+def met_taps(kernel: np.ndarray, axes: tuple[Axis, Axis]) -> np.ndarray:
+    """The kernel with zeros for taps that only ever meet padding: the same map."""
+    keep = np.zeros(kernel.shape[:2], bool)
+    keep[np.ix_(axes[0].used, axes[1].used)] = True
+    return np.where(keep[:, :, None, None], kernel, 0.0)
+
+
 def conv_below(kernel: np.ndarray, axes: tuple[Axis, Axis], method: str, details: dict, limit: Fraction) -> bool:
     """True if |conv| <= limit is proved of the convolution with a kernel HWIO, by the method that is claimed.
 
@@ -476,9 +483,7 @@ def conv_below(kernel: np.ndarray, axes: tuple[Axis, Axis], method: str, details
         return autocorrelation_below(kernel, axes, limit)
     if method == ROW_SUMS:
         return row_sums_below(kernel, (axes[0].stride, axes[1].stride), details, limit)
-    keep = np.zeros(kernel.shape[:2], bool)
-    keep[np.ix_(axes[0].used, axes[1].used)] = True
-    kernel = np.where(keep[:, :, None, None], kernel, 0.0)
+    kernel = met_taps(kernel, axes)
     if not kernel.any():
         return limit >= 0
     kernel, exponent = scaled(kernel)
@@ -532,7 +537,7 @@ def groups_below(parts: list[np.ndarray], axes: tuple[Axis, Axis], method: str, 
     """As `conv_below` of groups of channels: the map is block-diagonal, and each group has a proof of its own (§3c)."""
     if len(parts) == 1:
         return conv_below(parts[0], axes, method, details, limit)
-    if not any(part.any() for part in parts):
+    if not any(met_taps(part, axes).any() for part in parts):
         return limit >= 0
     need(method == GROUPS, f"the method {method!r} is none for {len(parts)} groups of channels")
     rows: Any = details.get("groups")
@@ -1035,10 +1040,18 @@ class Operator:
 
     def named(self, method: Any) -> str:
         """The stated method. Raises: Unproved if it is none by which such an operator is bounded."""
-        need(method in self.methods, f"the method {method!r} is none for it: {' | '.join(self.methods)}")
-        zero = method != ZERO or not any(getattr(self, name).any() for name in self.arrays)
-        need(zero, "the method is that of a zero operator, which it is not")
+        known = self.known_methods()
+        need(method in known, f"the method {method!r} is none for it: {' | '.join(known)}")
+        need(method != ZERO or self.is_zero(), "the method is that of a zero operator, which it is not")
         return method
+
+    def known_methods(self) -> tuple[str, ...]:
+        """What a certificate may call its proof."""
+        return self.methods
+
+    def is_zero(self) -> bool:
+        """True if the linear part is zero for its arrays."""
+        return not any(getattr(self, name).any() for name in self.arrays)
 
     def cost(self) -> int | float:
         """About how many multiplications `evaluate`, `apply` or `back` take for one input."""
@@ -1226,6 +1239,9 @@ class Conv(Operator):
     def proves(self, claim, method, details):
         return groups_below(self.group_kernels, self.axes, method, details, claim)
 
+    def is_zero(self):
+        return not any(met_taps(part, self.axes).any() for part in self.group_kernels)
+
     def cost(self):
         return 2 * sum(conv_cost(part, self.axes) for part in self.group_kernels) + super().cost()
 
@@ -1343,6 +1359,7 @@ class ConvExponential(Operator):
         norm = finite(details.get("skew_norm"), "skew_norm")
         need(details.get("num_terms") == self.num_terms, "num_terms of the details is another")
         kh, kw, c, _ = self.kernel.shape
+        need(norm <= 2.0**100, f"skew_norm {norm!r} is beyond 2^100")
         self.norm, exact, by = norm, Fraction(norm), details.get("skew_norm_method")
         # |J| <= sqrt(kh kw) |K| for K reshaped in one of two ways (§9), compared by squares; of every group.
         limit = exact / root_up(Fraction(kh * kw))
@@ -1352,7 +1369,8 @@ class ConvExponential(Operator):
             turned = (part.transpose(0, 3, 1, 2).reshape(kh * c, kw * c) for part in self.group_kernels)
             proved = all(matrix_below(matrix, limit) for matrix in turned)
         else:
-            need(by != ZERO or not self.kernel.any(), "skew_norm_method is that of a zero kernel, which it is not")
+            zero = not any(met_taps(part, self.axes).any() for part in self.group_kernels)
+            need(by != ZERO or zero, "skew_norm_method is that of a zero kernel, which it is not")
             proved = groups_below(self.group_kernels, self.axes, str(by), details, exact)
         need(proved, f"|J| <= {norm!r} (skew_norm) cannot be proved")
         return series_below(self.num_terms, exact, claim)
@@ -1874,10 +1892,9 @@ class Elementwise(Operator):
     slope: tuple[Fraction, Fraction] = (Fraction(0), Fraction(1))
     error = 0.0  # of a component
 
-    def named(self, method):
+    def known_methods(self) -> tuple[str, ...]:
         low, high = map(float, self.slope)
-        self.methods = (f"exact: slopes between {low:g} and {high:g}",)
-        return super().named(method)
+        return (f"exact: slopes between {low:g} and {high:g}",)
 
     def proves(self, claim, method, details):
         return claim >= max(map(abs, self.slope))
@@ -2005,9 +2022,8 @@ class LinearSpline(Elementwise):
             ends.append(sign * max(sign * (Fraction(float(b)) - Fraction(float(a))) for a, b in exact))
         self.slope = ends[0] / Fraction(spacing), ends[1] / Fraction(spacing)
 
-    def named(self, method):
-        self.methods = ("exact: slopes of the stored values",)
-        return Operator.named(self, method)
+    def known_methods(self):
+        return ("exact: slopes of the stored values",)
 
     def pieces(self, t):
         """The values to the left and to the right of t, and the weight of the latter."""
@@ -2142,6 +2158,11 @@ class Back(Operator):
         return abs(self.factor) * self.map.local_back(x)
 
 
+# What the rows of the ways forward and back state.
+COLUMNS = "the bound of the stored map, of which these are columns"
+TWICE = "twice the bound of the stored map"
+
+
 class TwoPaths(Composite):
     """The base of potential steps and sandwiches (§6a): one stored linear map, applied forward and back.
 
@@ -2195,9 +2216,12 @@ class TwoPaths(Composite):
         names = type(linear).__name__, "Bias", type(self.activation).__name__, name
         # Columns of a matrix have no larger norm, and an adjoint has the same.
         claims = linear.claim, Fraction(1), self.activation.slope[1], 2 * linear.claim
+        methods = (COLUMNS,), Bias.methods, self.activation.known_methods(), (TWICE,)
         for i, (op, row) in enumerate(zip(self.chain, rows, strict=True)):
             place = f"operator {i} ({names[i]})"
             need(isinstance(row, dict) and row.get("type") == names[i], f"{place}: its row is missing")
+            need(row.get("method") in methods[i], f"{place}: the method {row.get('method')!r} is none for it")
+            need(row.get("details") == {}, f"{place}: its details are not empty")
             op.claim = Fraction(finite(row.get("bound"), f"{place}: bound"))
             need(op.claim >= claims[i], f"{place}: the bound {row.get('bound')!r} is not proved")
         need(

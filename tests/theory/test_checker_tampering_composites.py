@@ -187,7 +187,25 @@ def no_row_of_the_map(f):
     f.write()
 
 
+def other_method_of_the_way_back(f):
+    f.layer("step")["details"]["parts"][3]["method"] = "exact: a reordering"
+    f.write()
+
+
+def other_method_of_the_activation_inside(f):
+    f.layer("around")["details"]["parts"][2]["method"] = "exact: slopes between 0 and 1"
+    f.write()
+
+
+def details_of_the_way_forward(f):
+    f.layer("circle")["details"]["parts"][0]["details"] = 3
+    f.write()
+
+
 POTENTIAL = {
+    other_method_of_the_way_back: "layers, step (PotentialStep): operator 3 (ConvTranspose): the method",
+    other_method_of_the_activation_inside: "layers, around (PotentialStep): operator 2 (LeakyReLU): the method",
+    details_of_the_way_forward: "layers, circle (Sandwich): operator 0 (CircularConv): its details",
     lower_constant_of_a_step: "layers, around (PotentialStep): the bound",
     lower_norm_of_a_step: "layers, around (PotentialStep): the linear map (Conv): the bound",
     a_step_below_one: "layers, step (PotentialStep): the bound",
@@ -336,7 +354,13 @@ def larger_second_group(f):
     f.write()
 
 
+def skew_norm_beyond_floats(f):
+    f.layer("exponential")["details"]["skew_norm"] = 1e308
+    f.write()
+
+
 GROUPED = {
+    skew_norm_beyond_floats: "layers, exponential (ConvExponential): skew_norm 1e+308",
     lower_bound_of_groups: "layers, groups (Conv): the bound",
     other_method_of_groups: "layers, groups (Conv): the method",
     group_left_out: "layers, groups (Conv): details state no proof of every group",

@@ -3,6 +3,7 @@ grids, proofs by taps, exponentials of groups, chains, saved networks.
 """
 
 import json
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from soundness_helpers import strided
 from test_operators import grouped, to_matrix
 
 import lipjax
-from lipjax import FrozenNetwork, NotCertifiable, conv, operators, spectral
+from lipjax import FrozenNetwork, NotCertifiable, checker, conv, operators, spectral
 from lipjax.network import make_network
 from lipjax.operators.grid import Circulants, on_grid
 from lipjax.spectral import norms
@@ -193,3 +194,18 @@ def test_chains_of_loop_transformation_are_those_of_dense_kernels():
     ops += [("up", dense), ("act2", operators.ReLU((64,)))]
     expected = lipjax.freeze(make_network(ops, head)).margin_lipschitz()
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_kernels_that_only_meet_padding_are_proved_to_be_zero(groups):
+    """Of a map of one pixel, stride 3 and such a padding, two taps meet zeros alone."""
+    kernel = np.full((2, 2, 1, 2), 5.0)
+    op = operators.Conv(kernel, (1, 1, groups), 3, ((3, 1), (2, 4)), groups)
+    bound = op.bound()
+    assert bound.proved == 0 and not np.any(np.asarray(jax.tree.map(jnp.asarray, op)(jnp.ones((1, *op.in_shape)))))
+    fields = {"kernel": kernel, "in_shape": [1, 1, groups], "strides": 3, "groups": groups}
+    mine = checker.Conv({**fields, "padding": [[3, 1], [2, 4]]})
+    assert mine.proves(Fraction(0), mine.named(bound.method), bound.details)
+    control = checker.Conv({**fields, "padding": [[3, 1], [3, 4]]})  # one column further, it meets the pixel
+    with pytest.raises(checker.Unproved, match="zero operator, which it is not"):
+        control.named(bound.method)
