@@ -19,10 +19,10 @@ from lipjax.numerics import ENLARGEMENT32, LARGEST, LEAST_NORMAL32, UNIT_ROUNDOF
 _TINY = 2.0**-110
 # What the rounding of an operator's input may be multiplied by if it is computed twice, with other roundings: for both
 # numbers that depend on a pair, or for a comparison and for what it chooses between (docs/soundness.md, 13.2).
-_COPIES = {
-    **dict.fromkeys((operators.MaxMin, operators.Householder, operators.Householder2), math.sqrt(2) * ENLARGEMENT32),
-    **dict.fromkeys((operators.LinearSpline, operators.NActivation, operators.PartialAbs), 3.0),
-}
+_PAIR, _CHOICE = math.sqrt(2) * ENLARGEMENT32, 3.0
+_FOLDS = operators.Householder, operators.Householder2, operators.ProjectionPool
+_PIECES = operators.LeakyReLU, operators.LinearSpline, operators.NActivation, operators.PartialAbs
+_COPIES = {operators.MaxMin: _PAIR, **dict.fromkeys(_FOLDS, _PAIR * _CHOICE), **dict.fromkeys(_PIECES, _CHOICE)}
 
 
 def length_bound(array) -> float:

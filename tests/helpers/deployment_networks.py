@@ -1,5 +1,6 @@
 """Networks of all operators, small ones, for tests of what float32 makes of them."""
 
+import jax.numpy as jnp
 import numpy as np
 
 from lipjax import conv, operators

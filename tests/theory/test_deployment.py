@@ -2,6 +2,7 @@
 
 import decimal
 import json
+import math
 from decimal import Decimal
 
 import jax
@@ -157,6 +158,31 @@ def test_a_bias_may_join_the_sum_before_it():
         total = np.float32(total - pixel)
     error = abs(Decimal(float(total)) - (250 - sum(Decimal(p) for p in images[0])))
     assert 100 * U * 250 < error <= deployment.float32_error(frozen, images)[0, 0]
+
+
+@pytest.mark.parametrize("make", [lambda s: operators.LeakyReLU(s, -1.0), lambda s: operators.LeakyReLU(s, 0.0)])
+def test_what_is_compared_may_be_another_version_than_what_is_chosen(make):
+    """A number -b, compared as 0+ and chosen as -2b, is off by (2 - slope) b: more than both versions are."""
+    op, b = make((1,)), 2.0**-20
+    exact, chosen = float(np.asarray(op(np.array([[-b]])))[0, 0]), -2 * b
+    factor = float32._COPIES[operators.LeakyReLU]
+    assert b < abs(chosen - exact) <= factor * b
+    errors = {}
+    for kind in (make, lambda s: operators.ReLU(s)):
+        ops = [("bias", operators.Bias(np.ones(1), (1,))), ("act", kind((1,)))]
+        head = operators.LinearHead(np.ones((2, 1)), np.zeros(2))
+        frozen = FrozenNetwork(make_network(ops, head))
+        errors[kind] = float32.locals_of(frozen.network, frozen.lipschitz_report())[1].absolute
+    one, other = errors.values()
+    assert one == pytest.approx(factor * other)
+
+
+@pytest.mark.parametrize("kind", [operators.Householder, operators.Householder2, operators.ProjectionPool])
+def test_the_side_of_a_fold_may_be_that_of_another_version(kind):
+    """z = (b, -b) / sqrt(2) below the line of the fold, compared as 0 and reflected as 2 z: off by 3 b."""
+    z = np.array([1.0, -1.0]) / math.sqrt(2)
+    assert np.linalg.norm(2 * z - z[::-1]) == pytest.approx(3)  # (1, 1) is the line: a fold makes (-1, 1) of it
+    assert float32._COPIES[kind] >= 3
 
 
 def test_huge_and_tiny_numbers():
