@@ -74,6 +74,16 @@ def test_zero_rows_and_zero_correlations_have_gradients():
     ).all()
 
 
+@pytest.mark.parametrize("size", [1e-18, 1e-6, 1e6])
+def test_gradients_of_tiny_weights_stay_in_the_range_of_float32(size):
+    """A row r becomes r / |r|, whose derivative is of the order 1 / |r|; |r|^-3 would be 10^54."""
+    row, pull = np.float32([[3 * size, -4 * size]]), np.float32([[1.0, 2.0]])
+    found = jax.grad(lambda w: jnp.sum(pull * sll.dense(w, jnp.zeros(1, jnp.float32))[0]))(row)
+    unit = row.astype(np.float64) / np.linalg.norm(row.astype(np.float64))
+    exact = sll.BELOW_ONE * (pull - np.sum(pull * unit) * unit) / np.linalg.norm(row.astype(np.float64))
+    np.testing.assert_allclose(found, exact, rtol=1e-5)
+
+
 def norm_of(w):
     return operators.Dense(w).estimate(jnp.ones(w.shape[1]), 3)[0]
 
