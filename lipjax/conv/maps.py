@@ -1,5 +1,7 @@
 """Convolution of NHWC images with HWIO kernels as a linear map: padding, the adjoint, the skew part of a kernel."""
 
+import numbers
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -11,18 +13,19 @@ _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 def stride_pair(strides: int | tuple[int, int]) -> tuple[int, int]:
     """Strides of both axes as a pair. Raises: ValueError if one is below 1."""
-    pair = (strides, strides) if isinstance(strides, int) else tuple(strides)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"Expected a stride >= 1 or a pair of them, got {strides!r}.")
-    return pair[0], pair[1]
+    return _pair(strides, "stride")
 
 
 def dilation_pair(dilation: int | tuple[int, int]) -> tuple[int, int]:
     """Distances between taps along both axes as a pair. Raises: ValueError if one is below 1."""
-    pair = (dilation, dilation) if isinstance(dilation, int) else tuple(dilation)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"Expected a dilation >= 1 or a pair of them, got {dilation!r}.")
-    return pair[0], pair[1]
+    return _pair(dilation, "dilation")
+
+
+def _pair(value, name: str) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    if len(pair) != 2 or not all(isinstance(n, numbers.Integral) and not isinstance(n, bool) and n >= 1 for n in pair):
+        raise ValueError(f"Expected a {name} >= 1 or a pair of them, got {value!r}: it takes whole numbers.")
+    return int(pair[0]), int(pair[1])
 
 
 def window(kernel_size: tuple[int, ...], dilation: int | tuple[int, int] = 1) -> tuple[int, int]:

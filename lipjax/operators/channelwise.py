@@ -4,6 +4,7 @@ Proofs and rounding errors: docs/soundness.md, section 10c.
 """
 
 import math
+import numbers
 from fractions import Fraction
 
 import jax.numpy as jnp
@@ -31,10 +32,11 @@ class PartialAbs(Elementwise):
 
     def __post_init__(self):
         channels = self.in_shape[-1]
-        if not 0 <= self.fraction <= 1 or (Fraction(self.fraction) * channels).denominator != 1:
+        number = isinstance(self.fraction, numbers.Real) and not isinstance(self.fraction, bool)
+        if not number or not 0 <= self.fraction <= 1 or (Fraction(self.fraction) * channels).denominator != 1:
             raise ValueError(
                 f"PartialAbs expects a fraction in [0, 1] of the {channels} channels that is a whole number of them, "
-                f"without rounding, got {self.fraction}: of a power of two channels take a fraction such as 0.25."
+                f"without rounding, got {self.fraction!r}: of a power of two channels take a fraction such as 0.25."
             )
 
     @property
@@ -153,7 +155,8 @@ class LinearSpline(Elementwise):
 
     def __call__(self, x):
         check_input(self, x)
-        return activations.linear_spline(x, self.values, self.spacing, self.scale)
+        x, values, scale = map(jnp.asarray, (x, self.values, self.scale))  # a frozen network's are NumPy's
+        return activations.linear_spline(x, values, self.spacing, scale)
 
     def bound(self) -> spectral.NormBound:
         try:
@@ -166,8 +169,8 @@ class LinearSpline(Elementwise):
         return spectral.NormBound(float_up(max(map(abs, slopes))), "exact: slopes of the stored values", {})
 
     def rounding_error(self, x):
-        t = x * self.scale
-        left, right, weight = activations.spline_pieces(t, self.values, self.spacing)
+        t = jnp.asarray(x * self.scale)
+        left, right, weight = activations.spline_pieces(t, jnp.asarray(self.values), self.spacing)
         steepest = jnp.maximum(jnp.max(jnp.abs(jnp.diff(self.values, axis=1))) / self.spacing, 1.0)
         size = jnp.abs(left) + jnp.abs(weight * (right - left)) + steepest * jnp.abs(t)
         return gamma(16) * ENLARGEMENT * norm_per_image(size / jnp.abs(self.scale))

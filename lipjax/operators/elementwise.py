@@ -4,6 +4,7 @@
 """
 
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -49,9 +50,10 @@ class LeakyReLU(Elementwise):
     homogeneous = True
 
     def __post_init__(self):
-        if not -1 <= self.negative_slope <= 1:
+        number = isinstance(self.negative_slope, numbers.Real) and not isinstance(self.negative_slope, bool)
+        if not number or not -1 <= self.negative_slope <= 1:
             raise ValueError(
-                f"LeakyReLU expects a negative_slope between -1 and 1, got {self.negative_slope}: leave a larger "
+                f"LeakyReLU expects a negative_slope between -1 and 1, got {self.negative_slope!r}: leave a larger "
                 "factor to the layer after it."
             )
 

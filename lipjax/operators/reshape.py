@@ -41,8 +41,8 @@ class SpaceToDepth(Reordering):
         if len(self.in_shape) != 3:
             raise ValueError(f"SpaceToDepth expects images: an in_shape (h, w, c), got {self.in_shape}.")
         h, w, _ = self.in_shape
-        if self.block < 1 or h % self.block or w % self.block:
-            raise ValueError(f"SpaceToDepth expects a block >= 1 that divides the size {(h, w)}, got {self.block}.")
+        if not _is_count(self.block) or self.block < 1 or h % self.block or w % self.block:
+            raise ValueError(f"SpaceToDepth expects a block >= 1 that divides the size {(h, w)}, got {self.block!r}.")
 
     @property
     def out_shape(self):
@@ -87,10 +87,12 @@ class ChannelShuffle(Reordering):
     _reason = "exact: a reordering"
 
     def __post_init__(self):
+        if not isinstance(self.paired, bool):
+            raise ValueError(f"ChannelShuffle expects paired to be True or False, got {self.paired!r}.")
         together, channels = 2 if self.paired else 1, self.in_shape[-1]
-        if self.groups < 1 or channels % (together * self.groups):
+        if not _is_count(self.groups) or self.groups < 1 or channels % (together * self.groups):
             what = f"pairs of the {channels} channels" if self.paired else f"{channels} channels"
-            raise ValueError(f"ChannelShuffle expects groups >= 1 that divide the {what}, got {self.groups}.")
+            raise ValueError(f"ChannelShuffle expects groups >= 1 that divide the {what}, got {self.groups!r}.")
 
     @property
     def window(self):
@@ -116,8 +118,8 @@ class PadChannels(Reordering):
     _reason = "exact: zeros appended"
 
     def __post_init__(self):
-        if self.channels < self.in_shape[-1]:
-            raise ValueError(f"PadChannels expects at least {self.in_shape[-1]} channels, got {self.channels}.")
+        if not _is_count(self.channels) or self.channels < self.in_shape[-1]:
+            raise ValueError(f"PadChannels expects at least {self.in_shape[-1]} channels, got {self.channels!r}.")
 
     @property
     def out_shape(self):
@@ -143,8 +145,8 @@ class CropChannels(Reordering):
     _reason = "exact: a projection"
 
     def __post_init__(self):
-        if not 1 <= self.channels <= self.in_shape[-1]:
-            raise ValueError(f"CropChannels expects between 1 and {self.in_shape[-1]} channels, got {self.channels}.")
+        if not _is_count(self.channels) or not 1 <= self.channels <= self.in_shape[-1]:
+            raise ValueError(f"CropChannels expects between 1 and {self.in_shape[-1]} channels, got {self.channels!r}.")
 
     @property
     def out_shape(self):
@@ -239,7 +241,7 @@ def _check_margins(op, name: str) -> None:
     kind, value = type(op).__name__, getattr(op, name)
     if len(op.in_shape) != 3:
         raise ValueError(f"{kind} expects images: an in_shape (h, w, c), got {op.in_shape}.")
-    if not _is_pair(value) or not all(_is_pair(pair) and all(map(_is_margin, pair)) for pair in value):
+    if not _is_pair(value) or not all(_is_pair(pair) and all(map(_is_count, pair)) for pair in value):
         raise ValueError(f"{kind} expects {name} ((top, bottom), (left, right)) of whole numbers >= 0, got {value!r}.")
     object.__setattr__(op, name, tuple((int(low), int(high)) for low, high in value))
 
@@ -248,7 +250,7 @@ def _is_pair(value) -> bool:
     return isinstance(value, tuple | list) and len(value) == 2
 
 
-def _is_margin(n) -> bool:
+def _is_count(n) -> bool:
     return isinstance(n, numbers.Integral) and not isinstance(n, bool) and int(n) >= 0
 
 

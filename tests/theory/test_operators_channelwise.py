@@ -335,3 +335,11 @@ def test_forged_networks_are_refused(run, tmp_path, forge, message):
     f.write()
     code, lines = checker.check(tmp_path / "run")
     assert code == 1 and any(re.search(message, line) for line in lines), lines
+
+
+def test_numpy_arrays_are_taken_as_they_are():
+    """As a frozen network holds them."""
+    values, scale = np.array([[1.0, 0.0, 1.0]] * 2), np.array([1.0, 2.0])
+    op = operators.LinearSpline(values, scale, (2,), 1.0)
+    np.testing.assert_array_equal(op(np.array([[-0.5, 3.0]])), [[0.5, 3.0]])
+    assert np.all(np.asarray(op.rounding_error(np.array([[-0.5, 3.0]]))) > 0)

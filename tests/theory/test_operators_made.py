@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lipjax import operators
+from lipjax import conv, operators
 from lipjax.operators import (
     Bias,
     Centered,
@@ -242,6 +242,34 @@ def past_jaxtyping(cls, **fields):
         object.__setattr__(op, name, value)
     op.__post_init__()
     return op
+
+
+NOT_WHOLE = [
+    (ChannelShuffle, {"groups": 2.0, "paired": False}, "groups >= 1"),
+    (ChannelShuffle, {"groups": "2", "paired": False}, "groups >= 1"),
+    (ChannelShuffle, {"groups": True, "paired": False}, "groups >= 1"),
+    (ChannelShuffle, {"groups": 2, "paired": 1}, "True or False"),
+    (PadChannels, {"channels": 5.5}, "at least 4 channels"),
+    (CropChannels, {"channels": 2.0}, "between 1 and 4 channels"),
+    (SpaceToDepth, {"block": 2.0}, "a block >= 1"),
+    (PartialAbs, {"fraction": None}, "a fraction in"),
+    (LeakyReLU, {"negative_slope": "0"}, "a negative_slope between"),
+]
+
+
+@pytest.mark.parametrize(("cls", "fields", "message"), NOT_WHOLE)
+def test_what_is_no_number_of_the_kind(cls, fields, message):
+    with pytest.raises(ValueError, match=message):
+        past_jaxtyping(cls, in_shape=(4, 4, 4), **fields)
+
+
+@pytest.mark.parametrize("value", [2.0, None, "2", True, 0, (1.5, 1), (1, 2, 3), (True, 1)])
+def test_strides_and_dilations_are_whole_numbers(value):
+    for pair in (conv.stride_pair, conv.dilation_pair):
+        inner = getattr(pair, "__wrapped__", pair)  # past jaxtyping, which only tests have
+        with pytest.raises(ValueError, match="or a pair of them, got .*: it takes whole numbers"):
+            inner(value)
+        assert inner(np.int64(2)) == (2, 2) and inner([1, 2]) == (1, 2)
 
 
 @pytest.mark.parametrize("shape", [4, None, "442", (4.0, 4, 2), (True, 4, 2), ((4, 4), 2), np.array([4, 4, 2])])
