@@ -23,7 +23,9 @@ def dilation_pair(dilation: int | tuple[int, int]) -> tuple[int, int]:
 
 def _pair(value, name: str) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
-    if len(pair) != 2 or not all(isinstance(n, numbers.Integral) and not isinstance(n, bool) and n >= 1 for n in pair):
+    if len(pair) != 2 or not all(
+        isinstance(n, numbers.Integral) and not isinstance(n, bool) and int(n) >= 1 for n in pair
+    ):
         raise ValueError(f"Expected a {name} >= 1 or a pair of them, got {value!r}: it takes whole numbers.")
     return int(pair[0]), int(pair[1])
 

@@ -34,6 +34,9 @@ class NActivation(nn.Module):
 
     @nn.compact
     def __call__(self, in_shape: tuple[int, ...]):
+        if not self.rate > 0:
+            raise ValueError(f"NActivation expects a rate > 0, got {self.rate!r}.")
+
         def start(key, shape, dtype=float):
             return alternating_thresholds(key, shape, dtype) / self.rate**0.5
 

@@ -68,7 +68,7 @@ class GroupAndShuffle(nn.Module):
             )
             found.extend(soc(found[-1][1].out_shape if found else shape, train))
 
-        if shape[-1] % ((2 if self.paired else 1) * first) == 0:
+        if first >= 1 and shape[-1] % ((2 if self.paired else 1) * first) == 0:
             shuffle(first, "shuffle", shape)
         layer(self.kernel_size, self.strides, first, self.scale, "spatial")
         if self.shuffle_between:

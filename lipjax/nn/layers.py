@@ -88,6 +88,15 @@ def advance_means(state: dict, means: dict[str, jax.Array]) -> dict:
     return state
 
 
+def check_counts(module: nn.Module) -> None:
+    """Raises: ValueError unless those fields of a module that are numbers of something are whole ones, at least 1."""
+    for name in ("features", "hidden", "kernel_size", "strides", "num_classes", "num_layers", "power_iters"):
+        value = getattr(module, name, None)
+        for n in value if isinstance(value, tuple) else (value,):
+            if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+                raise ValueError(f"{type(module).__name__} expects {name} to be a whole number >= 1, got {value!r}.")
+
+
 def with_bias(
     module: nn.Module,
     ops: list,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lipjax import conv, operators
-from lipjax.nn.layers import COLLECTION, NamedOperators, symmetric_uniform, torch_conv, torch_linear
+from lipjax.nn.layers import COLLECTION, NamedOperators, check_counts, symmetric_uniform, torch_conv, torch_linear
 from lipjax.operators.grid import on_grid
 from lipjax.parametrize import cayley, cpl, sandwich, sll
 
@@ -42,6 +42,7 @@ def _check_vectors(module: nn.Module, in_shape: tuple[int, ...]) -> None:
             f"{type(module).__name__} takes vectors: expected an input shape (n,), got {tuple(in_shape)}. "
             "Put `flatten` first."
         )
+    check_counts(module)
 
 
 def _check_images(module: nn.Module, in_shape: tuple[int, ...]) -> None:
@@ -49,6 +50,7 @@ def _check_images(module: nn.Module, in_shape: tuple[int, ...]) -> None:
         raise ValueError(
             f"{type(module).__name__} takes images: expected an input shape (h, w, c), got {tuple(in_shape)}."
         )
+    check_counts(module)
 
 
 def _sigma(module: nn.Module, op, iters: int, train: bool) -> jax.Array:
@@ -86,7 +88,7 @@ class SLLDense(nn.Module):
     @nn.compact
     def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
         _check_vectors(self, in_shape)
-        hidden = self.hidden or in_shape[-1]
+        hidden = in_shape[-1] if self.hidden is None else self.hidden
         raw = self.param("matrix", _xavier_normal, (hidden, in_shape[-1]))
         theta = self.param("theta", nn.initializers.normal(1.0), (hidden,))
         bias = self.param("bias", symmetric_uniform(in_shape[-1] ** -0.5), (hidden,))
@@ -115,7 +117,7 @@ class SLLConv(nn.Module):
     @nn.compact
     def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
         _check_images(self, in_shape)
-        hidden, side = self.hidden or in_shape[-1], self.kernel_size
+        hidden, side = in_shape[-1] if self.hidden is None else self.hidden, self.kernel_size
         raw = self.param("kernel", _xavier_normal, (side, side, in_shape[-1], hidden))
         theta = self.param("theta", nn.initializers.normal(1.0), (hidden,))
         bias = self.param("bias", symmetric_uniform(math.prod(raw.shape[:3]) ** -0.5), (hidden,))
@@ -142,7 +144,7 @@ class CPLDense(nn.Module):
     @nn.compact
     def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
         _check_vectors(self, in_shape)
-        hidden = self.hidden or in_shape[-1]
+        hidden = in_shape[-1] if self.hidden is None else self.hidden
         raw = self.param("matrix", torch_linear, (hidden, in_shape[-1]))
         bias = self.param("bias", symmetric_uniform(in_shape[-1] ** -0.5), (hidden,))
         sigma = _sigma(self, operators.Dense(raw), self.power_iters, train)
@@ -171,7 +173,7 @@ class CPLConv(nn.Module):
     @nn.compact
     def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
         _check_images(self, in_shape)
-        hidden, side, shape = self.hidden or in_shape[-1], self.kernel_size, tuple(in_shape)
+        hidden, side, shape = in_shape[-1] if self.hidden is None else self.hidden, self.kernel_size, tuple(in_shape)
         raw = self.param("kernel", torch_conv, (side, side, in_shape[-1], hidden))
         bias = self.param("bias", symmetric_uniform(math.prod(raw.shape[:3]) ** -0.5), (hidden,))
         sigma = _sigma(self, operators.Conv(raw, shape, self.strides, self.padding), self.power_iters, train)
@@ -261,7 +263,11 @@ class SandwichConvSpatial(nn.Module):
     @nn.compact
     def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
         _check_images(self, in_shape)
-        hidden, side, columns = self.hidden or self.features, self.kernel_size, self.features + in_shape[-1]
+        hidden, side, columns = (
+            self.features if self.hidden is None else self.hidden,
+            self.kernel_size,
+            self.features + in_shape[-1],
+        )
         raw = self.param("kernel", torch_conv, (side, side, columns, hidden))
         theta = self.param("theta", nn.initializers.zeros, (hidden,))
         bias = self.param("bias", symmetric_uniform((side**2 * columns) ** -0.5), (hidden,))
@@ -282,6 +288,7 @@ class SandwichHead(nn.Module):
 
     @nn.compact
     def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> operators.LinearHead:
+        _check_vectors(self, in_shape)
         rows, columns = self.num_classes, self.num_classes + in_shape[-1]
         raw = self.param("matrix", torch_linear, (rows, columns))
         alpha = self.param("alpha", lambda key: jnp.linalg.norm(raw))

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from lipjax import conv, operators
-from lipjax.nn.layers import NamedOperators, with_bias
+from lipjax.nn.layers import NamedOperators, check_counts, with_bias
 from lipjax.parametrize import aol
 
 
@@ -46,6 +46,9 @@ class AOLConv(nn.Module):
 
     @nn.compact
     def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
+        check_counts(self)
+        if len(in_shape) != 3:
+            raise ValueError(f"AOLConv takes images: expected an input shape (h, w, c), got {tuple(in_shape)}.")
         sides = (self.kernel_size,) * 2 if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
         raw = self.param("kernel", dirac, (*sides, in_shape[-1], self.features))
         kernel = aol.rescale_kernel(raw, rows=self.rows, iterations=self.iterations)
@@ -67,6 +70,7 @@ class AOLDense(nn.Module):
 
     @nn.compact
     def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
+        check_counts(self)
         if len(in_shape) != 1:
             raise ValueError(
                 f"AOLDense takes vectors: expected an input shape (n,), got {tuple(in_shape)}. Put `flatten` first."

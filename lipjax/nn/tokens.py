@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lipjax import operators
-from lipjax.nn.layers import NamedOperators
+from lipjax.nn.layers import NamedOperators, check_counts
 from lipjax.parametrize import cholesky, exponential
 
 POSITIONS = ("block", "shared", "none")
@@ -82,6 +82,12 @@ class ShiftBlocks(nn.Module):
 
     @nn.compact
     def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
+        check_counts(self)
+        if len(in_shape) != 3:
+            raise ValueError(f"ShiftBlocks takes maps of tokens: expected a shape (h, w, c), got {tuple(in_shape)}.")
+        for name, known in (("orthogonal", tuple(ORTHOGONAL)), ("positions", POSITIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"ShiftBlocks expects {name} to be one of {known}, got {getattr(self, name)!r}.")
         shape, layers, (height, width, channels) = tuple(in_shape), self.num_layers, in_shape
         maps = self._matrices("map", channels, not self.identity_start)
         mixes = self._matrices("mix", channels, True) if self.premix else None
