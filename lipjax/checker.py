@@ -1046,7 +1046,7 @@ class Operator:
         return method
 
     def known_methods(self) -> tuple[str, ...]:
-        """What a certificate may call its proof."""
+        """The names that a certificate may give its proof."""
         return self.methods
 
     def is_zero(self) -> bool:

@@ -84,7 +84,7 @@ def may_be_isometric(taps: np.ndarray, enough: float) -> bool:
 
 
 def _meet(used: np.ndarray, d1: int, d2: int) -> bool:
-    """Whether two taps that are used lie (d1, d2) apart, d1 >= 0."""
+    """True if two taps that are used lie (d1, d2) apart, d1 >= 0."""
     q1, q2 = used.shape
     low, high = max(0, -d2), min(q2, q2 - d2)
     return bool((used[: q1 - d1, low:high] & used[d1:, low + d2 : high + d2]).any())
