@@ -354,13 +354,7 @@ def larger_second_group(f):
     f.write()
 
 
-def skew_norm_beyond_floats(f):
-    f.layer("exponential")["details"]["skew_norm"] = 1e308
-    f.write()
-
-
 GROUPED = {
-    skew_norm_beyond_floats: "layers, exponential (ConvExponential): skew_norm 1e+308",
     lower_bound_of_groups: "layers, groups (Conv): the bound",
     other_method_of_groups: "layers, groups (Conv): the method",
     group_left_out: "layers, groups (Conv): details state no proof of every group",

@@ -23,6 +23,11 @@ def lower_skew_norm(f):
     f.write()
 
 
+def skew_norm_beyond_floats(f):
+    f.layer("exponential")["details"]["skew_norm"] = 1e308
+    f.write()
+
+
 def lower_gain(f):
     f.layer("exponential")["bound"] *= 1 - 1e-8
     f.write()
@@ -102,6 +107,7 @@ def other_method_of_crop(f):
 MANY = {
     not_skew: "network.json, exponential (ConvExponential): the kernel is not skew",
     lower_skew_norm: "layers, exponential (ConvExponential): |J|",
+    skew_norm_beyond_floats: "layers, exponential (ConvExponential): skew_norm 1e+308",
     lower_gain: "layers, exponential (ConvExponential): the bound",
     more_terms: "exponential",
     long_direction: "network.json, fold (Householder): direction of lengths",
