@@ -14,6 +14,7 @@ from lipjax.interop.lipconvnet import improved, soc
 from lipjax.interop.liresnet import liresnet
 from lipjax.interop.potentialnet import cpl, sll
 from lipjax.interop.sandwichnet import lbdn
+from lipjax.interop.stagednet import orthogonium
 from lipjax.nn import COLLECTION, LipschitzModel
 
 # State of the original that has no counterpart here: of a curvature estimate, constants that are checked apart,
@@ -34,6 +35,7 @@ _FAMILIES = {
     "improved_l2": improved,
     "lbdn": lbdn,
     "liresnet": liresnet,
+    "orthogonium": orthogonium,
     "sll": sll,
     "soc": soc,
 }
@@ -50,17 +52,21 @@ def from_torch(family: str, state_dict: dict[str, Any], **options) -> tuple[Lips
         class BRONet with BRO backbones; "compared" (berndprach/1LipschitzLayersCompared, arXiv:2311.16833): the class
         SimplifiedConvNet; "sll" (araujoalexandre/Lipschitz-SLL-Networks, arXiv:2303.03169): LipschitzNetwork; "cpl"
         (MILES-PSL/Convex-Potential-Layer, arXiv:2110.12690): ConvexPotentialLayerNetwork with use_lln; "lbdn"
-        (acfr/LBDN, arXiv:2301.11526): DNN with gamma 1.
+        (acfr/LBDN, arXiv:2301.11526): DNN with gamma 1; "orthogonium" (deel-ai/orthogonium, arXiv:2501.07930): what
+        StagedCNN makes of AdaptiveOrthoConv2d, MaxMin, OrthoLinear and no pooling.
       state_dict: name -> array (anything that numpy.asarray takes), with the original's names and layouts. The
         original's state_dict() of "crm" networks has it under "original".
       options: the original constructor's arguments by name ("crm": the entries of networkConfiguration, of which
         layers, activation and inputShape are read; "liresnet": depth, width, input_size, num_classes and use_lln, and
-        out_dim and mlp_depth, which are 2048 and 8 in the original; "compared": classes by name, get_conv="AOLConv2d").
+        out_dim and mlp_depth, which are 2048 and 8 in the original; "compared": classes by name, get_conv="AOLConv2d";
+        "orthogonium": norm by name, None or "BatchCentering", and kernel_size and padding_mode of the convolutions).
     Returns: (model, variables): model.apply(variables, x), x NHWC, gives the original's logits in eval mode for the
       same network input, and model.apply(variables, x, train=True) those in train mode. "soc" and "crm" networks have
       no input normalisation of their own: give the model input_mean and input_std (`model.clone`) to certify in pixel
       units. Start vectors of norm estimates are drawn afresh ("liresnet": init_x is not read). A Cayley network of
       "soc" whose kernels exceed their map computes with cropped kernels; the taps that it crops are zero here.
+      Layers of "orthogonium" take three steps of their norm estimates whenever they compute, in eval mode too; ours
+      in train mode alone, which shows only where Björck's steps have not converged.
     Raises: ValueError for an unknown family or option, and for missing, extra or misshapen arrays (naming the array and
       both shapes).
     Example: the weights of a network with one hidden layer, by their names in the code of CRM.
@@ -78,10 +84,10 @@ def from_torch(family: str, state_dict: dict[str, Any], **options) -> tuple[Lips
     model.check()
     abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *model.input_shape)))
     arrays = {name: np.asarray(value) for name, value in state_dict.items()}
-    expected = {entry.name: entry for entry in entries}
+    expected = {name for entry in entries for name in (entry.name, *entry.further)}
     unread = _IGNORED.get(family, ())
     ignored = {name for name in arrays if name in unread or name.rpartition(".")[2] in unread}
-    missing, extra = sorted(expected.keys() - arrays), sorted(arrays.keys() - expected.keys() - ignored)
+    missing, extra = sorted(expected - arrays.keys()), sorted(arrays.keys() - expected - ignored)
     if missing or extra:
         raise ValueError(f"The state dict of a {family!r} network lacks {missing or 'nothing'}, has extra {extra}.")
     variables = jax.tree.map(lambda leaf: None, dict(abstract))
@@ -95,7 +101,9 @@ def from_torch(family: str, state_dict: dict[str, Any], **options) -> tuple[Lips
         if entry.part is not None:
             array = array[entry.part[0]]
         parent = _at(variables[entry.collection], entry.path[:-1])
-        parent[entry.path[-1]] = jnp.asarray(entry.transform(array))
+        parent[entry.path[-1]] = jnp.asarray(entry.transform(array, *(arrays[name] for name in entry.further)))
+        if parent[entry.path[-1]].shape != shape:
+            raise ValueError(f"{entry.further}: expected shapes that fit {entry.name} of {shape}.")
     variables[COLLECTION]["vectors"] = {}
     for path, leaf in _leaves_with_none(variables):
         keys = [key.key for key in path]

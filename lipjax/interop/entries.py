@@ -11,14 +11,16 @@ class Entry:
     """One array of a state dict: its name there, the collection and path here, and how it is transformed.
 
     back: the shape here to the shape there. part: (i, n) if it is the i-th of n arrays that are stacked there.
+    further: names of arrays there that transform takes behind the first, as they are.
     """
 
     name: str
     collection: str
     path: tuple[str | int, ...]
-    transform: Callable[[np.ndarray], np.ndarray]
+    transform: Callable[..., np.ndarray]
     back: Callable[[tuple[int, ...]], tuple[int, ...]]
     part: tuple[int, int] | None = None
+    further: tuple[str, ...] = ()
 
 
 def plain(name: str, *path) -> Entry:

@@ -3,6 +3,7 @@
 from lipjax.errors import UserError
 from lipjax.models.bronet import BRONet
 from lipjax.models.compared import ComparedConvNet
+from lipjax.models.concatnet import ConcatNet
 from lipjax.models.convnet import ConvNet
 from lipjax.models.lipconvnet import LipConvnet
 from lipjax.models.lipnext import LipNeXt
@@ -10,11 +11,13 @@ from lipjax.models.liresnet import LiResNet
 from lipjax.models.patchnet import PatchNet
 from lipjax.models.potentialnet import PotentialNet
 from lipjax.models.sandwichnet import SandwichNet
+from lipjax.models.stagednet import StagedNet
 from lipjax.nn import LAYERS, LayeredModel, LipschitzModel, layer_fields
 
 MODELS = {
     "bronet": BRONet,
     "compared": ComparedConvNet,
+    "concatnet": ConcatNet,
     "convnet": ConvNet,
     "lipconvnet": LipConvnet,
     "lipnext": LipNeXt,
@@ -22,6 +25,7 @@ MODELS = {
     "patchnet": PatchNet,
     "potentialnet": PotentialNet,
     "sandwichnet": SandwichNet,
+    "stagednet": StagedNet,
 }
 
 
@@ -62,6 +66,7 @@ def get_model(config, *, input_shape: tuple[int, int, int], num_classes: int, ba
 __all__ = [
     "BRONet",
     "ComparedConvNet",
+    "ConcatNet",
     "ConvNet",
     "LipConvnet",
     "LiResNet",
@@ -69,6 +74,7 @@ __all__ = [
     "PatchNet",
     "PotentialNet",
     "SandwichNet",
+    "StagedNet",
     "get_model",
 ]
 

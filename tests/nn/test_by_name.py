@@ -101,7 +101,9 @@ NETWORKS = {
     "sll": {"name": "potentialnet", **POTENTIAL},
     "cpl": {"name": "potentialnet", "layer": "cpl", **POTENTIAL},
     "aol": {"name": "patchnet", "patch": 2, "width": 4, "conv_depth": 1, "features": 2, "dense_depth": 2},
+    "aol_conv": {"name": "concatnet", "num_blocks": 2, "block_depth": 2, "width": 4},
     "sandwich": {"name": "sandwichnet", "widths": (4,), "dense_widths": (6,)},
+    "staged": {"name": "stagednet", "widths": (4, 6), "depths": (1, 0), "dense_widths": (4,), "centering": True},
     "bronet": {
         **{"name": "bronet", "depth": 1, "width": 4, "residual_depth": 1, "crop": False, "stem_kernel": 1},
         **{"stem_strides": 2, "stem_padding": 0, "neck": "norm", "neck_patch": 2, "neck_features": 6},

@@ -70,6 +70,7 @@ INSIDE = {
         (
             "bronet",
             "compared",
+            "concatnet",
             "convnet",
             "lipconvnet",
             "lipnext",
@@ -77,9 +78,13 @@ INSIDE = {
             "patchnet",
             "potentialnet",
             "sandwichnet",
+            "stagednet",
         ),
     ),
-    "interop": (("entries",), ("bronet", "compared", "crm", "lipconvnet", "liresnet", "potentialnet", "sandwichnet")),
+    "interop": (
+        ("entries",),
+        ("bronet", "compared", "crm", "lipconvnet", "liresnet", "potentialnet", "sandwichnet", "stagednet"),
+    ),
     "training": (
         ("augment", "compile_alarm", "damage", "randaugment", "setting", "sharding", "stopping", "terminal"),
         ("accumulate", "cluster", "metrics", "objective", "optimizer"),

@@ -106,7 +106,10 @@ def test_the_order_of_flags_does_not_matter():
         ("--config.optimizer.learning_rat=0.1", "Did you mean config.optimizer.learning_rate?"),
         ("--config.epochs=3", "Did you mean config.num_epochs"),
         ("--config.image_size=3", "Did you mean config.data.image_size?"),
-        ("--config.model.layer=soc", "The model compared, lipconvnet, patchnet, potentialnet or sandwichnet has it"),
+        (
+            "--config.model.layer=soc",
+            "The model compared, concatnet, lipconvnet, patchnet, potentialnet, sandwichnet or stagednet has it",
+        ),
         (
             "--config.loss.weight_growth=1",
             "The loss crm or crm_max has it, and this config's is margin: set ",
