@@ -19,6 +19,7 @@ VARIANTS = {
     "aol_small": "patchwise, 16 channels, 18.7 M parameters; published 70.3, 62.9, 55.0, 47.7, 22.3 % [1]",
     "aol_medium": "patchwise, 32 channels; published 71.3, 64.0, 56.1, 49.1, 23.3 % [1]",
     "aol_large": "patchwise, 48 channels; published 71.4, 64.1, 56.5, 49.4, 23.8 % [1]",
+    "aol_conv": "convolutional, width 16, 15.2 M parameters; published 68.5, 60.2, 52.3, 45.2, 19.5 % [1]",
     "cpl": "20 convolutions and 7 dense layers, width 30; published for the largest: certified 64.4 % [2]",
     "sll_small": "20 convolutions and 7 dense layers, width 45; nothing published that we know first-hand",
     "sll_xlarge": "70 convolutions and 15 dense layers, width 120; published 73.3, 64.8 % [2]",
@@ -28,6 +29,7 @@ VARIANTS = {
 # Model, loss and its fields, number of epochs, peak of the learning rate.
 KINDS = {
     "aol": ("patchnet", "offset_cross_entropy", {}, 1000, 1e-3),
+    "aol_conv": ("concatnet", "offset_cross_entropy", {}, 1000, 1e-3),
     "cpl": ("potentialnet", "multi_margin", {}, 200, 1e-3),
     "sll": ("potentialnet", "offset_cross_entropy", {"offset": 1.5 * 2**0.5}, 1000, 1e-2),
     "sandwich": ("sandwichnet", "offset_cross_entropy", {"offset": 1.5 * 2**0.5}, 100, 1e-2),
@@ -36,6 +38,7 @@ CHANGES = {
     "aol_small": {},
     "aol_medium": {"model.features": 32},
     "aol_large": {"model.features": 48},
+    "aol_conv": {},
     "cpl": {"model.width": 30},
     "sll_small": {},
     "sll_xlarge": {"model.width": 120, "model.conv_depth": 70, "model.dense_depth": 15},
@@ -45,7 +48,7 @@ CHANGES = {
 
 def get_config(variant):
     kind = variant.partition("_")[0]
-    model, loss, fields, epochs, rate = KINDS[kind]
+    model, loss, fields, epochs, rate = KINDS.get(variant, KINDS[kind])
     optimizer, schedule = ("sgd", "exponential") if kind == "aol" else ("adam", "triangular")
     config = default_config(model, loss, optimizer, schedule, layer=kind)
     config.num_epochs = epochs
