@@ -72,7 +72,7 @@ def _add(jaxpr, times, totals, unknown) -> None:
 
 def _inner(values):
     for value in values:
-        if isinstance(value, core.ClosedJaxpr):
+        if isinstance(value, core.ClosedJaxpr):  # pyright: ignore[reportPrivateImportUsage]
             yield value.jaxpr
         elif isinstance(value, core.Jaxpr):
             yield value

@@ -138,7 +138,8 @@ def default_config(
         if name is None and choice is LAYER:
             continue
         _check(str(name) in choice.names, choice.path, f"one of {sorted(choice.names)}", name)
-        _check(choice.field in config[choice.group], choice.path, f"nothing, since {model} has its own layers", name)
+        group: Any = config[choice.group]
+        _check(choice.field in group, choice.path, f"nothing, since {model} has its own layers", name)
         choice.choose(config, str(name))
     return config
 
