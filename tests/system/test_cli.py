@@ -123,11 +123,11 @@ BAD_FLAGS = {
     ),
     "unknown loss": (
         ["--config.loss.name=hinge"],
-        "config.loss.name: expected one of ['certificate_regularization', 'crm', 'crm_max', 'cross_entropy'",
+        "config.loss.name: expected one of ['certificate_regularization', 'cll', 'crm', 'crm_max', 'cross_entropy'",
     ),
     "unknown model": (
         ["--config.model.name=resnet"],
-        "config.model.name: expected one of ['convnet', 'lipconvnet', 'liresnet']",
+        "config.model.name: expected one of ['bronet', 'compared', 'concatnet', 'convnet'",
     ),
     "odd channels": (["--config.model.width=5"], "even width"),
     "not over the mesh": (["--config.mesh.data=8", "--config.batch_size=12"], "does not divide over 8 devices"),
