@@ -141,7 +141,17 @@ def parameters_by_hand(m, num_classes, channels):
     return stem + m.depth * (9 * w * w + 2 * w) + neck + dense + num_classes * (out + 1)
 
 
-@pytest.mark.parametrize("name", shipped_configs())
+def _everyday():
+    """Plain files, what has a stated size, and of each family the first variant; the other variants are nightly."""
+    families = set()
+    for name in shipped_configs():
+        family, _, variant = name.partition(":")
+        first = not variant or name in PARAMETERS or family not in families
+        families.add(family)
+        yield name if first else pytest.param(name, marks=pytest.mark.nightly)
+
+
+@pytest.mark.parametrize("name", list(_everyday()))
 def test_configs_are_valid_locked_and_of_the_stated_size(name):
     config, _ = config_file.read_config(name, [])
     assert config.is_locked

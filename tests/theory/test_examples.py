@@ -104,8 +104,20 @@ def test_an_operator_says_what_it_holds(name):
     assert said == [field.name for field in dataclasses.fields(found)] if dataclasses.is_dataclass(found) else not said
 
 
+@pytest.mark.x64_off
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", [*FUNCTIONS, *CLASSES])
-def test_an_example_gives_what_it_says(name, precision, tmp_path):
+def test_an_example_gives_what_it_says_in_float32(name, tmp_path):
+    """As a user meets it who has not set jax_enable_x64."""
+    check_example(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, *CLASSES])
+def test_an_example_gives_what_it_says(name, tmp_path):
+    check_example(name, tmp_path)
+
+
+def check_example(name, tmp_path):
     text = inspect.getdoc(look_up(name))
     assert doctest.DocTestParser().get_examples(text)
     names = GLOBALS
