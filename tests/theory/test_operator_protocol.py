@@ -30,6 +30,7 @@ OF_OTHERS = {
     ("pairs.py", "is_fully_addressable"),  # of an array
     ("channelwise.py", "is_fully_addressable"),  # of an array
     ("channelwise.py", "dtype"),  # of an array, or of what stands in its place
+    ("layers.py", "name"),  # of the fields of a Flax module
     ("manifold.py", "key"),  # of the keys of a path in a tree
     ("manifold.py", "name"),
     ("manifold.py", "idx"),
