@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from lipjax import operators
 from lipjax.nn import LAYERS, FirstFeatures, LayeredModel, LinearHead, flatten
-from lipjax.nn.layers import NamedOperators
+from lipjax.nn.layers import NamedOperators, contraction
 
 LAYERS_OF_POTENTIALS = tuple(name for name, layer in LAYERS.items() if layer.square)
 
@@ -77,4 +77,4 @@ def _pool(side: int, in_shape: tuple[int, ...], train: bool = False) -> NamedOpe
     """Sums of side x side pixels over side, channel by channel: a convolution of norm 1."""
     kernel = jnp.full((side, side, 1, in_shape[-1]), 1 / side)
     op = operators.Conv(kernel, tuple(in_shape), side, "VALID", groups=in_shape[-1])
-    return [("pool", operators.Contraction(op) if train else op)]
+    return [("pool", contraction(op, train))]

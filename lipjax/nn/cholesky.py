@@ -9,12 +9,8 @@ from collections.abc import Callable
 import flax.linen as nn
 
 from lipjax import operators
-from lipjax.nn.layers import NamedOperators, named, with_bias
+from lipjax.nn.layers import NamedOperators, contraction, named, with_bias
 from lipjax.parametrize import cholesky
-
-
-def _contraction(op, train: bool):
-    return operators.Contraction(op) if train else op
 
 
 class CholeskyConv(nn.Module):
@@ -29,7 +25,7 @@ class CholeskyConv(nn.Module):
         init = nn.initializers.normal((side**2 * channels) ** -0.5)
         kernel = self.param("kernel", init, (side, side, channels, self.features))
         op = operators.Conv(cholesky.patches(kernel), tuple(in_shape), side, "VALID")
-        return named(self, [_contraction(op, train)])
+        return named(self, [contraction(op, train)])
 
 
 class CholeskyDense(nn.Module):
@@ -43,7 +39,7 @@ class CholeskyDense(nn.Module):
         init = nn.initializers.normal(in_shape[-1] ** -0.5)
         matrix = self.param("matrix", init, (self.features, in_shape[-1]))
         op = operators.Dense(cholesky.dense(matrix))
-        return with_bias(self, [_contraction(op, train)], True, self.activation)
+        return with_bias(self, [contraction(op, train)], True, self.activation)
 
 
 class CholeskyStack(nn.Module):
@@ -65,7 +61,7 @@ class CholeskyStack(nn.Module):
         ops: NamedOperators = []
         for i in range(layers):
             name, shape = f"{self.name}_{i + 1:02d}", (width,)
-            ops.append((f"{name}/linear", _contraction(operators.Dense(matrices[i]), train)))
+            ops.append((f"{name}/linear", contraction(operators.Dense(matrices[i]), train)))
             ops.append((f"{name}/bias", operators.Bias(bias[i], shape)))
             ops.append((f"{name}/activation", self.activation(shape)))
         return ops

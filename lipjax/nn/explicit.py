@@ -13,7 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from lipjax import conv, operators
-from lipjax.nn.layers import COLLECTION, NamedOperators, symmetric_uniform, torch_bias, torch_linear, with_bias
+from lipjax.nn.layers import (
+    COLLECTION,
+    NamedOperators,
+    contraction,
+    symmetric_uniform,
+    torch_bias,
+    torch_linear,
+    with_bias,
+)
 from lipjax.parametrize import aoc, bcop, bjorck
 
 # Steps of power iteration before the first step of training; vectors are random until then.
@@ -57,10 +65,6 @@ def _vectors(module: nn.Module, matrices: dict[str, jax.Array], scaling: bjorck.
     if train and not module.is_initializing() and module.is_mutable_collection(COLLECTION):
         kept.value = vectors
     return vectors
-
-
-def _contraction(op, train: bool):
-    return operators.Contraction(op) if train else op
 
 
 def _aoc_kernel(module: "AOC | AOCTranspose", in_channels: int, out_channels: int, train: bool) -> jax.Array:
@@ -119,7 +123,7 @@ class AOC(nn.Module):
         place = self.strides, _padding(self.kernel_size, self.strides, self.padding), self.groups, self.dilation
         op = operators.Conv(kernel, tuple(in_shape), *place)
         bias = torch_bias(math.prod(kernel.shape[:3]))
-        return with_bias(self, [_contraction(op, train)], self.use_bias, self.activation, bias)
+        return with_bias(self, [contraction(op, train)], self.use_bias, self.activation, bias)
 
 
 class AOCTranspose(nn.Module):
@@ -164,7 +168,7 @@ class AOCTranspose(nn.Module):
         down = operators.Conv(kernel, (*grown, self.features), self.strides, padding, self.groups, self.dilation)
         op = operators.ConvTranspose(down)
         bias = torch_bias(math.prod(kernel.shape[:3]))
-        return with_bias(self, [_contraction(op, train)], self.use_bias, self.activation, bias)
+        return with_bias(self, [contraction(op, train)], self.use_bias, self.activation, bias)
 
 
 class BCOP(nn.Module):
@@ -207,7 +211,7 @@ class BCOP(nn.Module):
         vectors = _vectors(self, {"matrices": raw}, bjorck.LCONVNET, self.power_iters, train)["matrices"]
         options = {"rank": self.rank, "num_iters": self.num_iters}
         kernel = bcop.kernel(raw, vectors, shape[-1], self.features, **options)
-        ops.append(_contraction(operators.Conv(kernel, shape, 1, self.padding), train))
+        ops.append(contraction(operators.Conv(kernel, shape, 1, self.padding), train))
         return with_bias(self, ops, self.use_bias, self.activation, symmetric_uniform(self.features**-0.5))
 
 
@@ -241,7 +245,7 @@ class RKO(nn.Module):
         padding = _padding(self.kernel_size, self.strides, self.padding)
         op = operators.Conv(kernel, tuple(in_shape), self.strides, padding)
         bias = torch_bias(math.prod(raw.shape[:3]))
-        return with_bias(self, [_contraction(op, train)], self.use_bias, self.activation, bias)
+        return with_bias(self, [contraction(op, train)], self.use_bias, self.activation, bias)
 
 
 class OrthoLinear(nn.Module):
@@ -268,7 +272,7 @@ class OrthoLinear(nn.Module):
         vectors = _vectors(self, scaled, bjorck.ORTHOGONIUM, self.power_iters, train).get("matrix", {})
         op = operators.Dense(bjorck.orthogonalize(raw, vectors, self.method, self.num_iters))
         bias = torch_bias(in_shape[-1])
-        return with_bias(self, [_contraction(op, train)], self.use_bias, self.activation, bias)
+        return with_bias(self, [contraction(op, train)], self.use_bias, self.activation, bias)
 
 
 class OrthoHead(nn.Module):

@@ -88,6 +88,11 @@ def advance_means(state: dict, means: dict[str, jax.Array]) -> dict:
     return state
 
 
+def contraction(op, train: bool):
+    """An operator whose norm is at most 1 by construction: a training step takes that on trust, nothing else does."""
+    return operators.Contraction(op) if train else op
+
+
 def check_counts(module: nn.Module) -> None:
     """Raises: ValueError unless those fields of a module that are numbers of something are whole ones, at least 1."""
     for name in ("features", "hidden", "kernel_size", "strides", "num_classes", "num_layers", "power_iters"):

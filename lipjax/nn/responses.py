@@ -11,7 +11,16 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from lipjax import operators
-from lipjax.nn.layers import COLLECTION, NamedOperators, named, symmetric_uniform, torch_bias, torch_conv, with_bias
+from lipjax.nn.layers import (
+    COLLECTION,
+    NamedOperators,
+    contraction,
+    named,
+    symmetric_uniform,
+    torch_bias,
+    torch_conv,
+    with_bias,
+)
 from lipjax.parametrize import bro, lot
 
 METHODS = ("bro", "lot")
@@ -154,10 +163,6 @@ class BROResidual(nn.Module):
         return with_bias(self, ops, True, self.activation, shift=shift)
 
 
-def _contraction(op, train: bool):
-    return operators.Contraction(op) if train else op
-
-
 class BROPatches(nn.Module):
     """Convolution of patches that do not overlap (strides = kernel_size, no padding), without bias or activation.
 
@@ -177,7 +182,7 @@ class BROPatches(nn.Module):
         init = nn.initializers.normal((side**2 * channels) ** -0.5)
         kernel = self.param("kernel", init, (side, side, channels, self.features))
         op = operators.Conv(bro.patches(kernel, ridge=self.ridge), tuple(in_shape), side, "VALID")
-        return named(self, [_contraction(op, train)])
+        return named(self, [contraction(op, train)])
 
 
 class BRODense(nn.Module):
@@ -205,7 +210,7 @@ class BRODense(nn.Module):
         rank = bro.rank(width, self.features, self.rank)
         matrix = self.param("matrix", nn.initializers.normal(width**-0.5), (max(width, self.features), rank))
         op = operators.Dense(bro.dense(matrix, width, self.features, **options))
-        return with_bias(self, [_contraction(op, train)], self.use_bias, self.activation)
+        return with_bias(self, [contraction(op, train)], self.use_bias, self.activation)
 
 
 class BROStack(nn.Module):
@@ -232,7 +237,7 @@ class BROStack(nn.Module):
         ops: NamedOperators = []
         for i in range(layers):
             name, shape = f"{self.name}_{i + 1:02d}", (width,)
-            ops.append((f"{name}/linear", _contraction(operators.Dense(matrices[i]), train)))
+            ops.append((f"{name}/linear", contraction(operators.Dense(matrices[i]), train)))
             ops.append((f"{name}/bias", operators.Bias(bias[i], shape)))
             ops.append((f"{name}/activation", self.activation(shape)))
         return ops

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from lipjax import conv, operators
-from lipjax.nn.layers import NamedOperators, check_counts, with_bias
+from lipjax.nn.layers import NamedOperators, check_counts, contraction, with_bias
 from lipjax.parametrize import aol
 
 
@@ -19,10 +19,6 @@ def dirac(key, shape, dtype=float):
     del key
     kh, kw, channels, features = shape
     return jnp.zeros(shape, dtype).at[(kh - 1) // 2, (kw - 1) // 2].set(jnp.eye(channels, features, dtype=dtype))
-
-
-def _contraction(op, train: bool):
-    return operators.Contraction(op) if train else op
 
 
 class AOLConv(nn.Module):
@@ -53,7 +49,7 @@ class AOLConv(nn.Module):
         raw = self.param("kernel", dirac, (*sides, in_shape[-1], self.features))
         kernel = aol.rescale_kernel(raw, rows=self.rows, iterations=self.iterations)
         op = operators.Conv(kernel, tuple(in_shape), self.strides, self.padding)
-        return with_bias(self, [_contraction(op, train)], self.use_bias, self.activation, nn.initializers.zeros)
+        return with_bias(self, [contraction(op, train)], self.use_bias, self.activation, nn.initializers.zeros)
 
 
 class AOLDense(nn.Module):
@@ -77,4 +73,4 @@ class AOLDense(nn.Module):
             )
         raw = self.param("matrix", lambda key, shape: jnp.eye(*shape), (self.features, in_shape[-1]))
         op = operators.Dense(aol.rescale_matrix(raw, rows=self.rows, iterations=self.iterations))
-        return with_bias(self, [_contraction(op, train)], self.use_bias, self.activation, nn.initializers.zeros)
+        return with_bias(self, [contraction(op, train)], self.use_bias, self.activation, nn.initializers.zeros)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lipjax import operators
-from lipjax.nn.layers import NamedOperators, check_counts
+from lipjax.nn.layers import NamedOperators, check_counts, contraction
 from lipjax.parametrize import cholesky, exponential
 
 POSITIONS = ("block", "shared", "none")
@@ -98,8 +98,7 @@ class ShiftBlocks(nn.Module):
         places = self.param("position", nn.initializers.zeros, (count, height, width, 1)) if count else None
 
         def product(matrix):
-            op: Any = operators.Conv(matrix.T[None, None], shape)
-            return operators.Contraction(op) if train else op
+            return contraction(operators.Conv(matrix.T[None, None], shape), train)
 
         ops: NamedOperators = []
         for i in range(layers):
