@@ -67,7 +67,7 @@ def _vectors(module: nn.Module, matrices: dict[str, jax.Array], scaling: bjorck.
     return vectors
 
 
-def _aoc_kernel(module: "AOC | AOCTranspose", in_channels: int, out_channels: int, train: bool) -> jax.Array:
+def _aoc_kernel(module: "AOC", in_channels: int, out_channels: int, train: bool) -> jax.Array:
     """Declares the raw arrays of a module and returns the kernel that its fields say, from in to out channels."""
     sizes, groups = (in_channels, out_channels, module.kernel_size, module.strides), module.groups
     of_layer = {"order": module.order, "groups": groups, "dilation": module.dilation}
@@ -126,7 +126,7 @@ class AOC(nn.Module):
         return with_bias(self, [contraction(op, train)], self.use_bias, self.activation, bias)
 
 
-class AOCTranspose(nn.Module):
+class AOCTranspose(AOC):
     """Transposed adaptive orthogonal convolution, bias and activation: the adjoint of an `AOC` from features channels.
 
     Maps grow by strides. output_padding: rows and columns more, from 0 to strides - 1, than the smallest map whose
@@ -136,19 +136,6 @@ class AOCTranspose(nn.Module):
     Source: Boissin et al. 2025, arXiv:2501.07930.
     """
 
-    features: int
-    kernel_size: int = 3
-    strides: int = 1
-    padding: conv.Padding = "CIRCULAR"
-    rank: int | None = None
-    order: str = "aoc"
-    method: str = "bjorck"
-    num_iters: int = bjorck.NUM_ITERS
-    power_iters: int = 3
-    use_bias: bool = True
-    activation: Callable | None = operators.MaxMin
-    groups: int = 1
-    dilation: int = 1
     output_padding: int = 0
 
     @nn.compact
