@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
 import subprocess
@@ -22,6 +23,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 CONFIG = (
     "from lipjax.training.config import load_config\n\ndef get_config():\n    return load_config({directory!r})[0]\n"
+)
+
+
+# What gloo says of its connections, a piece at a time and from several threads at once, so that lines break anywhere between the pieces.
+GLOO = re.compile(
+    r"(\[Gloo\] Rank |\d+| is connected to | peer ranks\. |Expected number of connected peer ranks is : )+"
 )
 
 
@@ -102,7 +109,7 @@ class Processes:
         found = []
         for process in self.processes:
             out, err = process.communicate(timeout=WAIT)
-            lines = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+            lines = [line for line in out.splitlines() if not line or not GLOO.fullmatch(line)]
             found.append((process.returncode, "\n".join(lines), err))
         return found
 
