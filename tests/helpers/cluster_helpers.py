@@ -26,7 +26,7 @@ CONFIG = (
 )
 
 
-# What gloo says of its connections, a piece at a time and from several threads at once, so that lines break anywhere between the pieces.
+# What gloo says of its connections, from several threads at once: lines may break after any piece.
 GLOO = re.compile(
     r"(\[Gloo\] Rank |\d+| is connected to | peer ranks\. |Expected number of connected peer ranks is : )+"
 )
