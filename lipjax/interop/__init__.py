@@ -12,8 +12,10 @@ from lipjax.interop.compared import compared
 from lipjax.interop.crm import crm
 from lipjax.interop.lipconvnet import improved, soc
 from lipjax.interop.liresnet import liresnet
+from lipjax.interop.onnx_graphs import from_onnx
 from lipjax.interop.potentialnet import cpl, sll
 from lipjax.interop.sandwichnet import lbdn
+from lipjax.interop.sequential import from_sequential
 from lipjax.interop.stagednet import orthogonium
 from lipjax.nn import COLLECTION, LipschitzModel
 
@@ -129,7 +131,7 @@ def _at(tree, path):
     return tree
 
 
-__all__ = ["from_torch"]
+__all__ = ["from_onnx", "from_sequential", "from_torch"]
 
 
 def __dir__() -> list[str]:
