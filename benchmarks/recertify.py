@@ -150,9 +150,9 @@ def report(name: str, published: Published) -> None:
     chosen = draw(np.arange(len(labels)), FLAGS.attacked)
     some, truth = images[chosen].astype(np.float32), labels[chosen]
     attack = None
-    for options in ({"objective": "cross_entropy"}, {"objective": "targeted_dlr", "num_targets": 3}):
-        steps = {"num_steps": FLAGS.steps, "method": "apgd"}
-        more = attacks.attack_l2(single, some, truth, published.radii, **steps, **options)
+    for objective in ("cross_entropy", "targeted_dlr"):
+        options: dict = {"num_steps": FLAGS.steps, "method": "apgd", "objective": objective, "num_targets": 3}
+        more = attacks.attack_l2(single, some, truth, published.radii, **options)
         attack = more if attack is None else attack.nearer(more)
     margins = attacks.attack_within(single, some, found32[chosen], claimed[chosen], num_steps=FLAGS.steps)[1]
     search = attacks.lipschitz_lower_bound(

@@ -1,6 +1,6 @@
 """Executes the pages of docs/ that hold code, in order and in one namespace, and writes what they print and draw.
 
-Run: python docs/execute.py docs/add_a_layer.md docs/theory.ipynb
+Run: python docs/execute.py docs/add_a_layer.md docs/your_network.md docs/theory.ipynb
 
 In a Markdown page, blocks of `python` are executed, and lines of `sh` blocks that call `python -m lipjax`. The block
 of `text` that follows is what they print; "..." stands for anything, and `text tolerance=0.05` loosens its numbers,

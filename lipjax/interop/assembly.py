@@ -48,7 +48,7 @@ class Assembly:
         self.generation = 0
         self._shape: tuple[int, ...] = sizes if len(sizes) == 1 else (sizes[1], sizes[2], sizes[0])
         self._in_shape = self._shape
-        self.places = self._standard()
+        self.places: Any = self._standard()
         self._flatten_name = "flatten"
         self._mean, self._std = (exact_float64(np.asarray(a), "The normalisation") for a in (input_mean, input_std))
 

@@ -1,4 +1,4 @@
-"""What was read, against what computes it elsewhere: a wrong order of channels must not pass as another network."""
+"""Networks that were read, held against what computes them elsewhere: a wrong order of channels must not pass."""
 
 from collections.abc import Callable
 

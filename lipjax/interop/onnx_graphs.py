@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -116,7 +117,8 @@ def _mean(reader: Reader, node: Node, inputs: list) -> list:
     reader.enter(inputs[0], 4)
     if node.op_type == "ReduceMean" and sorted(axis % 4 for axis in axes or ()) != [2, 3]:
         raise UserError(f"expected the mean over the axes 2 and 3 of images, got {axes}.")
-    reader.assembly.average(node.name, reader.assembly.places.shape[1:], 1, "VALID")
+    _, height, width = reader.assembly.places.shape
+    reader.assembly.average(node.name, (height, width), 1, "VALID")
     if node.op_type == "ReduceMean" and not node.get("keepdims", 1):
         reader.assembly.places = reader.assembly.places[:, 0, 0]
     return reader.left()
@@ -263,8 +265,8 @@ def from_onnx(
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
 
         def run(x: np.ndarray) -> np.ndarray:
-            rows = [evaluator.run(None, {inputs[0].name: image[None].astype(dtype)})[0] for image in x]
-            return np.concatenate(rows)
+            found: list[Any] = [evaluator.run(None, {inputs[0].name: image[None].astype(dtype)}) for image in x]
+            return np.concatenate([outputs[0] for outputs in found])
 
         compare_logits(network, shape, (input_mean, input_std), run, "ONNX's reference implementation")
     return network

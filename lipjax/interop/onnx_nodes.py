@@ -43,7 +43,7 @@ class Reader:
     def read(self, node) -> None:
         """Takes in one node. Raises: UserError naming it where it is not supported."""
         label = f"Node {node.name or node.output[0]!r} ({node.op_type})"
-        inputs = [self._known.get(name) if name else None for name in node.input]
+        inputs: list[Any] = [self._known.get(name) if name else None for name in node.input]
         missing = [name for name in node.input if name and name not in self._known]
         if missing:
             raise UserError(f"{label} reads {missing}, which nothing before it gives.")
@@ -83,7 +83,7 @@ class Reader:
         return dict(zip(names, onnx.reference.ReferenceEvaluator(single).run(names, given), strict=True))
 
     def move(self, node: "Node", inputs: list) -> list:
-        """What moves numbers, on their labels."""
+        """Moves the labels of numbers as a node moves the numbers."""
         concat = node.op_type == "Concat"
         if any(isinstance(value, Tensor) != (concat or i == 0) for i, value in enumerate(inputs) if value is not None):
             raise UserError("mixes numbers of the network with constants.")
@@ -101,7 +101,7 @@ class Reader:
         self.assembly.places = labels[0]
 
     def left(self) -> list[Tensor]:
-        """What the assembly's last layer gave."""
+        """The tensor that the assembly's last layer gave."""
         return [Tensor(self.assembly.places[None], self.assembly.generation)]
 
     def plain(self, *values: Tensor) -> list[Tensor]:

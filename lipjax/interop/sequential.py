@@ -34,6 +34,7 @@ def _conv2d(assembly: Assembly, name: str, arrays: dict, options: dict) -> None:
     sides, padding = np.shape(arrays["weight"])[2:], options["padding"]
     steps, spread = (_pair(options[key], name, key, 1) for key in ("stride", "dilation"))
     window = [d * (k - 1) + 1 for k, d in zip(sides, spread, strict=True)]
+    pads: Any
     if padding == "same":
         pads = tuple(((k - 1) // 2, k - 1 - (k - 1) // 2) for k in window)
     else:
@@ -70,11 +71,11 @@ def _maxmin(assembly: Assembly, name: str, arrays: dict, options: dict) -> None:
         )
     if len(places) % 2:
         raise UserError(f"{name}: expected an even number of channels to pair, got {len(places)}.")
-    axis, shape = (1, (-1, 2)) if pairs == "neighbours" else (0, (2, -1))
+    axis, shape = (1, [-1, 2]) if pairs == "neighbours" else (0, [2, -1])
     both = places.reshape(*shape, *places.shape[1:])
     one, other = (np.repeat(part, 2, axis).reshape(places.shape) for part in np.split(both, 2, axis))
     larger = np.zeros(both.shape, bool)
-    larger.swapaxes(0, axis)[0 if first == "max" else 1] = True
+    np.moveaxis(larger, axis, 0)[0 if first == "max" else 1] = True
     assembly.sort_pairs(name, one, other, larger.reshape(places.shape))
 
 
@@ -124,7 +125,7 @@ def _activation(kind: str) -> Callable[..., None]:
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """How a kind of layer is added; its arrays and options with their defaults, _REQUIRED where there is none."""
+    """A kind of layer: what adds it; its arrays and options with their defaults, _REQUIRED where there is none."""
 
     add: Callable[[Assembly, str, dict, dict], None]
     arrays: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -292,12 +293,13 @@ def from_sequential(
     found = [_read(name, layer) for name, layer in _layers_of(layers)]
     if input_shape is None:
         first = next((layer for layer in found if layer.kind != "identity"), None)
-        if first is None or first.kind != "linear" or np.ndim(first.arrays.get("weight")) != 2:
+        weight: Any = None if first is None or first.kind != "linear" else first.arrays.get("weight")
+        if len(np.shape(weight)) != 2:
             raise UserError(
                 "Expected an input_shape, (channels, height, width) of one image or (features,), where no linear layer "
                 "comes first."
             )
-        input_shape = (np.shape(first.arrays["weight"])[1],)
+        input_shape = (np.shape(weight)[1],)
     assembly = Assembly(input_shape, input_mean, input_std)
     for layer in found:
         arrays, options = _complete(layer)

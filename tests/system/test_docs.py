@@ -34,6 +34,12 @@ def test_add_a_layer(tmp_path):
     assert sum(bool(cell.expected) for cell in cells) >= 7 and (tmp_path / "schur" / "certificate.json").exists()
 
 
+@pytest.mark.x64_off
+def test_your_network(tmp_path):
+    cells = run(DOCS / "your_network.md", tmp_path)
+    assert sum(bool(cell.expected) for cell in cells) >= 5 and (tmp_path / "sklearn" / "certificate.json").exists()
+
+
 def test_theory(tmp_path):
     cells = run(DOCS / "theory.ipynb", tmp_path)
     assert sum(cell.figures for cell in cells) == 4 and sum(bool(cell.expected) for cell in cells) >= 7
@@ -42,7 +48,8 @@ def test_theory(tmp_path):
 def test_no_other_page_is_meant_to_be_executed():
     assert {page.name for page in DOCS.glob("*.ipynb")} == {"theory.ipynb"}
     assert {page.name for page in DOCS.glob("*.md") if "test_docs.py` executes it" in page.read_text()} == {
-        "add_a_layer.md"
+        "add_a_layer.md",
+        "your_network.md",
     }
 
 

@@ -82,8 +82,10 @@ INSIDE = {
         ),
     ),
     "interop": (
-        ("entries",),
+        ("assembly", "comparison", "entries"),
         ("bronet", "compared", "crm", "lipconvnet", "liresnet", "potentialnet", "sandwichnet", "stagednet"),
+        ("onnx_nodes", "sequential"),
+        ("onnx_graphs",),
     ),
     "training": (
         ("augment", "compile_alarm", "damage", "randaugment", "setting", "sharding", "stopping", "terminal"),

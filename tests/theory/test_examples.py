@@ -47,7 +47,7 @@ FUNCTIONS = (
     *(f"FrozenNetwork.{name}" for name in ("__call__", "certify", "predict", "margin_lipschitz", "lipschitz_report")),
     *(f"FrozenNetwork.{name}" for name in ("save", "load", "margins", "norm_estimates", "export")),
     *(f"attacks.{name}" for name in ("apgd_l2", "lipschitz_lower_bound")),
-    *("parametrize.aoc.kernel", "parametrize.bcop.kernel", "interop.from_torch"),
+    *("parametrize.aoc.kernel", "parametrize.bcop.kernel", "interop.from_torch", "interop.from_sequential"),
     *(f"curvature.{name}" for name in ("estimate", "estimate_table", "top_rivals", "bound")),
 )
 CLASSES = (
