@@ -1,12 +1,12 @@
 # make demo: train, certify and report on handwritten digits.  make quick: the fast tests.  make test: all but nightly ones.
-# All install into .venv what they need.
+# make docs: the site, into docs/_build/html.  All install into .venv what they need.
 SHELL := /bin/bash
 WORKDIR ?= runs/demo
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo quick test lint lock clean
+.PHONY: demo quick test docs lint lock clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.lipjax
@@ -20,6 +20,10 @@ quick: $(VENV)/.lipjax-dev
 
 test: $(VENV)/.lipjax-dev
 	$(PY) -m pytest --numprocesses=auto --dist=loadfile $(PYTEST_ARGS)
+
+docs: $(VENV)/.lipjax-docs
+	$(PY) -m sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
 
 lint: $(VENV)/.lipjax-dev
 	$(PY) -m ruff check .
@@ -49,17 +53,21 @@ $(VENV)/.lipjax-dev: $(VENV)/.lipjax requirements-dev.txt
 	@$(PIP) -r requirements-dev.txt
 	@touch $@
 
+$(VENV)/.lipjax-docs: $(VENV)/.lipjax requirements-docs.txt
+	@$(PIP) -r requirements-docs.txt
+	@touch $@
+
 # The requirement files again, from pyproject.toml: for each Python the newest versions that serve it, by markers.
 COMPILE = $(PY) -m uv pip compile pyproject.toml --universal --python-version 3.11 --fork-strategy requires-python \
   --no-header --no-annotate --no-emit-index-url --quiet
 lock: $(VENV)/.lipjax
 	@$(PIP) uv
 	@head -n 1 requirements.txt > $(VENV)/lock && $(COMPILE) --extra train --upgrade >> $(VENV)/lock && mv $(VENV)/lock requirements.txt
-	@for extra in dev cuda tpu; do \
+	@for extra in dev docs cuda tpu; do \
 	  { head -n 2 requirements-$$extra.txt; \
 	    $(COMPILE) --extra $$extra --constraints requirements.txt | grep -vxFf requirements.txt; } > $(VENV)/lock \
 	  && mv $(VENV)/lock requirements-$$extra.txt || exit 1; \
 	done
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .cache
+	rm -rf build dist docs/_build docs/api *.egg-info .pytest_cache .ruff_cache .cache

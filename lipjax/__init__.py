@@ -26,7 +26,7 @@ from lipjax import (  # noqa: E402
 from lipjax.certify import FrozenNetwork, freeze  # noqa: E402
 from lipjax.errors import NotCertifiable, UserError  # noqa: E402
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "FrozenNetwork",

@@ -45,10 +45,25 @@ def test_theory(tmp_path):
     assert sum(cell.figures for cell in cells) == 4 and sum(bool(cell.expected) for cell in cells) >= 7
 
 
+@pytest.mark.x64_off
+@pytest.mark.parametrize("page", ["break_a_certificate.md", "ship_it.md"])
+def test_a_page_that_does_not_train(page, tmp_path):
+    cells = run(DOCS / page, tmp_path)
+    assert sum(bool(cell.expected) for cell in cells) >= 3
+
+
+@pytest.mark.nightly
+@pytest.mark.x64_off
+@pytest.mark.parametrize(("page", "made"), [("own_images.md", "report.html"), ("laptop_to_pod.md", "certificate.json")])
+def test_a_page_that_trains(page, made, tmp_path):
+    cells = run(DOCS / page, tmp_path)
+    assert sum(bool(cell.expected) for cell in cells) >= 3 and (tmp_path / "run" / made).exists()
+
+
 def test_no_other_page_is_meant_to_be_executed():
     assert {page.name for page in DOCS.glob("*.ipynb")} == {"theory.ipynb"}
     assert {page.name for page in DOCS.glob("*.md") if "test_docs.py` executes it" in page.read_text()} == {
-        "add_a_layer.md",
+        *("add_a_layer.md", "break_a_certificate.md", "laptop_to_pod.md", "own_images.md", "ship_it.md"),
         "your_network.md",
     }
 

@@ -1,0 +1,63 @@
+"""The site: every public name has a docstring and a place in the API reference, every page a place in the contents.
+
+`make docs` builds it, with warnings as errors, and looks for every public name in what was built.
+"""
+
+import importlib
+import pathlib
+import pkgutil
+import re
+
+import pytest
+
+import lipjax
+from docs import reference
+
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
+
+# Modules that say what is public in them and are no part of the API: programs, and what reports and plans are made by.
+PROGRAMS = {"lipjax.checker", "lipjax.evaluation", "lipjax.plan"}
+
+
+def test_every_public_name_has_a_docstring(monkeypatch):
+    assert len(reference.public_names()) > 300 and reference.undocumented() == []
+    monkeypatch.setattr(lipjax.losses.emma, "__doc__", None)  # control
+    assert reference.undocumented() == ["lipjax.losses.emma"]
+
+
+def test_every_room_with_public_names_is_in_the_reference():
+    there = {module.__name__ for part in reference.modules().values() for module in part}
+    rooms = {f"lipjax.{room.name}" for room in pkgutil.iter_modules(lipjax.__path__) if not room.name.startswith("_")}
+    public = {room for room in rooms - PROGRAMS if hasattr(importlib.import_module(room), "__all__")}
+    assert len(public) > 15 and public - there == set()
+
+
+def test_the_pages_name_every_public_name(tmp_path):
+    reference.write_pages(tmp_path)
+    pages = {path.stem: path.read_text() for path in tmp_path.glob("lipjax*.rst")}
+    for name in reference.public_names():
+        module, _, short = name.rpartition(".")
+        assert re.search(rf"^\.\. (py:data:: {short}|auto\w+:: {re.escape(name)})$", pages[module], re.MULTILINE), name
+    index = (tmp_path / "index.rst").read_text().split()
+    assert set(pages) <= set(index)
+
+
+def test_every_page_is_in_the_contents():
+    text = (DOCS / "index.md").read_text()
+    blocks = re.findall(r"```{toctree}\n(.*?)```", text, re.DOTALL)
+    listed = {line.strip() for block in blocks for line in block.split("\n")}
+    pages = {path.stem for path in (*DOCS.glob("*.md"), *DOCS.glob("*.ipynb"))} - {"index"}
+    assert pages - listed == set() and {name for name in listed if name and name[0] != ":"} - pages == {"api/index"}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Twice x.\n\nReturns: (n,), a_ times *b*.", ["Twice x.", "", ":returns: (n,), a\\_ times \\*b\\*.", ""]),
+        ("The norm `|x|`.", ["The norm ``|x|``.", ""]),
+        ("A:\n\n    x = |y|\n\nwhere", ["A:", "", "", "::", "", "        x = |y|", "", "where", ""]),
+        ("Example: one.\n  >>> f(1)\n  2", [".. rubric:: Example", "", "one.", "", ">>> f(1)", "2", ""]),
+    ],
+)
+def test_a_docstring_becomes_restructured_text(text, expected):
+    assert reference.as_rst(text.split("\n")) == expected
