@@ -148,6 +148,7 @@ class Assembly:
 
         The scale goes into the rows of the linear map before it, rounded to float64, or becomes a diagonal one.
         """
+        self._by_channel(name, shift)  # either may make vectors of images, of which there are more numbers
         factor, added = self._by_channel(name, scale), self._by_channel(name, shift)
         if (factor != 1).any():
             self._scale(name, factor)
@@ -174,13 +175,13 @@ class Assembly:
 
     def normalize(self, name: str, mean, std) -> None:
         """x -> (x - mean) / std, both as in `affine`. Of pixels, before all layers, it is that of the network."""
+        centre, size = self._by_channel(name, mean), self._by_channel(name, std)
+        if not (size > 0).all():
+            raise UserError(f"{name}: expected standard deviations above 0, got {size}.")
         if self.ops:
             self.affine(name, 1 / std, -mean / std)
-            return
-        mean, std = self._by_channel(name, mean), self._by_channel(name, std)
-        if not (std > 0).all():
-            raise UserError(f"{name}: expected standard deviations above 0, got {std}.")
-        self._mean, self._std = self._mean + self._std * mean, self._std * std
+        else:
+            self._mean, self._std = self._mean + self._std * centre, self._std * size
 
     def _by_channel(self, name: str, values) -> np.ndarray:
         """What broadcasts to the tensor there, as one number for each of our channels."""

@@ -198,13 +198,37 @@ def _array(value) -> Any:
 
 
 def _layers_of(layers, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Names and layers of a sequence, those of sequences in it included."""
+    """Names and layers of a sequence, those of sequences in it included. Raises: UserError for what is no sequence."""
+    title, base = type(layers).__name__, _base(layers, ("Sequential",))
+    if base is None and not isinstance(layers, list | tuple):
+        raise UserError(
+            f"Expected an nn.Sequential, or a list of layers, got a {title}: a module of another class may compute "
+            "anything of its children. List its layers in the order in which its forward calls them."
+        )
+    if base is not None:
+        _check_forward(f"{prefix.rstrip('.') or 'The network'} ({title})", layers, base)
     named = layers.named_children() if hasattr(layers, "named_children") else enumerate(layers)
     for name, layer in named:
-        if any(cls.__name__ == "Sequential" for cls in type(layer).__mro__) or isinstance(layer, list):
+        if isinstance(layer, list) or _base(layer, ("Sequential",)) is not None:
             yield from _layers_of(layer, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", layer
+
+
+def _base(layer, names) -> type | None:
+    """The class of these names that an object is of."""
+    return next((cls for cls in type(layer).__mro__ if cls.__name__ in names), None)
+
+
+def _check_forward(label: str, layer, base: type) -> None:
+    """Raises: UserError if a module may compute something else than modules of the class it derives from."""
+    if getattr(type(layer), "forward", None) is not getattr(base, "forward", None):
+        raise UserError(
+            f"{label} computes something of its own, since it overrides forward of {base.__name__}: export it to plain "
+            "layers, or put a tuple (kind, arrays, options) that says what it computes in its place."
+        )
+    if getattr(layer, "_forward_hooks", None) or getattr(layer, "_forward_pre_hooks", None):
+        raise UserError(f"{label} has hooks, which may change what it computes: remove them first.")
 
 
 def _read(name: str, layer) -> _Layer:
@@ -217,19 +241,13 @@ def _read(name: str, layer) -> _Layer:
             )
         return _Layer(name, kind, kind, arrays, options)
     title = type(layer).__name__
-    base = next((cls for cls in type(layer).__mro__ if cls.__name__ in _MODULES), None)
+    base = _base(layer, _MODULES)
     if base is None:
         raise UserError(
             f"Layer {name} ({title}) is not supported: expected modules of {sorted(_MODULES)}, or tuples (kind, "
             f"arrays, options) of {sorted(_KINDS)}."
         )
-    if getattr(type(layer), "forward", None) is not getattr(base, "forward", None):
-        raise UserError(
-            f"Layer {name} ({title}) computes something of its own, since it overrides forward of {base.__name__}: "
-            "export it to plain layers, or put a tuple (kind, arrays, options) that says what it computes in its place."
-        )
-    if getattr(layer, "_forward_hooks", None) or getattr(layer, "_forward_pre_hooks", None):
-        raise UserError(f"Layer {name} ({title}) has hooks, which may change what it computes: remove them first.")
+    _check_forward(f"Layer {name} ({title})", layer, base)
     kind, fixed = _MODULES[base.__name__]
     for attribute, values in fixed.items():
         if hasattr(layer, attribute) and getattr(layer, attribute) not in values:
@@ -312,7 +330,8 @@ def from_sequential(
     torch: Any = sys.modules.get("torch")
     modules = [layer for _, layer in _layers_of(layers)]
     if compare and torch is not None and all(isinstance(module, torch.nn.Module) for module in modules):
-        compare_logits(network, input_shape, (input_mean, input_std), lambda x: _run(torch, modules, x), "the modules")
+        whole = [layers] if isinstance(layers, torch.nn.Module) else modules
+        compare_logits(network, input_shape, (input_mean, input_std), lambda x: _run(torch, whole, x), "the modules")
     return network
 
 

@@ -61,6 +61,18 @@ def test_normalisations_compose():
     np.testing.assert_allclose(network.input_mean, [0.1 + 0.25 * 0.5, 0.2 + 0.5 * 0.25], rtol=1e-15)
 
 
+def test_numbers_of_their_own_for_all_units_of_an_image():
+    rng, x = np.random.default_rng(0), np.random.default_rng(1).uniform(size=(3, 2, 2, 2))
+    mean, std, bias = rng.normal(size=8), rng.uniform(0.5, 2, 8), rng.normal(size=8)
+    flat = np.moveaxis(x, -1, 1).reshape(3, 8)
+    ones = {"running_mean": np.zeros(8), "running_var": np.ones(8), "bias": bias}
+    cases = [("normalize", {"mean": mean, "std": std}), ("batch_norm", {**ones, "weight": np.repeat([2.0, 3.0], 4)})]
+    expected = [(flat - mean) / std, flat * np.repeat([2.0, 3.0], 4) / np.sqrt(1 + 1e-5) + bias]
+    for layer, logits in zip(cases, expected, strict=True):
+        found = lipjax.freeze(interop.from_sequential([("flatten",), layer], (2, 2, 2)))(x)
+        np.testing.assert_allclose(found, logits, rtol=1e-12, atol=1e-12)
+
+
 def test_orders_that_no_layer_takes_on_become_an_operator():
     sort = ("maxmin", {}, NEIGHBOURS)
     halves = ("maxmin", {}, {"pairs": "halves", "first": "max"})
@@ -118,6 +130,11 @@ class Sequential(list):
     pass
 
 
+class Residual(Sequential):
+    def forward(self, x):
+        return x
+
+
 class Parametrized(Conv2d):
     pass
 
@@ -156,6 +173,9 @@ STATISTICS = {"running_mean": np.zeros(1), "running_var": np.ones(1)}
     [
         ([MaxPool2d()], "Layer 0 \\(MaxPool2d\\) is not supported"),
         ([SpectralConv2d(weight=WEIGHT)], "overrides forward of Conv2d"),
+        ([Residual([Conv2d(weight=WEIGHT)])], "0 \\(Residual\\) computes something of its own"),
+        (Residual([Conv2d(weight=WEIGHT)]), "The network \\(Residual\\) computes something of its own"),
+        (Module(first=Conv2d(weight=WEIGHT)), "Expected an nn.Sequential, or a list of layers, got a Module"),
         ([Conv2d(weight=WEIGHT, _forward_pre_hooks={1: 2})], "has hooks"),
         ([Dropout(training=True)], "training=False, got True: call eval"),
         ([BatchNorm2d(training=True, **STATISTICS)], "call eval"),
