@@ -103,10 +103,10 @@ def toeplitz(op: operators.Conv, steps: int) -> float:
     return math.exp((math.log(np.abs(taps).sum(axis=(0, 1, 3)).max()) + log) / 2**steps)
 
 
-def tensor_norm(op: operators.Conv, steps: int = 100) -> float:
+def tensor_norm(op: operators.Conv, starts: int, steps: int = 100) -> float:
     """By alternating steps from several complex starts: it approaches the tensor norm from below."""
     rng, kernel, best = np.random.default_rng(0), op.kernel.astype(complex), 0.0
-    for _ in range(FLAGS.starts):
+    for _ in range(starts):
         vectors = [rng.normal(size=n) + 1j * rng.normal(size=n) for n in kernel.shape]
         vectors = [v / np.linalg.norm(v) for v in vectors]
         value = 0.0
@@ -150,7 +150,7 @@ METHODS = (
     Method("Gram, 6 steps", FORMULA, lambda op: gram_iteration(op, 6)),
     Method("Toeplitz, n = 1", FORMULA, lambda op: toeplitz(op, 1)),
     Method("Toeplitz, n = 3", FORMULA, lambda op: toeplitz(op, 3)),
-    Method("tensor norm", APPROACHED, tensor_norm),
+    Method("tensor norm", APPROACHED, lambda op: tensor_norm(op, FLAGS.starts)),
     Method("Fantastic Four", FORMULA, fantastic_four),
     Method("power iteration, 10", ESTIMATE, lambda op: power_iteration(op, 10)),
     Method("power iteration, 100", ESTIMATE, lambda op: power_iteration(op, 100)),

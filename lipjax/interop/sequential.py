@@ -197,7 +197,7 @@ def _array(value) -> Any:
     return None if value is None else np.asarray(value)
 
 
-def _layers_of(layers, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _layers_of(layers: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Names and layers of a sequence, those of sequences in it included. Raises: UserError for what is no sequence."""
     title, base = type(layers).__name__, _base(layers, ("Sequential",))
     if base is None and not isinstance(layers, list | tuple):
@@ -207,7 +207,8 @@ def _layers_of(layers, prefix: str = "") -> Iterator[tuple[str, Any]]:
         )
     if base is not None:
         _check_forward(f"{prefix.rstrip('.') or 'The network'} ({title})", layers, base)
-    named = layers.named_children() if hasattr(layers, "named_children") else enumerate(layers)
+    children = getattr(layers, "named_children", None)
+    named = enumerate(layers) if children is None else children()
     for name, layer in named:
         if isinstance(layer, list) or _base(layer, ("Sequential",)) is not None:
             yield from _layers_of(layer, f"{prefix}{name}.")
