@@ -48,7 +48,8 @@ def certify(arguments) -> None:
             if arguments.data_dir is not None:
                 config.data.data_dir = arguments.data_dir
         validate(config)
-        found.append(certify_run(directory, config, seed, console=console))
+        with _kept_programs(config):
+            found.append(certify_run(directory, config, seed, console=console))
         print_table(found[-1], console)
         files = "frozen/, certificate.json, images.safetensors, report.json, certified_accuracy.png"
         files += ", attack.json" if found[-1]["num_attacked_images"] else ""
@@ -89,7 +90,9 @@ def attack(arguments) -> None:
             if arguments.data_dir is not None:
                 config.data.data_dir = arguments.data_dir
         validate(config)
-        print_findings(attack_run(directory, config, seed, console), console)
+        with _kept_programs(config):
+            findings = attack_run(directory, config, seed, console)
+        print_findings(findings, console)
         progress_of(console).print(f"Written to {directory}: attack.json, attack.npz, adversarial.npz", markup=False)
 
 
@@ -118,7 +121,9 @@ def predict(arguments) -> None:
         if len(runs) > 1:
             raise UserError(f"{directory} holds {len(runs)} runs: name one of them, such as {runs[0]}.")
         directory = runs[0]
-    print_predictions(predict_files(directory, arguments.files), _console())
+    with _kept_programs():
+        predictions = predict_files(directory, arguments.files)
+    print_predictions(predictions, _console())
 
 
 def compare(arguments) -> None:
@@ -231,6 +236,13 @@ def _run(command: Callable[[], None]) -> int:
 
     with no_slow_compile_alarm():
         return run_command(command, "Interrupted.")
+
+
+def _kept_programs(config: Any = None) -> Any:
+    """A context in which compiled programs are kept for later calls, unless a run's config does not want it."""
+    from lipjax.training.compile_cache import kept_programs
+
+    return kept_programs(config is None or config.compilation_cache)
 
 
 if __name__ == "__main__":

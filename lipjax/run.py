@@ -12,7 +12,7 @@ from lipjax.errors import UserError
 from lipjax.evaluation import table as reports
 from lipjax.evaluation.evaluate import certify_run
 from lipjax.files import write_json
-from lipjax.training import cluster, lock, stopping, warm_start
+from lipjax.training import cluster, compile_cache, lock, stopping, warm_start
 from lipjax.training.config import validate
 from lipjax.training.loop import Run, train
 from lipjax.training.same_run import plain
@@ -34,7 +34,7 @@ def run(config, workdir: str | os.PathLike, quiet: bool = False) -> dict:
     workdir, first = pathlib.Path(workdir).expanduser(), jax.process_index() == 0
     console = Terminal(quiet=quiet, silent=not first)
     _check_agreement(config)
-    with lock.exclusive(workdir) as writable:
+    with lock.exclusive(workdir) as writable, compile_cache.kept_programs(config.compilation_cache):
         return _run(config, workdir, console) if writable else _look(config, workdir, console)
 
 

@@ -19,6 +19,8 @@ from threadpoolctl import threadpool_limits
 install_import_hook("lipjax", "beartype.beartype")
 
 jax.config.update("jax_enable_x64", True)
+# After JAX has read it, so that it holds for new processes: they keep no programs in the user's home directory.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 
 
 def pytest_collection_modifyitems(items):

@@ -3,6 +3,10 @@
 XLA has no switch for it: TF_CPP_MIN_LOG_LEVEL=3 would silence it and every other error message of C++ code with it. So
 a small process of its own reads what this one writes to its standard error, drops the alarms and passes on the rest. It
 is not a thread, because it must still pass on the last words of a process that C++ code aborts.
+
+It drops one more message: that a program from the compilation cache may not run here, because the processor lacks
+"prefer-no-gather" or "prefer-no-scatter". These are preferences of the compiler, which no processor has
+(https://github.com/openxla/xla/issues/44565).
 """
 
 import contextlib
@@ -16,6 +20,7 @@ from collections.abc import Iterator
 _FILTER = r"""
 import os, select
 FIRST, LAST, MOST = b"slow_operation_alarm.cc:", b"attach the results.", 30
+LOADED, PREFERENCE = b"cpu_aot_loader.cc:", b"Target machine feature +prefer-no-"
 left, dropped, stars = b"", 0, False
 def show(data):
     while data:
@@ -29,12 +34,14 @@ def line(text):
         dropped = 0 if stars or dropped == MOST else dropped + 1
     elif stars and text.strip(b"*\r\n") == b"":
         stars = False
+    elif LOADED in text and PREFERENCE in text:
+        pass
     else:
         stars = False
         show(text)
 while True:
     # A line that is not finished, such as a question, is shown after a moment.
-    if left and not dropped and FIRST not in left and not select.select([0], [], [], 0.2)[0]:
+    if left and not dropped and FIRST not in left and LOADED not in left and not select.select([0], [], [], 0.2)[0]:
         show(left)
         left = b""
     data = os.read(0, 65536)

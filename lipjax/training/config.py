@@ -53,6 +53,8 @@ def default_config(
     config.lipschitz = "product"  # what estimates L in training and validation: the product of norms, or "liplt"
     config.power_iterations = 10  # per training step, warm-started
     config.power_iterations_eval = 100  # before a validation
+    # Keep compiled programs for later starts, in ~/.cache/lipjax/jax, or where JAX_COMPILATION_CACHE_DIR says.
+    config.compilation_cache = True
 
     config.data = ml_collections.ConfigDict()
     config.data.name = "digits"  # docs/data.md lists them

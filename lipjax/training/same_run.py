@@ -19,7 +19,7 @@ from lipjax.training.config import defaults_for
 FREE_TO_CHANGE = (
     *("checkpoint.", "certify.", "mesh.", "seeds", "data.data_dir", "data.path", "data.download"),
     "data.generated.cache_dir",
-    *("accumulation", "remat", "scan", "data.workers"),
+    *("accumulation", "remat", "scan", "data.workers", "compilation_cache"),
 )
 
 

@@ -88,7 +88,8 @@ INSIDE = {
         ("onnx_graphs",),
     ),
     "training": (
-        ("augment", "compile_alarm", "damage", "randaugment", "setting", "sharding", "stopping", "terminal"),
+        ("augment", "compile_alarm", "compile_cache", "damage", "randaugment", "setting"),
+        ("sharding", "stopping", "terminal"),
         ("accumulate", "cluster", "metrics", "objective", "optimizer"),
         ("checkpoint", "choices", "lock", "step"),
         ("data",),

@@ -60,6 +60,13 @@ def test_alarms_are_dropped_and_nothing_else_is():
     assert done.stdout == "" and done.returncode == 0
 
 
+def test_a_program_is_not_said_to_miss_what_is_no_feature_of_a_processor():
+    about = "E1130 cpu_aot_loader.cc:195] Loading XLA:CPU AOT result. Target machine feature {} is not supported ...\n"
+    real = about.format("+avx512f")
+    text = about.format("+prefer-no-gather") + real + about.format("+prefer-no-scatter")
+    assert run(inside(f"write({text!r})")).stderr == real
+
+
 def test_text_that_only_begins_like_an_alarm_is_not_lost_for_long():
     lines = "".join(f"line {i}\n" for i in range(40))
     done = run(inside(f"write({'slow_operation_alarm.cc:9] x' + chr(10) + lines!r})"))
