@@ -20,7 +20,8 @@ import numpy as np
 from absl import app, flags, logging
 from PIL import Image
 
-from lipjax.training.data import StreamDataset, prepared, stream
+from lipjax.training.data import StreamDataset, jpeg, prepared, stream
+from lipjax.training.data.kept_buffers import KeptBuffers
 from lipjax.training.data.prepare import prepare
 
 FLAGS = flags.FLAGS
@@ -76,6 +77,48 @@ def made_up_imagenet(data_dir: pathlib.Path, count: int) -> tuple[StreamDataset,
     return StreamDataset("imagenet", sources, len(names), 224), float(np.mean(sizes))
 
 
+def of_one_core(encoded: list[bytes], size: int = 224) -> dict[str, float]:
+    """Images per second of one core's own time, the best of five rounds each: ways to decode and crop."""
+    rates = {}
+    for resample in stream.RESAMPLE:
+        for decoder in ("Pillow", "simplejpeg"):
+            kept = jpeg.decoded
+            if decoder == "Pillow":
+                jpeg.decoded = lambda encoded: None
+            try:
+                rounds = []
+                for _ in range(5):
+                    generator, start = np.random.default_rng(0), time.process_time()
+                    for content in encoded:
+                        stream.random_crop(content, size, generator, "", resample)
+                    rounds.append(time.process_time() - start)
+            finally:
+                jpeg.decoded = kept
+            rates[f"{decoder}, {resample}"] = len(encoded) / min(rounds)
+    return rates
+
+
+def stacking(batch: int = 1024, size: int = 224) -> dict[str, float]:
+    """Images per second of one core's own time, the best of five rounds: ways to make a batch of decoded images."""
+    images = [np.full((size, size, 3), i % 256, np.uint8) for i in range(batch)]
+    buffers = KeptBuffers((batch, size, size, 3))
+
+    def kept():
+        array = buffers.take()
+        for place, image in enumerate(images):
+            array[place] = image
+
+    rates = {}
+    for name, function in (("a new array", lambda: np.stack(images)), ("kept memory", kept)):
+        rounds = []
+        for _ in range(6):
+            start = time.process_time()
+            function()
+            rounds.append(time.process_time() - start)
+        rates[name] = batch / min(rounds[1:])
+    return rates
+
+
 def rate(dataset: StreamDataset) -> tuple[float, float]:
     """(seconds until the first batch, images per second from then on)."""
     start = time.perf_counter()
@@ -99,13 +142,14 @@ def main(_):
     with tempfile.TemporaryDirectory() as folder:
         dataset, size = made_up_imagenet(pathlib.Path(folder), FLAGS.images)
         print(f"{FLAGS.images} images of {size / 1e3:.0f} kB in the mean, {os.cpu_count()} cores")
-        records, generator = dataset.splits["train"], np.random.default_rng(0)
-        encoded = [records[i]["image"] for i in range(min(len(records), 100))]
-        start = time.process_time()
-        for content in encoded:
-            stream.random_crop(content, 224, generator, "")
-        core = len(encoded) / (time.process_time() - start)
-        print(f"decode and crop alone: {core:.0f} images per second of one core's time")
+        records = dataset.splits["train"]
+        rates = of_one_core([records[i]["image"] for i in range(min(len(records), 100))])
+        core = rates["simplejpeg, bilinear"]
+        print("images per second of one core's own time:")
+        for name, found in rates.items():
+            print(f"  decode and crop, {name:22} {found:7.0f}  {found / rates['Pillow, bilinear']:.2f}")
+        for name, found in stacking().items():
+            print(f"  put 1024 of them into {name:16} {found:7.0f}")
         for workers in map(int, FLAGS.workers):
             wait, found = rate(dataclasses.replace(dataset, workers=workers))
             name = f"{workers} processes" if workers else f"{stream.NUM_THREADS} threads"

@@ -16,6 +16,7 @@ from lipjax.errors import UserError
 from lipjax.training.accumulate import centering_refused
 from lipjax.training.choices import CHOICES, LAYER, RECIPE, without_others
 from lipjax.training.data import NAMES
+from lipjax.training.data.stream import RESAMPLE
 from lipjax.training.optimizer import DECAYED
 from lipjax.training.randaugment import MAX_MAGNITUDE
 from lipjax.training.step import CLASS_WEIGHTS, LIPSCHITZ
@@ -62,6 +63,7 @@ def default_config(
     config.data.path = ""  # of the user's own data: an .npz file, or a folder with a folder per class
     config.data.download = False  # prepare a missing data set when the run starts
     config.data.workers = 0  # processes that read and decode streamed images (ImageNet); 0: threads of this one
+    config.data.resample = "bilinear"  # of streamed images' training crops, or "nearest": docs/plan.md
     config.data.validation_fraction = 0.1  # of the training images; keep-best selects on them
     config.data.test_fraction = 0.2  # of all images, for sets without a test split of their own
     config.data.image_size = 0  # pixels that the centre square is resized to; 0: 224 for ImageNet, others stay
@@ -208,6 +210,7 @@ def validate(config) -> None:
     _check(config.data.image_size >= 0, "data.image_size", "0 or a number of pixels", config.data.image_size)
     _check(config.data.name in NAMES, "data.name", f"one of {NAMES}", config.data.name)
     _check(config.data.workers >= 0, "data.workers", "0 or a number of processes", config.data.workers)
+    _check(config.data.resample in RESAMPLE, "data.resample", f"one of {RESAMPLE}", config.data.resample)
     _check(config.data.crop_padding >= 0, "data.crop_padding", "at least 0 pixels", config.data.crop_padding)
     _check(
         len(config.data.affine) == 3

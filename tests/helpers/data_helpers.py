@@ -15,7 +15,7 @@ from lipjax.training.data import ArrayDataset, load_dataset, prepared
 def data_config(name="digits", data_dir="", **changes):
     """The config group `data`."""
     fields = {"path": "", "download": False, "validation_fraction": 0.1, "test_fraction": 0.2, "workers": 0}
-    fields["image_size"] = 0
+    fields |= {"image_size": 0, "resample": "bilinear"}
     return types.SimpleNamespace(name=name, data_dir=str(data_dir), **{**fields, **changes})
 
 

@@ -86,8 +86,8 @@ def test_every_field_is_read_by_training_or_certification(tmp_path):
             load_dataset(Recorder(other.data, read, "data."), 0)
     # Read by run.run, before it trains anything; the name of an optimizer is an index.
     unread = {name for name in FIELDS if not name.startswith("model.")} - read
-    # The last one for ImageNet: tests/training/test_data_stream.py.
-    assert unread == {"seeds", "compilation_cache", "data.workers"}
+    # The last two for ImageNet: tests/training/test_data_stream.py.
+    assert unread == {"seeds", "compilation_cache", "data.workers", "data.resample"}
     assert "data.no_such_field" not in read  # control: not everything counts as read
 
 
@@ -220,6 +220,7 @@ BAD = {
     "mesh.data": [0, -2],
     "mesh.model": [0, -1],
     "data.workers": [-1, 0.5],
+    "data.resample": ["area", 1],
     "compilation_cache": [1, "~/.cache"],
 }
 

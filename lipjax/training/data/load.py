@@ -28,6 +28,7 @@ def load_dataset(config: Any, seed: int) -> ArrayDataset | StreamDataset:
         image_size: pixels of both sides that images get: ImageNet's crops (0: 224), others by `images.resize` (0: as
           they are).
         workers: processes that read and decode what is streamed; 0: threads.
+        resample: how training crops of what is streamed become smaller: one of `stream.RESAMPLE`.
         validation_fraction: the part of the training images held out for selection, 0 <= f < 1.
         test_fraction: the part held out for test where the data have no test split of their own: digits, folder, and
           npz without test_images.
@@ -84,7 +85,7 @@ def _load_imagenet(config: Any, seed: int) -> StreamDataset:
     train, validation = stream.hold_out(sources["train"], config.validation_fraction, seed)
     splits = {"train": train, "validation": validation, "test": sources["test"]}
     size = config.image_size or IMAGENET_SIZE
-    return StreamDataset("imagenet", splits, len(names), size, 255, names, config.workers)
+    return StreamDataset("imagenet", splits, len(names), size, 255, names, config.workers, config.resample)
 
 
 def _prepared_dir(config: Any):

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -13,13 +13,16 @@ from absl import flags
 
 from lipjax.errors import UserError
 from lipjax.training import stopping
+from lipjax.training.data import jpeg
 from lipjax.training.data.arrays import check_split, stable_random_words
+from lipjax.training.data.kept_buffers import KeptBuffers
 from lipjax.training.data.prepared import open_image
 
 Batch = tuple[np.ndarray, np.ndarray]
 # Decoding releases the interpreter lock, so threads suffice for some cores; each may decode ahead a little.
 NUM_THREADS = 16
 CHUNK = 32  # images that a worker process hands over at a time
+RESAMPLE = ("bilinear", "nearest")  # how training crops become smaller
 
 
 @runtime_checkable
@@ -75,6 +78,8 @@ class StreamDataset:
     that is left to `augment`, on the device. Evaluation: the shorter side resized to 8 s / 7, then the centre crop.
     At s = 224 these are 224 … 288 and 256, as in the code of arXiv:2301.12549.
 
+    resample: "bilinear", which averages over the pixels that become one, or "nearest", which takes one of them: less
+    work, and other training images than the papers'. Evaluation is always bilinear.
     workers: processes that read and decode; 0: threads of this one. Batches are the same for any number. Processes are
     spawned, so that a program that asks for them must have its work under `if __name__ == "__main__":`.
     """
@@ -86,6 +91,7 @@ class StreamDataset:
     pixel_max: int = 255
     class_names: tuple[str, ...] | None = None
     workers: int = 0
+    resample: str = "bilinear"
     notes: tuple[str, ...] = ()  # as of an ArrayDataset
 
     @property
@@ -117,11 +123,11 @@ class StreamDataset:
 
         _check_shards(batch_size, shard_index, num_shards)
         records = self.splits["train"]
-        crop = functools.partial(_train_view, size=self.image_size, where=records.where)
+        crop = functools.partial(_train_view, size=self.image_size, where=records.where, resample=self.resample)
         images = grain.MapDataset.source(records).seed(seed).shuffle().repeat().random_map(crop)
         share = batch_size // num_shards
         pieces = _Pieces(images, start_step * batch_size + shard_index * share, share, batch_size)
-        return _batches(grain.MapDataset.source(pieces), share, self.workers)
+        return _batches(grain.MapDataset.source(pieces), (share, *self.image_shape), self.workers)
 
     def eval_batches(self, split: str, batch_size: int, shard_index: int = 0, num_shards: int = 1) -> Iterator[Batch]:
         """Every image of a split once, in order, in full batches: the last is filled up with black images labelled -1.
@@ -138,7 +144,7 @@ class StreamDataset:
         images = grain.MapDataset.source(records).map(crop)[shard_index::num_shards]
         per_shard = batch_size // num_shards
         steps = -(-len(records) // batch_size)
-        return _batches(images, per_shard, self.workers, fill=(steps, self.image_shape))
+        return _batches(images, (per_shard, *self.image_shape), self.workers, steps)
 
     def images(self, split: str, indices: np.ndarray, batch_size: int) -> Batch:
         """The images of a split at these places, in this order, as `eval_batches` gives them, and their labels."""
@@ -173,22 +179,27 @@ def hold_out(records: Records, fraction: float, seed: int) -> tuple[Subset, Subs
 
 # At the top of a module, so that worker processes can be told of them.
 def _train_view(
-    record: dict[str, Any], generator: np.random.Generator, size: int, where: str
+    record: dict[str, Any], generator: np.random.Generator, size: int, where: str, resample: str
 ) -> tuple[np.ndarray, int]:
-    return random_crop(record["image"], size, generator, where), record["label"]
+    return random_crop(record["image"], size, generator, where, resample), record["label"]
 
 
 def _eval_view(record: dict[str, Any], size: int, where: str) -> tuple[np.ndarray, int]:
     return centre_crop(record["image"], size, where), record["label"]
 
 
-def random_crop(encoded: bytes, size: int, generator: np.random.Generator, where: str) -> np.ndarray:
+def random_crop(
+    encoded: bytes, size: int, generator: np.random.Generator, where: str, resample: str = "bilinear"
+) -> np.ndarray:
     """The training view of `StreamDataset`: a random scale and place, resampled once from the original pixels."""
-    image = open_image(encoded, where).convert("RGB")
+    from PIL import Image  # as in open_image
+
+    pixels = jpeg.decoded(encoded)
+    image = open_image(encoded, where).convert("RGB") if pixels is None else Image.fromarray(pixels)
     resized_short = generator.uniform(size, size * 9 / 7)
     side = size * min(image.size) / resized_short  # of the crop, in original pixels
     left, top = (generator.uniform(0, length - side) for length in image.size)
-    return _resample(image, (size, size), (left, top, left + side, top + side))
+    return _resample(image, (size, size), (left, top, left + side, top + side), resample)
 
 
 def centre_crop(encoded: bytes, size: int, where: str) -> np.ndarray:
@@ -200,10 +211,12 @@ def centre_crop(encoded: bytes, size: int, where: str) -> np.ndarray:
     return _resample(image, (width, height), None)[top : top + size, left : left + size]
 
 
-def _resample(image: Any, size: tuple[int, int], box: tuple[float, float, float, float] | None) -> np.ndarray:
+def _resample(
+    image: Any, size: tuple[int, int], box: tuple[float, float, float, float] | None, resample: str = "bilinear"
+) -> np.ndarray:
     from PIL import Image  # as in open_image
 
-    return np.asarray(image.resize(size, Image.Resampling.BILINEAR, box=box))
+    return np.asarray(image.resize(size, Image.Resampling[resample.upper()], box=box))
 
 
 def _check_shards(batch_size: int, shard_index: int, num_shards: int) -> None:
@@ -213,14 +226,15 @@ def _check_shards(batch_size: int, shard_index: int, num_shards: int) -> None:
         raise ValueError(f"The batch of {batch_size} images does not divide over {num_shards} shards.")
 
 
-def _decoded(images: Any, batch_size: int, workers: int) -> Generator[tuple[np.ndarray, int], None, None]:
-    """Decoded images and labels in order: by threads, or by worker processes that each take every n-th chunk."""
+def _decoded(images: Any, batch_size: int, workers: int) -> Generator[tuple[Any, Any], None, None]:
+    """Decoded images and labels in order, some at a time: by threads, or by processes that take every n-th chunk."""
     import grain  # as above
 
     # Grain's default buffer of 500 elements is meant for whole batches; here an element is one image or a chunk.
     if workers == 0:
         options = grain.ReadOptions(num_threads=NUM_THREADS, prefetch_buffer_size=max(2 * batch_size, NUM_THREADS))
-        yield from images.to_iter_dataset(options)
+        for image, label in images.to_iter_dataset(options):
+            yield (image,), (label,)
         return
     if not flags.FLAGS.is_parsed():  # Grain asks for its flags, also in a program that has none
         flags.FLAGS.mark_as_parsed()
@@ -231,32 +245,34 @@ def _decoded(images: Any, batch_size: int, workers: int) -> Generator[tuple[np.n
     # Earlier than Python's own end of them, by SIGTERM, which they ignore.
     atexit.register(processes.close)
     try:
-        for pixels, labels in processes:
-            yield from zip(pixels, labels.tolist(), strict=True)
+        yield from processes
     finally:
         atexit.unregister(processes.close)
         processes.close()
 
 
-def _batches(
-    images: Any, batch_size: int, workers: int, fill: tuple[int, tuple[int, int, int]] | None = None
-) -> Iterator[Batch]:
-    """Groups decoded images; with fill = (steps, image shape), yields that many full batches."""
-    group: list[tuple[np.ndarray, int]] = []
-    steps = 0
-    with contextlib.closing(_decoded(images, batch_size, workers)) as decoded:
-        for image in decoded:
-            group.append(image)
-            if len(group) == batch_size:
-                yield _stack(group)
-                group, steps = [], steps + 1
-    if fill is not None:
-        nothing = np.zeros(fill[1], np.uint8), -1
-        while steps < fill[0]:
-            yield _stack(group + [nothing] * (batch_size - len(group)))
-            group, steps = [], steps + 1
-
-
-def _stack(group: Sequence[tuple[np.ndarray, int]]) -> Batch:
-    images, labels = zip(*group, strict=True)
-    return np.stack(images), np.array(labels, np.int32)
+def _batches(images: Any, shape: tuple[int, ...], workers: int, steps: int | None = None) -> Iterator[Batch]:
+    """Puts decoded images into batches of a shape; of so many steps if that is given, filled up with no images."""
+    size, buffers = shape[0], KeptBuffers(shape)
+    pixels, labels, count, done = None, np.empty(size, np.int32), 0, 0
+    with contextlib.closing(_decoded(images, size, workers)) as decoded:
+        for some, classes in decoded:
+            first = 0
+            while first < len(some):
+                pixels = buffers.take() if pixels is None else pixels
+                last = min(first + size - count, len(some))
+                stop = count + last - first
+                pixels[count:stop], labels[count:stop] = some[first:last], classes[first:last]
+                first, count = last, stop
+                if count == size:
+                    batch, pixels = (pixels, labels), None
+                    yield batch
+                    del batch  # so that its memory is free when nobody reads it
+                    labels, count, done = np.empty(size, np.int32), 0, done + 1
+    while steps is not None and done < steps:
+        pixels = buffers.take() if pixels is None else pixels
+        pixels[count:], labels[count:] = 0, -1
+        batch, pixels = (pixels, labels), None
+        yield batch
+        del batch
+        labels, count, done = np.empty(size, np.int32), 0, done + 1
