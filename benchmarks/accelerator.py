@@ -34,6 +34,7 @@ import statistics
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -201,11 +202,11 @@ def measure(case: str, precision: str, devices: list, speeds: dict[str, float], 
 
 def moved(params, relative: float, seed: int):
     """Every parameter moved by +-relative of itself."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda p: p * (1 + relative * rng.choice(np.float32([-1, 1]), p.shape)), params)
+    rng, signs = np.random.default_rng(seed), np.array([-1, 1], np.float32)
+    return jax.tree.map(lambda p: p * (1 + relative * rng.choice(signs, p.shape)), params)
 
 
-def curve(step: Step, state, change=lambda params: params) -> np.ndarray:
+def curve(step: Step, state: Any, change: Callable[[Any], Any] = lambda params: params) -> np.ndarray:
     """The losses of some steps from a state, which is copied."""
     state = jax.tree.map(jnp.copy, dataclasses.replace(state, params=change(state.params)))
     state, found = jax.device_put(state, step.run.shardings), []
@@ -244,7 +245,7 @@ def check(case: str, precision: str, device) -> dict[str, Any]:
     allowed = allowed * np.arange(1, STEPS + 1)
     larger = min(1024 * np.sqrt(pixels) * exact, 0.25) if unit == exact else 64 * unit
     other = curve(host, state, lambda params: jax.tree.map(lambda p: p * np.float32(1 + larger), params))
-    off, control = (float(np.max(np.abs(losses - expected) / allowed)) for losses in (here, other))
+    off, control = (np.max(np.abs(found - expected) / allowed).item() for found in (here, other))
     return {
         "loss_cpu": expected.tolist(),
         "loss_here": here.tolist(),

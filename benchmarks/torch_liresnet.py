@@ -37,7 +37,7 @@ class Layer:
         weight = next(parameters[name] for name in ("weight", "kernel", "matrix") if name in parameters)
         self.dense = np.ndim(weight) == 2
         self.weight = _leaf(weight if self.dense else np.transpose(weight, (3, 2, 0, 1)), device)
-        self.gamma = _leaf(parameters["gamma"], device) if depth else None
+        self.gamma: Any = _leaf(parameters["gamma"], device) if depth else None
         start = np.asarray(vector) if self.dense else np.transpose(vector, (2, 0, 1))[None]
         self.vector = torch.tensor(np.ascontiguousarray(start), device=device)
         if not self.dense and device.type == "cuda":
@@ -48,13 +48,13 @@ class Layer:
         return [p for p in (self.weight, self.bias, self.gamma) if p is not None]
 
     def kernel(self):
-        """What is applied: of a block the identity and what is added to it, as one convolution."""
+        """The kernel that is applied: of a block the identity and what is added to it, in one."""
         if not self.depth:
             return self.weight
         channels, _, side, _ = self.weight.shape
         identity = torch.zeros_like(self.weight)
         identity[:, :, side // 2, side // 2] = torch.eye(channels, device=self.weight.device)
-        return identity + self.depth**-0.5 * self.gamma[:, None, None, None] * self.weight
+        return identity + self.depth**-0.5 * self.gamma.view(-1, 1, 1, 1) * self.weight
 
     def linear(self, kernel, x):
         if self.dense:

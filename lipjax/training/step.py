@@ -263,6 +263,8 @@ def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int, class_
             "grad_norm": optax.tree.norm(grads),
             "finite": finite,
         }
+        if "scale" in constants:
+            metrics["logit_scale"] = constants["scale"]
         return state, metrics
 
     return step
@@ -311,7 +313,7 @@ def _state_and_metrics(mesh: Mesh, shardings):
 def make_eval_step(model, config, mesh: Mesh, pixel_max: int, class_weights: np.ndarray | None = None):
     """Two jitted functions: (params, lip) -> (network, constants); (network, constants, images, labels) -> sums.
 
-    constants: as `estimate_constants`; sums are over the batch, of each image times the weight of its class. images:
+    constants: as of `make_build`; sums are over the batch, of each image times the weight of its class. images:
     uint8; labels: int32, -1 for images that only fill up the batch.
     """
     everywhere = sharding.replicated(mesh)
@@ -322,6 +324,8 @@ def make_eval_step(model, config, mesh: Mesh, pixel_max: int, class_weights: np.
         params, lip = sharding.gathered((params, lip), mesh)
         network = sharding.gathered(model.apply({"params": params, COLLECTION: lip}, method="build"), mesh)
         constants, _ = estimate_constants(network, lip, config.power_iterations_eval, config.lipschitz)
+        if LOG_SCALE in params:
+            constants = {**constants, "scale": jnp.exp(params[LOG_SCALE])}
         return network, constants
 
     @functools.partial(jax.jit, out_shardings=everywhere)
@@ -330,10 +334,11 @@ def make_eval_step(model, config, mesh: Mesh, pixel_max: int, class_weights: np.
         logits = network.head(features)
         correct = jnp.argmax(logits, axis=1) == labels
         radii = radius_estimate(network, constants, features, logits)
+        scaled = constants.get("scale", 1.0) * logits
         found = {
             "accuracy": correct,
             "certified_accuracy_estimate": correct & (radii > config.loss.epsilon),
-            "cross_entropy": jnp.where(labels >= 0, losses.cross_entropy(logits, jnp.maximum(labels, 0)), 0.0),
+            "cross_entropy": jnp.where(labels >= 0, losses.cross_entropy(scaled, jnp.maximum(labels, 0)), 0.0),
         }
         return {name: jnp.sum(_counted(values, labels, class_weights)) for name, values in found.items()}
 

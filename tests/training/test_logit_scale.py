@@ -34,6 +34,9 @@ def stepped(params, **changes):
         dataclasses.replace(state, params=jax.tree.map(jnp.asarray, start)), 0, SCHEDULE
     )
     change = jax.tree.map(lambda new, old: np.asarray(new, np.float64) - old, moved.params, start)
+    assert ("logit_scale" in metrics) == ("model.logit_scale" in changes)
+    if "logit_scale" in metrics:
+        np.testing.assert_allclose(metrics["logit_scale"], SCALE, rtol=1e-6)  # as the step met it
     return start, change, float(metrics["loss"])
 
 
@@ -59,6 +62,24 @@ def test_a_scale_is_that_of_a_head():
     assert abs(change[LOG_SCALE]) > 1e-6
     plain = stepped(lambda params: params)[2]
     assert abs(plain - loss) > 1e-3  # control: the scale is seen
+
+
+@pytest.mark.x64_off
+def test_the_cross_entropy_of_validation_is_that_of_the_scaled_logits():
+    run = Run(tiny_config(**{"model.logit_scale": SCALE}), 0)
+    state, part = run.fresh_state(), run.dataset.split("validation")
+    found = run.validator()(state)
+    params = {name: value for name, value in state.params.items() if name != LOG_SCALE}
+    variables = {"params": {**params, LOG_SCALE: jnp.zeros(())}, "lip": state.lip}
+    logits = np.asarray(run.model.apply(variables, jnp.asarray(part.images / np.float32(255))), np.float64)
+
+    def cross_entropy(z):
+        z = z - z.max(axis=1, keepdims=True)
+        return np.mean(np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), part.labels])
+
+    np.testing.assert_allclose(found["cross_entropy"], cross_entropy(SCALE * logits), rtol=1e-5)
+    assert abs(cross_entropy(SCALE * logits) - cross_entropy(logits)) > 1e-3  # control
+    np.testing.assert_allclose(found["accuracy"], np.mean(logits.argmax(axis=1) == part.labels))
 
 
 SIZES = {
