@@ -1,4 +1,4 @@
-"""Checks of a run: parts of a config that do not fit each other, and values that are not finite."""
+"""Checks of a run: parts of a config that do not fit each other."""
 
 import jax
 from jax.sharding import Mesh
@@ -65,16 +65,4 @@ def check_augmentation(config, dataset, mesh: Mesh) -> None:
         raise UserError(
             f"config.data.generated.per_batch = {generated} does not divide over {mesh.size} devices, as both the "
             "generated and the real images of a batch must: change it, or config.mesh."
-        )
-
-
-def check_finite(metrics: dict, step: int, epoch: int) -> None:
-    """Raises: UserError saying where, if the step met a value that is not finite."""
-    flags = {name: bool(value) for name, value in metrics.pop("finite").items()}
-    bad = [name for name, good in flags.items() if not good]
-    if bad:
-        raise UserError(
-            f"Training stopped at step {step + 1} (epoch {epoch + 1}): not finite were {', '.join(bad)}. Nothing of "
-            "that step was kept, and the checkpoints are intact. Lower config.optimizer.learning_rate or "
-            "config.optimizer.clip_norm and train into another --workdir."
         )

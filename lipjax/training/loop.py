@@ -17,12 +17,12 @@ from lipjax.errors import NotCertifiable, UserError
 from lipjax.files import write_json
 from lipjax.models import get_model
 from lipjax.nn import COLLECTION
-from lipjax.training import cluster, objective, sharding, stopping, warm_start
+from lipjax.training import cluster, guard, objective, sharding, stopping, warm_start
 from lipjax.training import optimizer as optimizers
 from lipjax.training import step as steps
 from lipjax.training.accumulate import check_accumulation
 from lipjax.training.checkpoint import Checkpointer
-from lipjax.training.checks import check_augmentation, check_class_weights, check_finite, check_loss, check_vectors
+from lipjax.training.checks import check_augmentation, check_class_weights, check_loss, check_vectors
 from lipjax.training.data import (
     ArrayDataset,
     GeneratedDataset,
@@ -150,11 +150,13 @@ class Run:
         optimizers.check_start(self.config.optimizer, state.params)
         return state
 
-    def batch_runner(self, first_step: int):
-        """A function (state, step, schedule) -> (state, metrics) that trains on the batch of that step."""
-        train_step = steps.make_train_step(
-            self.model, self.optimizer, self.config, self.mesh, self.pixel_max, self.class_weights
-        )
+    def batch_runner(self, first_step: int, diagnose: bool = False):
+        """A function (state, step, schedule) -> (state, metrics) that trains on the batch of that step.
+
+        diagnose: `guard.step_flags` in the place of metrics.
+        """
+        options = self.model, self.optimizer, self.config, self.mesh, self.pixel_max, self.class_weights
+        train_step = steps.make_train_step(*options, diagnose=diagnose)
         if isinstance(self.dataset, StreamDataset):
             return self._stream_runner(train_step, self.dataset, first_step)
         everywhere = sharding.replicated(self.mesh)
@@ -302,7 +304,7 @@ def _train_epochs(run: Run, state, checkpointer: Checkpointer, writer: MetricWri
     train_batch, validate = run.batch_runner(first), run.validator()
     data = run.training_identity
     rate = optimizers.learning_rate_schedule(config.optimizer, run.steps_per_epoch, config.num_epochs)
-    pending = None
+    pending, check_state = None, guard.state_checker(run.mesh)
 
     shape = {"input_shape": list(run.model.input_shape), "num_classes": run.model.num_classes}
 
@@ -316,7 +318,9 @@ def _train_epochs(run: Run, state, checkpointer: Checkpointer, writer: MetricWri
     def collect(found):
         step, metrics = found
         metrics = jax.device_get(metrics)
-        check_finite(metrics, step, step // run.steps_per_epoch)
+        if not metrics.pop("finite"):
+            with progress.compiling("that step once more, to say which value is not finite"):
+                guard.stop(run, state, step)
         for name, value in {**metrics, "count": 1}.items():
             totals[name] = totals.get(name, 0.0) + float(value)
         means = averages()
@@ -337,7 +341,8 @@ def _train_epochs(run: Run, state, checkpointer: Checkpointer, writer: MetricWri
             saves = stop or config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0
             if not ends_epoch and not saves:
                 continue
-            collect(pending)  # before anything is saved, so that a state is saved only if it is good
+            collect(pending)
+            check_state(state, step, epoch)  # before anything is saved, so that a state is saved only if it is good
             pending = None
             if not ends_epoch:
                 save(done, None)

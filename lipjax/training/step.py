@@ -14,7 +14,7 @@ from lipjax import bounds, certify, curvature, losses, spectral
 from lipjax.network import Application
 from lipjax.nn import COLLECTION, LOG_SCALE, LipschitzModel, advance_means
 from lipjax.operators import MLPHead
-from lipjax.training import augment, sharding
+from lipjax.training import augment, guard, sharding
 from lipjax.training.accumulate import accumulate
 from lipjax.training.objective import LOSSES, Seen
 from lipjax.training.randaugment import random_augment
@@ -33,7 +33,8 @@ class TrainState:
     """All that training changes.
 
     Attributes:
-      step: int32, batches seen. params: the model's. lip: its state: vectors that the next estimates start from.
+      step: int32, batches seen; -1 - k from batch k on, if that gave a value that is not finite (guard.py).
+      params: the model's. lip: its state: vectors that the next estimates start from.
       opt_state: optax. key: typed PRNG key, constant; batches are functions of (key, step).
     """
 
@@ -102,10 +103,6 @@ def views(key: jax.Array, images, labels, config_data, pixel_max: int, mesh: Mes
     generated = augment.augment(jax.random.fold_in(key, 3), images[1], crop_padding=padding, flip=flip)
     pixels = real, augment.to_pixels(generated, pixel_max)
     return sharding.side_by_side(pixels, mesh), sharding.side_by_side(labels, mesh)
-
-
-def _finite(tree) -> jax.Array:
-    return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def estimate_constants(network, lip, num_iters: int, lipschitz: str):
@@ -204,21 +201,31 @@ def _counted(values, labels, class_weights):
     return values if class_weights is None else values * jnp.asarray(class_weights)[jnp.maximum(labels, 0)]
 
 
-def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int, class_weights: np.ndarray | None = None):
+def make_train_step(
+    model,
+    optimizer,
+    config,
+    mesh: Mesh,
+    pixel_max: int,
+    class_weights: np.ndarray | None = None,
+    *,
+    diagnose: bool = False,
+):
     """The training step (state, images, labels, schedule) -> (state, metrics).
 
     images: uint8 (global batch, h, w, c); labels: int32; or each a pair, of the real and the generated part of the
     batch; schedule: of the epoch, by `objective.loss_schedule`. class_weights: (k,), by which the losses of images are
     multiplied before their mean over the batch, which is divided by the number of images: then it does not depend on
     how the batch is divided over devices and micro-batches. A step that meets a value that is not finite leaves
-    parameters, state and optimizer as they are; metrics["finite"] says where it was.
+    parameters, state and optimizer as they are, and so do all after it; metrics["finite"] is then False. diagnose: in
+    the place of metrics a step returns `guard.step_flags`, which say where that was; it takes such a state as well.
     """
 
     build, application = make_build(model, config, mesh), Application(config.precision, config.remat, config.scan)
 
     @sharding.spread_over(mesh)
     def step(state: TrainState, images, labels, schedule):
-        key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
+        key = jax.random.fold_in(jax.random.fold_in(state.key, 1), guard.batches_seen(state.step))
         pixels, labels = views(key, images, labels, config.data, pixel_max, mesh)
         pixels = jax.lax.with_sharding_constraint(pixels, sharding.batch_sharded(mesh))
 
@@ -246,26 +253,27 @@ def make_train_step(model, optimizer, config, mesh: Mesh, pixel_max: int, class_
         )
         grads = sharding.stored(pull_back(cotangents)[0], mesh)
         constants, lip = built[1], advance_means(lip, means)
+        norm = optax.tree.norm(grads)
+        # Known before the update, whose kernels keep or replace what they read; and few numbers, so few kernels.
+        good = guard.finite((constants, logits, loss, norm)) & (state.step >= 0)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        finite = {"loss": _finite(loss), "logits": _finite(logits), "norm estimates": _finite((constants, lip))}
-        finite |= {f"gradient of {name}": _finite(grads[name]) for name in grads}
         params = optax.apply_updates(state.params, updates)
-        finite["updated parameters"] = _finite((params, opt_state))
-        good = jnp.array(list(finite.values())).all()
         fresh = dataclasses.replace(state, params=params, lip=lip, opt_state=opt_state)
         kept = jax.tree.map(lambda new, old: new if new is old else jnp.where(good, new, old), fresh, state)
-        state = dataclasses.replace(kept, step=state.step + 1)
+        stepped = dataclasses.replace(kept, step=guard.after(state.step, good))
+        if diagnose:
+            return stepped, guard.step_flags(state, constants, lip, logits, loss, grads, norm, fresh)
         correct = jnp.argmax(logits, axis=1) == labels
         metrics = {
             "loss": loss,
             "accuracy": jnp.mean(correct),
             "certified_accuracy_estimate": jnp.mean(correct & (radii > config.loss.epsilon)),
-            "grad_norm": optax.tree.norm(grads),
-            "finite": finite,
+            "grad_norm": norm,
+            "finite": good,
         }
         if "scale" in constants:
             metrics["logit_scale"] = constants["scale"]
-        return state, metrics
+        return stepped, metrics
 
     return step
 

@@ -100,7 +100,7 @@ def test_crm_max_trains_on_eight_devices_and_its_penalty_moves_parameters():
         state = run.fresh_state()
         for step in range(2):
             state, metrics = train_batch(state, step, {"crm_weight": weight, "crm_radius": 2.0})
-        assert all(metrics["finite"].values())
+        assert metrics["finite"]
         heads.append(np.asarray(state.params["head"]["matrix"]))
     assert np.abs(heads[1] - heads[0]).max() > 1e-2
 

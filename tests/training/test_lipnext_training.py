@@ -21,7 +21,7 @@ def test_steps_on_the_manifold_stay_there(optimizer, largest):
     state, train_batch = run.fresh_state(), run.batch_runner(0)
     for step in range(2):
         state, metrics = train_batch(state, step, {"epsilon": 0.1})
-        assert all(map(bool, metrics["finite"].values()))
+        assert metrics["finite"]
     frozen = lipjax.freeze(run.model, {"params": state.params, COLLECTION: state.lip})
     excess = max(row.claimed - 1 for row in frozen.lipschitz_report() if row.name.startswith("block"))
     assert excess < largest if largest else excess > 1e-3  # control: another optimizer leaves the manifold

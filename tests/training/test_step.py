@@ -99,20 +99,6 @@ def test_the_step_on_eight_devices_gathers_no_batch():
 
 
 @pytest.mark.x64_off
-def test_a_step_that_is_not_finite_changes_nothing_but_the_count():
-    run = make_run(1)
-    train_batch = run.batch_runner(0)
-    state, _ = train_batch(run.fresh_state(), 0, SCHEDULE)
-    before = jax.tree.map(jnp.copy, state)
-    kept, metrics = train_batch(jax.tree.map(jnp.copy, state), 1, SCHEDULE | {"epsilon": math.nan})
-    flags = {name: bool(value) for name, value in metrics["finite"].items()}
-    assert not flags["loss"] and flags["logits"] and flags["norm estimates"] and not flags["gradient of stem"]
-    assert differing(before, kept) == [".step"]
-    moved, metrics = train_batch(state, 1, SCHEDULE)  # control
-    assert all(metrics["finite"].values()) and len(differing(before, moved)) > 10
-
-
-@pytest.mark.x64_off
 def test_vectors_are_warm_started_and_reach_the_norm_of_the_dense_matrix():
     run = make_run(1, **{"optimizer.learning_rate": 1e-9})  # the same network at every step
     _, state = losses(run, 30)
