@@ -14,6 +14,8 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
+from lipjax import _precision
+
 # Columns that a device holds at least, and by multiples of which it does: what eliminations take at a time.
 PANEL = 32
 # Matrices are divided by matrices while the busiest device has at most so many times its share.
@@ -61,8 +63,8 @@ def matrices(x: Array) -> Array:
 
 
 def product(x: Array, y: Array) -> Array:
-    """x @ y at the highest precision, divided as `matrices`: in bfloat16 or TF32 nothing would be orthogonal."""
-    return matrices(jnp.matmul(x, y, precision=lax.Precision.HIGHEST))
+    """x @ y as `_precision` says, divided as `matrices`: in bfloat16 or TF32 alone nothing would be orthogonal."""
+    return matrices(_precision.product(x, y))
 
 
 def gathered(tree: Any) -> Any:

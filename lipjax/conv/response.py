@@ -5,7 +5,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
-from lipjax import _dft, _spread
+from lipjax import _dft, _precision, _spread
 
 
 def packed_response(
@@ -31,7 +31,7 @@ def tap_blocks(
     taps = taps.reshape(phases.shape[1], *taps.shape[2:])
 
     def product(table):
-        return jnp.tensordot(jnp.asarray(table, taps.dtype), taps, 1, precision=lax.Precision.HIGHEST)
+        return jnp.tensordot(jnp.asarray(table, taps.dtype), taps, 1, precision=_precision.precise(taps.dtype))
 
     # Each apart: rows of one divided array would have to travel.
     return _spread.matrices(product(phases[:num_fixed])), _spread.matrices(product(pairs))
@@ -40,7 +40,7 @@ def tap_blocks(
 def _tap_product(phases: np.ndarray, taps: Float[Array, "kh kw o i"]) -> Float[Array, "n o i"]:
     """sum_t phases[n, t] taps[t]."""
     table = jnp.asarray(phases, taps.dtype)
-    product = jnp.matmul(table, taps.reshape(table.shape[1], -1), precision=lax.Precision.HIGHEST)
+    product = _precision.product(table, taps.reshape(table.shape[1], -1))
     return product.reshape(-1, *taps.shape[2:])
 
 

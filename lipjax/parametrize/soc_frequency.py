@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
-from lipjax import _dft, _spread, conv, linalg
+from lipjax import _dft, _precision, _spread, conv, linalg
 from lipjax.linalg.parts import product as complex_product
 from lipjax.spectral.series import terms_for
 
@@ -30,9 +30,7 @@ def packed_response(kernel: Float[Array, "kh kw c c"], size: tuple[int, int]) ->
     phases = signs[:, None] * _dft.packed_tap_phases((kh, kw), size)
     if _spread.num_devices() > 1:
         return conv.tap_blocks(phases, kernel, r)
-    product = jnp.matmul(
-        jnp.asarray(phases, kernel.dtype), kernel.reshape(kh * kw, c * c), precision=lax.Precision.HIGHEST
-    )
+    product = _precision.product(jnp.asarray(phases, kernel.dtype), kernel.reshape(kh * kw, c * c))
     fixed, paired = lax.split(product, (r, n - r))
     return fixed.reshape(r, c, c), paired.reshape(-1, 2, c, c)
 

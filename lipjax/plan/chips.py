@@ -38,6 +38,7 @@ def _tpu(name: str, source: str, teraflops: float, gib: float, gbps: float, gbit
     # of six ("highest").
     bfloat16 = teraflops * 1e12
     flops = {"bfloat16": bfloat16, "default": bfloat16, "high": bfloat16 / 3, "highest": bfloat16 / 6}
+    flops |= dict.fromkeys(("tf32x3", "bfloat16x6"), flops["highest"])  # config.build_precision is for GPUs
     return Chip(name, f"{_TPU}: {source}", gib * 2**30, gbps * 1e9, gbits * 1e9 / 8, flops, chips_per_host=4)
 
 
@@ -45,6 +46,7 @@ def _hopper(name: str, source: str, gigabytes: float, terabytes: float) -> Chip:
     # Dense figures: the data sheets print those with sparsity, which are twice as high. Products of float32 numbers run
     # on tensor cores as TF32 unless "highest", which is float32 proper. NVLink: 900 GB/s in both directions together.
     flops = {"bfloat16": 989.5e12, "default": 494.5e12, "high": 494.5e12, "highest": 67e12}
+    flops |= {"tf32x3": flops["default"] / 3, "bfloat16x6": flops["bfloat16"] / 6}
     return Chip(
         name, f"{_NVIDIA}: {source}", gigabytes * 1e9, terabytes * 1e12, 450e9, flops, 8, reduces_in_network=True
     )

@@ -7,10 +7,14 @@ import jax
 import numpy as np
 from jax.extend import core
 
+from lipjax._precision import PRODUCTS
+
 # How a product is computed: bfloat16 operands, or float32 ones (and wider) at one of JAX's three precisions. A complex
 # product is four real ones.
-KINDS = ("bfloat16", "default", "high", "highest")
-_PRECISIONS = {jax.lax.Precision.HIGH: "high", jax.lax.Precision.HIGHEST: "highest"}
+# "tf32x3" and "bfloat16x6": of three and of six products of parts of float32 numbers (`_precision`), counted once.
+KINDS = ("bfloat16", "default", "high", "tf32x3", "bfloat16x6", "highest")
+_PRECISIONS = {jax.lax.Precision.HIGH: "high"} | {precision: name for name, precision in PRODUCTS.items()}
+_PRECISIONS[jax.lax.Precision.HIGHEST] = "highest"
 
 
 def kind_of(itemsize: int, precision) -> str:

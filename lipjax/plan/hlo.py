@@ -18,6 +18,7 @@ COLLECTIVES = (
 )
 _SIZES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_ALGORITHMS = {"tf32_tf32_f32_x3": "tf32x3", "bf16_bf16_f32_x6": "bfloat16x6"}
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .*)?\{$")
 _CALLED = re.compile(
@@ -165,14 +166,20 @@ class Program:
             multiplications = count(instruction, left[1], right[1], _array(instruction.shape)[1])
             is_complex = left[0].startswith("c")
             itemsize = max(_SIZES.get(dtype, 1) for dtype, _ in (left, right)) // (2 if is_complex else 1)
-            asked = re.search(r"operand_precision=\{(\w+),(\w+)\}", instruction.rest)
-            kind = kind_of(itemsize, None) if itemsize <= 2 or asked is None else _stricter(asked[1], asked[2])
+            kind = _kind(instruction.rest, itemsize)
             totals[kind] += 2.0 * times * multiplications * (4 if is_complex else 1)
         return dict(totals)
 
 
-def _stricter(*precisions: str) -> str:
-    return next((kind for kind in ("highest", "high") if kind in precisions), "default")
+def _kind(attributes: str, itemsize: int) -> str:
+    """One of KINDS, by the attributes of a product whose operands have at most so many bytes a number."""
+    algorithm = re.search(r"algorithm=dot_(\w+)", attributes)
+    if algorithm and algorithm[1] in _ALGORITHMS:
+        return _ALGORITHMS[algorithm[1]]
+    asked = re.search(r"operand_precision=\{(\w+),(\w+)\}", attributes)
+    if itemsize <= 2 or asked is None:
+        return kind_of(itemsize, None)
+    return next((kind for kind in ("highest", "high") if kind in asked.groups()), "default")
 
 
 def _instruction(name: str, text: str) -> Instruction:

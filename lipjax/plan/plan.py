@@ -186,10 +186,14 @@ class _NoRecords:
         raise ValueError("A plan has no images.")
 
 
-def traced_step(run: Run) -> Any:
-    """The step that a run would jit, traced (`jax.stages.Traced`) for arrays that need not exist."""
+def traced_step(run: Run, platform: str | None = None) -> Any:
+    """The step that a run would jit, traced (`jax.stages.Traced`) for arrays that need not exist.
+
+    platform: of other devices than the run's, as `make_train_step`: for what is counted, not to be compiled.
+    """
     config, mesh = run.config, run.mesh
-    train_step = steps.make_train_step(run.model, run.optimizer, config, mesh, run.pixel_max, run.class_weights)
+    options = run.model, run.optimizer, config, mesh, run.pixel_max, run.class_weights
+    train_step = steps.make_train_step(*options, platform=platform)
     schedule = objective.loss_schedule(config.loss, 0, config.num_epochs)
     split, everywhere = sharding.batch_sharded(mesh), sharding.replicated(mesh)
 
@@ -220,7 +224,9 @@ def make_plan(config: Any, topology: Topology, devices: list | None = None) -> P
     mesh = sharding.make_mesh(**config.mesh, batch_size=config.batch_size, devices=devices)
     run = Run(config, config.seeds[0], mesh, planned_dataset(config.data, config.seeds[0]))
     traced = traced_step(run)
-    operations, uncounted = flop_counts.count(traced.jaxpr)
+    # A stand-in cannot multiply as the chips do.
+    counted = traced_step(run, "gpu") if stand_in and not topology.is_tpu else traced
+    operations, uncounted = flop_counts.count(counted.jaxpr)
     start, overflow, memory, program, costs = time.perf_counter(), "", None, hlo.Program(""), {}
     try:
         with jax.default_matmul_precision(config.matmul_precision):

@@ -2,6 +2,7 @@
 
 import collections
 
+from lipjax.plan.flops import KINDS
 from lipjax.plan.plan import Plan
 
 GIB, MIB = 2**30, 2**20
@@ -84,7 +85,7 @@ def _by_kind(plan: Plan) -> dict[str, float]:
 
 def _kinds(operations: dict[str, float]) -> str:
     total = sum(operations.values()) or 1.0
-    shares = [(kind, operations.get(kind, 0.0) / total) for kind in ("bfloat16", "default", "high", "highest")]
+    shares = [(kind, operations.get(kind, 0.0) / total) for kind in KINDS]
     return ", ".join(f"{kind} {share:.1%}" for kind, share in shares if share)
 
 

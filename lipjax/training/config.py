@@ -10,7 +10,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from lipjax import attacks, network
+from lipjax import _precision, attacks, network
 from lipjax.certify.radius import radius_key
 from lipjax.errors import UserError
 from lipjax.training.accumulate import centering_refused
@@ -46,6 +46,8 @@ def default_config(
     config.num_epochs = 100  # passes over the real training images
     config.matmul_precision = "default"  # or "high", "highest": of forward and backward pass; norms: the highest
     config.precision = "float32"  # or "bfloat16": of activations in training steps; all else is float32
+    # Products of parametrisations in training steps on GPUs: "tf32x3" and "bfloat16x6" run on tensor cores, in parts.
+    config.build_precision = "float32"
     config.accumulation = 1  # micro-batches that a step divides its batch into, one after the other, to save memory
     config.remat = 0  # consecutive layers rematerialised as one group (only its input is stored); 0: all are stored
     config.scan = False  # loops over equal layers and micro-batches, which compile sooner: for accelerators
@@ -191,6 +193,12 @@ def validate(config) -> None:
         "precision",
         f"one of {network.ACTIVATION_PRECISIONS}",
         config.precision,
+    )
+    _check(
+        config.build_precision in _precision.PRODUCTS,
+        "build_precision",
+        f"one of {tuple(_precision.PRODUCTS)}",
+        config.build_precision,
     )
     count = config.accumulation
     divides = count >= 1 and config.batch_size % count == 0

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from lipjax import bounds, certify, curvature, losses, spectral
+from lipjax import _precision, bounds, certify, curvature, losses, spectral
 from lipjax.network import Application
 from lipjax.nn import COLLECTION, LOG_SCALE, LipschitzModel, advance_means
 from lipjax.operators import MLPHead
@@ -22,6 +22,7 @@ from lipjax.training.randaugment import random_augment
 LIPSCHITZ = ("product", "liplt")
 CLASS_WEIGHTS = ("none", "balanced")
 METRIC = "certified_accuracy_estimate"
+GPU = ("cuda", "gpu", "rocm")
 # Up to this many classes the curvatures of all pairs are cheaper than those of every image's own rivals, of which the
 # papers' code takes 9. Power iterations from a warm vector.
 _MAX_TABLE, _RIVALS, _CURVATURE_ITERS = 20, 9, 2
@@ -161,6 +162,11 @@ def _per_example_loss(config, network, lip, logits, labels, constants, schedule,
     return LOSSES[config.name].apply(config, seen, schedule)
 
 
+def products_for(config, platform: str):
+    """A context in which that part of a step is traced, and its gradient: config.build_precision, for GPUs."""
+    return _precision.products(config.build_precision if platform in GPU else "float32")
+
+
 def make_build(model, config, mesh: Mesh):
     """Makes the part of a training step without images: (params, lip) -> ((network, constants), lip), differentiable.
 
@@ -210,6 +216,7 @@ def make_train_step(
     class_weights: np.ndarray | None = None,
     *,
     diagnose: bool = False,
+    platform: str | None = None,
 ):
     """The training step (state, images, labels, schedule) -> (state, metrics).
 
@@ -219,7 +226,9 @@ def make_train_step(
     how the batch is divided over devices and micro-batches. A step that meets a value that is not finite leaves
     parameters, state and optimizer as they are, and so do all after it; metrics["finite"] is then False. diagnose: in
     the place of metrics a step returns `guard.step_flags`, which say where that was; it takes such a state as well.
+    platform: of the devices that `config.build_precision` is for; None: those of the mesh.
     """
+    platform = mesh.devices.flat[0].platform if platform is None else platform
 
     build, application = make_build(model, config, mesh), Application(config.precision, config.remat, config.scan)
 
@@ -233,7 +242,8 @@ def make_train_step(
         class_counts = losses.class_counts(labels, model.num_classes)
 
         # Parametrised once, applied to one micro-batch after the other, differentiated once.
-        built, pull_back, lip = jax.vjp(lambda params: build(params, state.lip), state.params, has_aux=True)
+        with products_for(config, platform):
+            built, pull_back, lip = jax.vjp(lambda params: build(params, state.lip), state.params, has_aux=True)
 
         def objective(built, pixels, labels):
             network, constants = built
@@ -251,7 +261,8 @@ def make_train_step(
         (loss, (logits, radii, means)), cotangents = accumulate(
             jax.value_and_grad(objective, has_aux=True), built, (pixels, labels), config, mesh
         )
-        grads = sharding.stored(pull_back(cotangents)[0], mesh)
+        with products_for(config, platform):
+            grads = sharding.stored(pull_back(cotangents)[0], mesh)
         constants, lip = built[1], advance_means(lip, means)
         norm = optax.tree.norm(grads)
         # Known before the update, whose kernels keep or replace what they read; and few numbers, so few kernels.
