@@ -22,13 +22,29 @@ jax.config.update("jax_enable_x64", True)
 # After JAX has read it, so that it holds for new processes: they keep no programs in the user's home directory.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 
+STARTED = pytest.StashKey[float]()
+
 
 def pytest_collection_modifyitems(items):
-    """Marks as slow what took more than three seconds when durations were recorded (tests/durations.json)."""
+    """Marks as slow what took more than half a second when durations were recorded (tests/durations.json)."""
     slow = durations.slow_functions()
     for item in items:
         if item.nodeid.partition("[")[0] in slow:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    item.stash[STARTED] = durations.processor_seconds()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Notes the processor time of a test in its report, where tests/helpers/durations.py finds it."""
+    if call.when == "teardown":
+        spent = durations.processor_seconds() - item.stash[STARTED]
+        item.user_properties.append((durations.PROPERTY, f"{spent:.3f}"))
+    return (yield)
 
 
 @pytest.fixture

@@ -1,24 +1,35 @@
-"""How long tests took when they were last recorded, and which of them are slow for that reason.
+"""How much processor time tests took when they were last recorded, and which of them are slow for that reason.
 
-Record again: python -m pytest --numprocesses=auto --dist=loadfile --junitxml=results.xml
-              python tests/helpers/durations.py results.xml
+Processor time, that of child processes included, hardly depends on what else a machine does; the wall clock does.
+
+Record again, without what was compiled before:
+    make test JAX_COMPILATION_CACHE_DIR=$(mktemp -d) PYTEST_ARGS=--junitxml=results.xml
+    python tests/helpers/durations.py results.xml
 """
 
 import collections
 import json
+import os
 import pathlib
 import sys
 import xml.etree.ElementTree as ElementTree
 
 FILE = pathlib.Path(__file__).parents[1] / "durations.json"
-SLOW = 3.0
-"""Seconds from which on a test function, all its cases together, is slow."""
-LEAST = 0.5
-"""Seconds from which on a test function is listed."""
+SLOW = 0.5
+"""Processor seconds from which on a test function, all its cases together, is slow."""
+LEAST = 0.2
+"""Processor seconds from which on a test function is listed."""
+PROPERTY = "processor_seconds"
+"""Under which name the report of a test holds them."""
+
+
+def processor_seconds() -> float:
+    """Of this process, and of its children that have ended."""
+    return sum(os.times()[:4])
 
 
 def recorded() -> dict[str, float]:
-    """Seconds by "tests/<tier>/<file>.py::<function>", of all cases of a function together."""
+    """Processor seconds by "tests/<tier>/<file>.py::<function>", of all cases of a function together."""
     return json.loads(FILE.read_text()) if FILE.exists() else {}
 
 
@@ -27,15 +38,20 @@ def slow_functions() -> set[str]:
 
 
 def from_junit(text: str) -> dict[str, float]:
-    """Seconds by function, the longest first, of what `pytest --junitxml` writes."""
+    """Processor seconds by function, the longest first, of what `pytest --junitxml` writes."""
     seconds = collections.defaultdict(float)
     for case in ElementTree.fromstring(text).iter("testcase"):
         function = case.attrib["name"].partition("[")[0]
-        seconds[f"{case.attrib['classname'].replace('.', '/')}.py::{function}"] += float(case.attrib["time"])
+        for found in case.iter("property"):
+            if found.attrib["name"] == PROPERTY:
+                seconds[f"{case.attrib['classname'].replace('.', '/')}.py::{function}"] += float(found.attrib["value"])
     listed = {name: round(value, 1) for name, value in seconds.items() if value >= LEAST}
     return dict(sorted(listed.items(), key=lambda item: (-item[1], item[0])))
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps(from_junit(pathlib.Path(sys.argv[1]).read_text()), indent=1) + "\n")
-    print(f"{len(slow_functions())} slow test functions in {FILE.name}")
+    found = from_junit(pathlib.Path(sys.argv[1]).read_text())
+    FILE.write_text(json.dumps(found, indent=1) + "\n")
+    print(
+        f"{len(slow_functions())} slow test functions in {FILE.name}, {sum(found.values()):.0f} processor seconds in all"
+    )

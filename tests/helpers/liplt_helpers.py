@@ -1,7 +1,6 @@
 """Chains of linear operators, and what they are as matrices."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lipjax import bounds
@@ -32,12 +31,16 @@ def off_diagonal(matrix):
 
 def dense(ops):
     """The matrix of operators in turn, from the images of unit vectors."""
-    ops = jax.tree.map(jnp.asarray, ops)
     size = int(np.prod(ops[0].in_shape))
-    x = jnp.eye(size).reshape(size, *ops[0].in_shape)
+    x = np.eye(size).reshape(size, *ops[0].in_shape)
+    return np.asarray(_in_turn(tuple(ops), x)).reshape(size, -1).T
+
+
+@jax.jit
+def _in_turn(ops, x):
     for op in ops:
         x = op(x)
-    return np.asarray(x).reshape(size, -1).T
+    return x
 
 
 def norm(matrix):

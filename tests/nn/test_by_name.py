@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checker_helpers import write_run
+from tiers import everyday
 from training_helpers import quick_compiles, scratch  # noqa: F401
 
 import lipjax
@@ -77,7 +78,7 @@ def proved(model, directory):
 
 
 @pytest.mark.x64_off
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", everyday(LAYERS, "plain", "soc", "cayley", "aol", "sll"))
 def test_every_layer_trains_freezes_and_certifies(name, tmp_path):
     product = proved(Strided(SHAPE, CLASSES, layer=name), tmp_path)[1]
     norm = LAYERS[name].norm
@@ -113,9 +114,7 @@ NETWORKS = {
 
 
 @pytest.mark.x64_off
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in ("sll", "aol") else pytest.mark.nightly) for n in NETWORKS]
-)
+@pytest.mark.parametrize("name", everyday(NETWORKS, "aol"))
 def test_networks_as_published_train_freeze_and_certify(name, tmp_path):
     model = get_model(NETWORKS[name], input_shape=SHAPE, num_classes=CLASSES)
     frozen, product = proved(model, tmp_path)
@@ -129,7 +128,9 @@ def test_networks_as_published_train_freeze_and_certify(name, tmp_path):
         assert (pool.groups, pool.strides, rows["pool"]) == (4, 2, pytest.approx(1, abs=1e-9))
 
 
-@pytest.mark.parametrize("name", [name for name, layer in LAYERS.items() if layer.dense is not None])
+@pytest.mark.parametrize(
+    "name", everyday((name for name, layer in LAYERS.items() if layer.dense is not None), "plain", "aoc", "sll")
+)
 def test_dense_counterparts(name):
     class Net(LayeredModel):
         def layers(self):

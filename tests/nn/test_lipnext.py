@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from checker_helpers import fingerprint
+from tiers import everyday
 
 import lipjax
 from lipjax import bounds, checker, losses, operators
@@ -28,7 +29,18 @@ def make(**options):
 
 
 def start(model):
-    return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *SHAPE)))
+    return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *model.input_shape)))
+
+
+def built(model, variables):
+    return jax.jit(lambda v: model.apply(v, method="build"))(variables)
+
+
+def built_to_train(model, variables):
+    return jax.jit(lambda v: model.apply(v, True, method="build", mutable=["lip"])[0])(variables)
+
+
+run = jax.jit(lambda op, x: op(x))
 
 
 def moved(tokens, n):
@@ -57,16 +69,16 @@ def test_a_network_is_what_its_formula_says():
         x = mixed @ p["orthogonal_mix"][i] @ p["orthogonal_map"][i].T + p["bias"][i]
         x = np.where(np.arange(16) < 4, np.abs(x), x)
     pooled = np.sqrt((x.reshape(3, 2, 2, 2, 2, 16) ** 2).sum((2, 4)) + 1e-6).reshape(3, -1)
-    network = model.apply({**variables, "params": jax.tree.map(jnp.asarray, params)}, method="build")
+    network = built(model, {**variables, "params": params})
     place = network.names.index("flatten") + 1
     found = images
     for op in (network.normalize, *network.ops[:place]):
-        found = op(jnp.asarray(found))
+        found = run(op, found)
     np.testing.assert_allclose(found, pooled, rtol=1e-12)
     features = np.asarray(found) @ np.asarray(network.ops[place].matrix).T + network.ops[place + 1].bias
     features = np.concatenate([np.maximum(*np.split(features, 2, 1)), np.minimum(*np.split(features, 2, 1))], 1)
     logits = features @ np.asarray(network.head.matrix).T + network.head.bias
-    np.testing.assert_allclose(network(jnp.asarray(images)), logits, rtol=1e-10)
+    np.testing.assert_allclose(run(network, images), logits, rtol=1e-10)
     assert np.abs(pooled[0] - pooled[1]).max() > 0.01  # control: images are told apart
 
 
@@ -100,13 +112,7 @@ def stepped(model, variables, count):
     return {**variables, "params": params}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in ("manifold", "patches", "no premix") else pytest.param(name, marks=pytest.mark.nightly)
-        for name in VARIANTS
-    ],
-)
+@pytest.mark.parametrize("name", everyday(VARIANTS, "manifold"))
 def test_blocks_are_proved_near_1_at_the_start_and_after_steps(name):
     """Certificates bound what is stored. (On the manifold a step of another optimizer leaves it, and that is seen.)"""
     model = make(depth=1, **VARIANTS[name])
@@ -128,24 +134,23 @@ def test_blocks_are_proved_near_1_at_the_start_and_after_steps(name):
 
 def test_a_training_step_estimates_no_norm_of_a_block():
     model = make()
-    variables = start(model)
-    network = model.apply(variables, True, method="build", mutable=["lip"])[0]
-    sigmas, _ = bounds.norm_estimates(network, variables["lip"]["vectors"], 1)
-    assert sigmas == {}
-    built = model.apply(variables, method="build")
-    assert {name.split("/")[0] for name in bounds.norm_estimates(built, variables["lip"]["vectors"], 1)[0]} == {
-        "block_01",
-        "block_02",
-        "neck_dense",
-    }
+
+    def estimated(build):  # traced, not run
+        def estimates():
+            variables = start(model)
+            return bounds.norm_estimates(build(model, variables), variables["lip"]["vectors"], 1)[0]
+
+        return {name.split("/")[0] for name in jax.eval_shape(estimates)}
+
+    assert estimated(built_to_train) == set()
+    assert estimated(built) == {"block_01", "block_02", "neck_dense"}
 
 
-@pytest.mark.parametrize("kind", ORTHOGONAL)
+@pytest.mark.parametrize("kind", everyday(ORTHOGONAL, "cholesky"))
 def test_where_matrices_start(kind):
     """R at random, M as the identity; then M R^T is R^T, up to the ridge of Cholesky."""
-    network = make(orthogonal=kind, activation="maxmin").apply(
-        start(make(orthogonal=kind, activation="maxmin")), method="build"
-    )
+    model = make(orthogonal=kind, activation="maxmin")
+    network = built(model, start(model))
     ops = dict(zip(network.names, network.ops, strict=True))
     mix, linear = (np.asarray(ops[f"block_01/{part}"].kernel[0, 0].T) for part in ("mix", "linear"))
     tolerance = 1e-2 if kind == "cholesky" else 1e-10
@@ -156,12 +161,13 @@ def test_where_matrices_start(kind):
 
 
 def test_random_rotations_have_the_angles_that_were_drawn():
-    for n in (1, 2, 5, 8):
-        weight = np.asarray(exponential.random_weight(jax.random.key(n), (3, n, n)))
+    random_weight = jax.jit(exponential.random_weight, static_argnums=1)
+    for n in (1, 2, 5):
+        weight = np.asarray(random_weight(jax.random.key(n), (3, n, n)))
         np.testing.assert_array_equal(weight, -weight.swapaxes(1, 2))
         assert np.linalg.norm(weight, 2, (1, 2)).max() <= np.pi * (1 + 1e-12)
         assert n == 1 or np.abs(weight[0] - weight[1]).max() > 0.1
-    np.testing.assert_allclose(np.linalg.det(exponential.dense(jnp.asarray(weight))), 1, rtol=1e-12)
+    np.testing.assert_allclose(np.linalg.det(jax.jit(exponential.dense)(weight)), 1, rtol=1e-12)
 
 
 def test_weights_rounded_to_bfloat16_are_never_claimed_to_be_orthogonal():
@@ -181,10 +187,10 @@ def test_weights_rounded_to_bfloat16_are_never_claimed_to_be_orthogonal():
 
 def test_a_block_costs_two_products_with_tokens():
     model = make(depth=3, neck="l2")
-    variables = start(model)
+    variables = jax.eval_shape(lambda: start(model))
     batch, tokens, width, depth = 5, 16, 16, 3
     images = jnp.zeros((batch, *SHAPE))
-    network = model.apply(variables, method="build")
+    network = jax.eval_shape(lambda v: built(model, v), variables)
     found, unknown = count(jax.make_jaxpr(lambda n, x: n(x))(network, images))
     assert unknown == []
     assert sum(found.values()) == depth * 2 * 2 * batch * tokens * width**2 + 2 * batch * width * 3
@@ -219,12 +225,13 @@ def test_configs_have_the_published_sizes(name, shape, classes):
 def test_bfloat16_and_loops_change_nothing_but_rounding():
     model = make(depth=3)
     variables = jax.tree.map(lambda a: a.astype(jnp.float32), start(model))
-    network = model.apply(variables, True, method="build", mutable=["lip"])[0]
+    network = built_to_train(model, variables)
     images = jax.random.uniform(jax.random.key(1), (4, *SHAPE), jnp.float32)
-    plain = np.asarray(network.features(images))
-    looped = np.asarray(network.features_and_means(images, Application(scan=True))[0])
+    features = jax.jit(lambda network, x, how: network.features_and_means(x, how)[0], static_argnums=2)
+    plain = np.asarray(jax.jit(lambda network, x: network.features(x))(network, images))
+    looped = np.asarray(features(network, images, Application(scan=True)))
     np.testing.assert_allclose(looped, plain, rtol=0, atol=1e-5 * np.abs(plain).max())
-    narrow = np.asarray(network.features_and_means(images, Application("bfloat16"))[0])
+    narrow = np.asarray(features(network, images, Application("bfloat16")))
     error = np.linalg.norm(narrow - plain) / np.linalg.norm(plain)
     assert 1e-5 < error < 0.05  # of bfloat16, but not more than a few of its roundings
 
@@ -281,7 +288,7 @@ def test_what_does_not_fit_is_refused(options, message):
 def test_maps_that_are_not_square():
     model = LipNeXt((4, 8, 3), 3, tokens=2, width=16, depth=1, regions=2, neck_features=4, activation="maxmin")
     model.check()
-    network = model.apply(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4, 8, 3))), method="build")
+    network = jax.eval_shape(lambda: built(model, start(model)))
     assert dict(zip(network.names, network.ops, strict=True))["pool"].out_shape == (2, 2, 16)
     with pytest.raises(ValueError, match="square map"):
         LipNeXt((4, 8, 3), 3, tokens=2, width=16, depth=1, regions=2, neck="patches").check()

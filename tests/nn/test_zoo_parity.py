@@ -117,6 +117,9 @@ def test_the_network_of_the_comparison():
     check_gradients(arrays, in_torch_layout("compared", state, options, gradients))
 
 
+run = jax.jit(lambda op, x: op(x))
+
+
 def zero_padded(kernel, side):
     """The matrix of a convolution (o, i, k, k) of images (i, side, side) with zeros around."""
     o, i, k, _ = kernel.shape
@@ -170,7 +173,7 @@ def test_residual_layers_in_the_network_of_the_comparison(kind, monkeypatch):
         theirs = x - (matrices[name].T @ (factor * hidden)).reshape(x.shape)
         # Where pairs of neighbours are sorted, ours are those of even number and then those of odd.
         order = np.arange(c) if name == "ClassificationHead.0" else np.r_[0:c:2, 1:c:2]
-        assert relative(steps[ours[name]](nhwc(x[order][None]))[0], np.moveaxis(theirs[order], 0, -1)) < PARITY
+        assert relative(run(steps[ours[name]], nhwc(x[order][None]))[0], np.moveaxis(theirs[order], 0, -1)) < PARITY
 
 
 def test_the_network_of_sdp_based_layers(monkeypatch):
@@ -208,7 +211,7 @@ def test_the_network_of_convex_potential_layers(monkeypatch):
     monkeypatch.setattr(cpl, "contracted", functools.partial(cpl.contracted, room=1.0))
     monkeypatch.setattr(potential, "_sigma", lambda module, *rest: jnp.asarray(sigma[module.name]))
     theirs = jax.jit(lambda v: model.apply(v, method="build"))(variables)
-    assert relative(theirs(x), arrays["output/logits_eval"]) < PARITY
+    assert relative(run(theirs, x), arrays["output/logits_eval"]) < PARITY
     # Theirs are low, and their layers not contractive; ours are.
     products = [
         float(np.prod([row.claimed for row in bounds.operator_bounds(jax.tree.map(np.asarray, network))]))
@@ -268,7 +271,7 @@ def test_the_network_of_sandwiches(monkeypatch):
     rows = state["model.4.weight"] / np.linalg.norm(state["model.4.weight"], axis=1, keepdims=True)
     for name in ("dense", "blocks", "bias"):  # without the room that ours leave below 1
         monkeypatch.setattr(sandwich, name, functools.partial(getattr(sandwich, name), room=1.0))
-    ours = model.apply(variables, nhwc(image[None]))[0]
+    ours = jax.jit(lambda v, x: model.apply(v, x))(variables, nhwc(image[None]))[0]
     assert relative(ours, rows @ x + state["model.4.bias"]) < PARITY
     with pytest.raises(ValueError, match="gamma: expected 1"):
         interop.from_torch("lbdn", state, gamma=2.0, **options)

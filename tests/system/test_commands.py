@@ -236,7 +236,7 @@ def test_another_model_by_its_name_alone_trains(train, tmp_path):  # noqa: F811
     arguments.append("--config.model.name=lipconvnet")
     code, _, err = train(*arguments)  # for 32 x 32 images
     assert code == 2 and "config.model does not describe a lipconvnet" in err and "num_blocks" in err
-    smaller = ["--config.model.num_blocks=3", "--config.model.depth=3", "--config.model.width=4"]
+    smaller = ["--config.model.num_blocks=1", "--config.model.depth=1", "--config.model.width=4"]
     code, out, err = train(*arguments, *smaller)
     assert (code, err) == (0, "") and "Training lipconvnet" in out
 

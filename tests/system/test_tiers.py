@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import durations
+import pytest
+from tiers import everyday
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -23,17 +25,34 @@ def test_what_is_recorded_exists():
 
 def test_times_of_cases_add_up():
     cases = "".join(
-        f'<testcase classname="tests.nn.test_a" name="{name}" time="{time}"/>'
-        for name, time in (("test_x[1]", 2.0), ("test_x[2]", 1.5), ("test_y", 0.1))
+        f'<testcase classname="tests.nn.test_a" name="{name}" time="9"><properties><property name="other" value="7"/>'
+        f'<property name="{durations.PROPERTY}" value="{seconds}"/></properties></testcase>'
+        for name, seconds in (("test_x[1]", 2.0), ("test_x[2]", 1.5), ("test_y", 0.1))
     )
     found = durations.from_junit(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
     assert found == {"tests/nn/test_a.py::test_x": 3.5}
 
 
-def test_slow_tests_are_left_out():
-    slow = max(durations.recorded(), key=durations.recorded().get)
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "-o", "addopts=", slow]
-    every = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    quick = subprocess.run([*command, "-m", "not slow"], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert every.returncode == 0 and slow.partition("::")[2] in every.stdout
-    assert quick.returncode == 5 and slow.partition("::")[2] not in quick.stdout  # nothing is left to run
+def test_slow_tests_are_left_out(tmp_path):
+    """Of a file that has both; and the report of a test says how much processor time it took."""
+    slow, quick = next(
+        (slow, other)
+        for slow in sorted(durations.slow_functions())
+        if slow.startswith("tests/theory/")
+        for other in sorted(functions(ROOT / slow.partition("::")[0]) - set(durations.recorded()))
+    )
+    options = ["-rA", "-p", "no:cacheprovider", "-o", "addopts=", "-m", "not slow", f"--junitxml={tmp_path / 'r.xml'}"]
+    command = [sys.executable, "-m", "pytest", *options, slow, quick]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    passed = {line.split()[1].partition("[")[0] for line in done.stdout.splitlines() if line.startswith("PASSED ")}
+    assert done.returncode == 0 and passed == {quick} and "deselected" in done.stdout, done.stdout
+    assert f'<property name="{durations.PROPERTY}" value="' in (tmp_path / "r.xml").read_text()
+
+
+def test_cases_that_are_not_of_every_day_are_nightly():
+    cases = everyday([("a", 1), ("b", 2)], ("b", 2))
+    assert cases[1] == ("b", 2) and cases[0].values == ("a", 1) and cases[0].marks[0].name == "nightly"
+    assert everyday(["a", "b"], "a")[1].values == ("b",)
+    for chosen in ((), ("c",)):  # a name that is gone, and no test of every day
+        with pytest.raises(ValueError, match="Expected some of"):
+            everyday(["a", "b"], *chosen)

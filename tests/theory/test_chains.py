@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from liplt_helpers import CHAINS, ONE, dense, host_maps, norm, off_diagonal, randomised
+from tiers import everyday
 
 from lipjax import bounds, spectral
 from lipjax.bounds import chains
@@ -96,7 +97,13 @@ def scalings(*exponents, padding="ZERO"):
 
 
 @pytest.mark.parametrize("entries", [chains._DENSE_ENTRIES, 0], ids=["dense", "banded"])
-@pytest.mark.parametrize("exponents", [(-100,) * 6, (-100,) * 5 + (-35,), (-99,) * 11, (-100,) * 11 + (100,) * 3])
+@pytest.mark.parametrize(
+    ("exponents",),
+    everyday(
+        [((-100,) * 6,), ((-100,) * 5 + (-35,),), ((-99,) * 11,), ((-100,) * 11 + (100,) * 3,)],
+        *[((-100,) * 6,), ((-100,) * 5 + (-35,),)],
+    ),
+)
 def test_numbers_that_underflow_on_the_way_are_covered(entries, exponents, monkeypatch):
     monkeypatch.setattr(chains, "_DENSE_ENTRIES", entries)
     found = chains.composition_bound(host_maps(scalings(*exponents)))

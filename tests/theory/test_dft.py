@@ -1,12 +1,14 @@
 """The real discrete Fourier transform by matrices: against NumPy's FFT, and its error against 40-digit arithmetic."""
 
 import decimal
+import itertools
 
 import jax
 import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
+from tiers import everyday
 
 from lipjax import _dft
 
@@ -125,8 +127,14 @@ def test_every_entry_is_rounded_once(size):
         np.testing.assert_allclose(gram, np.broadcast_to(np.eye(gram.shape[-1]), gram.shape), atol=1e-14)
 
 
-@pytest.mark.parametrize("channels", [(3, 4), (2, 4)])  # one product for all parts; few channels in
-@pytest.mark.parametrize("size", SIZES)
+# One product for all parts; few channels in. Each kind of size with one of them every day.
+@pytest.mark.parametrize(
+    ("size", "channels"),
+    everyday(
+        itertools.product(SIZES, [(3, 4), (2, 4)]),
+        *[((3, 4), (3, 4)), ((8, 8), (2, 4)), ((9, 8), (3, 4)), ((8, 9), (2, 4)), ((1, 67), (3, 4))],
+    ),
+)
 def test_blocks_act_as_the_complex_response(size, channels):
     h, w = size
     i, o = channels
@@ -139,9 +147,9 @@ def test_blocks_act_as_the_complex_response(size, channels):
     x = rng.normal(size=(2, h, w, i))
     y = np.einsum("hwoi,bhwi->bhwo", response, np.fft.rfft2(x, axes=(1, 2)))
     expected = np.fft.irfft2(y, s=size, axes=(1, 2))
-    z = _dft.apply_blocks(_dft.spectrum(jnp.asarray(x)), jnp.asarray(fixed), jnp.asarray(paired))
-    np.testing.assert_allclose(np.asarray(_dft.image(z, size)), expected, atol=1e-11)
-    adjoint = _dft.adjoint_blocks(jnp.asarray(fixed), jnp.asarray(paired))
+    found = jax.jit(lambda x, *blocks: _dft.image(_dft.apply_blocks(_dft.spectrum(x), *blocks), size))
+    np.testing.assert_allclose(np.asarray(found(x, fixed, paired)), expected, atol=1e-11)
+    adjoint = jax.jit(_dft.adjoint_blocks)(fixed, paired)
     back = _dft.unpack(*(np.asarray(a) for a in adjoint), size)
     np.testing.assert_allclose(back, response.conj().swapaxes(2, 3), atol=1e-13)
 

@@ -38,7 +38,7 @@ def make(size, kernel, padding="ZERO", *, channels=2, num_terms=12, norm=2.0, se
 def dense(function, shape):
     """The matrix of a linear map of images, by applying it to the identity."""
     size = math.prod(shape)
-    return np.asarray(function(jnp.eye(size).reshape(size, *shape))).reshape(size, -1).T
+    return np.asarray(jax.jit(lambda x: function(x))(np.eye(size).reshape(size, *shape))).reshape(size, -1).T
 
 
 def generator(op, exact=False):
@@ -95,7 +95,7 @@ def test_adjoint_and_estimate(geometry, key):
     op = make(*geometry, num_terms=5, norm=2.5)
     matrix = dense(op, op.in_shape)
     np.testing.assert_allclose(dense(op.adjoint, op.in_shape), matrix.T, atol=1e-13)
-    sigma, v = op.estimate(jax.random.normal(key, op.in_shape), 300)
+    sigma, v = jax.jit(lambda v: op.estimate(v, 300))(jax.random.normal(key, op.in_shape))
     norm = np.linalg.norm(matrix, 2)
     # All singular values are close to 1: the iteration has reached the largest ones, not the one.
     assert norm * 0.995 < float(sigma) <= norm * (1 + 1e-13) and v.shape == op.in_shape

@@ -211,11 +211,11 @@ def test_trees_of_anything_are_left_alone(cls):
         assert all(a is odd for a in jax.tree.leaves(made, is_leaf=lambda x: x is None))
     abstract = jax.eval_shape(lambda: op)
     assert jax.tree.structure(abstract) == structure
-    stacked = jax.tree.map(lambda a: jnp.stack([a, a]), op)
-    if leaves:
-        x = jnp.ones((2, 1, *op.in_shape))
-        assert jax.vmap(lambda o, x: o(x))(stacked, x).shape == (2, 1, *op.out_shape)
-        jax.lax.scan(lambda carry, o: (carry, o(x[0])), 0, stacked)
+    stacked = jax.tree.map(lambda a: np.stack([a, a]), op)
+    if leaves:  # traced, not run: what is computed does not depend on it
+        x = np.ones((2, 1, *op.in_shape))
+        assert jax.eval_shape(jax.vmap(lambda o, x: o(x)), stacked, x).shape == (2, 1, *op.out_shape)
+        jax.eval_shape(lambda stacked, x: jax.lax.scan(lambda carry, o: (carry, o(x)), 0, stacked), stacked, x[0])
     assert jax.tree.structure(copy.deepcopy(op)) == structure
     if cls is not CircularConv:  # which is made of other arguments than it holds
         assert jax.tree.structure(dataclasses.replace(op)) == structure

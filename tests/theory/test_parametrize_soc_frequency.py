@@ -1,5 +1,6 @@
 """SOC by frequency: against scipy's expm of the dense convolution, the spatial series, and the papers' code."""
 
+import itertools
 import json
 import pathlib
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from tiers import everyday
 
 from lipjax import conv
 from lipjax.operators.circular import CircularConv, CircularSeries
@@ -32,8 +34,10 @@ def dense(apply, size, channels):
     return np.asarray(jax.jit(apply)(jnp.eye(side).reshape(side, *size, channels))).reshape(side, side).T
 
 
-@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 5), (3, 4), (5, 6)])
-@pytest.mark.parametrize("scale", [0.1, 3.0])
+@pytest.mark.parametrize(
+    ("size", "scale"),
+    everyday(itertools.product([(1, 1), (2, 2), (1, 5), (3, 4), (5, 6)], [0.1, 3.0]), ((1, 5), 3.0), ((3, 4), 0.1)),
+)
 def test_the_response_is_the_exponential_of_the_convolution_whatever_its_norm(size, scale):
     kernel = skew(scale=scale)
     a = dense(lambda x: conv.conv2d(x, kernel, padding="CIRCULAR"), size, 3)
@@ -48,8 +52,9 @@ def test_the_response_is_the_exponential_of_the_convolution_whatever_its_norm(si
     assert 1 <= CircularConv(np.asarray(response), (*size, 3)).bound().proved < 1 + 1e-12
 
 
-@pytest.mark.parametrize("num_terms", [1, 2, 3, 4, 5, 6, 9, 12, 14])
-@pytest.mark.parametrize("out", [3, 1])
+@pytest.mark.parametrize(
+    ("num_terms", "out"), everyday(itertools.product([1, 2, 3, 4, 5, 6, 9, 12, 14], [3, 1]), (1, 3), (5, 1), (12, 3))
+)
 def test_blocks_of_the_series_are_the_series_of_the_convolution(num_terms, out):
     kernel, size = skew(scale=0.5), (4, 5)
     x = images(size)
@@ -91,7 +96,10 @@ def forms(raw, x, num_terms, out):
 
 @pytest.mark.parametrize(
     ("num_terms", "size", "out"),
-    [(5, (4, 6), 4), (3, (2, 3), 4), (5, (3, 3), 2), (None, (4, 4), 4), (12, (1, 1), 3)],
+    everyday(
+        [(5, (4, 6), 4), (3, (2, 3), 4), (5, (3, 3), 2), (None, (4, 4), 4), (12, (1, 1), 3)],
+        *[(5, (3, 3), 2), (None, (4, 4), 4)],
+    ),
 )
 def test_forms_and_their_gradients_agree(num_terms, size, out):
     # The norm stays below 2: sixteen terms are then the exponential to 2^17 / 17! = 4e-10.
@@ -119,7 +127,7 @@ def test_forms_and_their_gradients_agree(num_terms, size, out):
 
 
 @pytest.mark.x64_off
-@pytest.mark.parametrize("size", [(16, 16), (2, 2)])
+@pytest.mark.parametrize(("size",), everyday([((16, 16),), ((2, 2),)], ((2, 2),)))
 def test_forms_agree_to_1e_5_in_single_precision(size):
     raw = jnp.asarray(np.random.default_rng(2).normal(size=(3, 3, 16, 16)) * 0.05, jnp.float32)
     x = images(size, 12, dtype=jnp.float32)
@@ -141,6 +149,7 @@ def test_orthogonality_survives_gradient_steps_and_a_zero_kernel_is_the_identity
 
     raw = jnp.zeros((3, 3, 3, 3))
     step = jax.jit(lambda raw: raw - 0.02 * jax.grad(loss)(raw))
+    loss = jax.jit(loss)
     first = float(loss(raw))
     np.testing.assert_allclose(first, float(jnp.sum((x - target) ** 2)), rtol=1e-12)
     for _ in range(20):

@@ -1,12 +1,14 @@
 """Potential steps and sandwiches: constants against dense oracles, errors against 60 digits, every walk."""
 
 import decimal
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from deployment_helpers import apply, numbers
+from tiers import everyday
 
 from lipjax import FrozenNetwork, bounds, operators
 from lipjax.attacks.input_gradient import of_images
@@ -29,10 +31,13 @@ LINEAR = {
 BIAS = RNG.normal(size=3) / 4
 
 
+run = jax.jit(lambda op, x: op(x))
+
+
 def dense(op):
     """The matrix of a linear operator: column by column."""
     eye = np.eye(int(np.prod(op.in_shape))).reshape(-1, *op.in_shape)
-    return np.asarray(jax.tree.map(jnp.asarray, op)(jnp.asarray(eye))).reshape(len(eye), -1).T
+    return np.asarray(run(op, eye)).reshape(len(eye), -1).T
 
 
 def of_norm(linear, norm):
@@ -53,16 +58,16 @@ def sandwich_of(linear, outputs=2):
     return operators.Sandwich(linear, BIAS, relu(linear), outputs)
 
 
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("name", everyday(LINEAR, "dense", "strided", "circular"))
 def test_the_transpose_and_the_columns_are_those_of_the_dense_matrix(name):
     linear = LINEAR[name]
     matrix = dense(linear)
     columns = np.arange(matrix.shape[1]).reshape(linear.in_shape)[..., 1:4].ravel()
     np.testing.assert_allclose(dense(linear.transpose(-2.0)), -2 * matrix.T, atol=1e-14)
     np.testing.assert_allclose(dense(linear.channels(1, 4)), matrix[:, columns], atol=1e-14)
-    back = jax.tree.map(jnp.asarray, linear.transpose(1.0))
-    both = np.asarray(back.adjoint(back(jnp.ones((1, *back.in_shape))))).ravel()
-    np.testing.assert_allclose(both, matrix @ matrix.T @ np.ones(len(matrix)), atol=1e-13)
+    back = linear.transpose(1.0)
+    both = jax.jit(lambda op, x: op.adjoint(op(x)))(back, np.ones((1, *back.in_shape)))
+    np.testing.assert_allclose(np.ravel(both), matrix @ matrix.T @ np.ones(len(matrix)), atol=1e-13)
     norm = np.linalg.norm(matrix, 2)
     assert norm <= back.bound().proved <= norm * (1 + 1e-9)
 
@@ -106,7 +111,7 @@ def test_constants_of_sandwiches_are_never_below_dense_jacobians(name):
 
 
 @pytest.mark.parametrize("make", [step_of, sandwich_of])
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("name", everyday(LINEAR, "strided", "circular"))
 def test_errors_of_float64_are_within_their_bound(name, make):
     op = make(LINEAR[name])
     row = bounds.operator_bounds(one_layer(op))[1]
@@ -130,8 +135,14 @@ def one_layer(op, features=4):
     return make_network([("layer", op), *flat], head)
 
 
-@pytest.mark.parametrize("make", [step_of, sandwich_of])
-@pytest.mark.parametrize("name", ["strided", "circular"])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    everyday(
+        itertools.product(["strided", "circular"], [step_of, sandwich_of]),
+        ("strided", step_of),
+        ("circular", sandwich_of),
+    ),
+)
 def test_saved_loaded_and_exported(name, make, tmp_path):
     frozen = FrozenNetwork(one_layer(make(LINEAR[name])))
     images = np.random.default_rng(4).uniform(size=(3, *frozen.in_shape))
@@ -147,14 +158,15 @@ def test_saved_loaded_and_exported(name, make, tmp_path):
     assert row.parts[3].claimed == 2 * row.parts[0].claimed == 2 * row.details["linear"]["bound"]
 
 
-@pytest.mark.parametrize("make", [step_of, sandwich_of])
+@pytest.mark.parametrize("make", everyday([step_of, sandwich_of], sandwich_of))
 def test_estimates_gradients_and_bfloat16(make):
     linear = LINEAR["strided"]
     op = make(linear)
     network = jax.tree.map(jnp.asarray, one_layer(op))
     vectors = bounds.init_vectors(network, jax.random.key(0))
     assert set(vectors) == {"layer/0"} and vectors["layer/0"].shape == linear.in_shape
-    sigmas, _ = bounds.norm_estimates(network, vectors, 100)
+    estimates = jax.jit(bounds.norm_estimates, static_argnums=2)
+    sigmas, _ = estimates(network, vectors, 100)
     assert sigmas["layer"] == pytest.approx(op.bound().proved, rel=1e-6)
     promised = type(op)(linear, BIAS, relu(linear), **({} if make is step_of else {"outputs": 2}), nonexpansive=True)
     assert not bounds.init_vectors(one_layer(promised), jax.random.key(0))
@@ -162,17 +174,18 @@ def test_estimates_gradients_and_bfloat16(make):
     large = operators.Conv(np.ones((3, 3, 5, 3)), (32, 32, 5))
     assert isinstance(on_grid(make(large)).measured()[0], Circulants)
     # The gradient of an estimate reaches the stored array.
-    grow = jax.grad(lambda net: bounds.norm_estimates(net, vectors, 100)[0]["layer"])(
-        jax.tree.map(lambda a: 2 * a, network)
+    grow = jax.jit(jax.grad(lambda net: estimates(net, vectors, 100)[0]["layer"]))(
+        jax.tree.map(lambda a: 2 * np.asarray(a), network)
     )
     assert jnp.linalg.norm(grow.ops[0].linear.kernel) > 0.1
     # Gradients by adjoints are those of automatic differentiation; bfloat16 computes the same map.
     x = jnp.asarray(np.random.default_rng(5).uniform(size=(2, *op.in_shape)))
-    by_adjoint, plain = (jax.grad(lambda x, f=f: f(x)[:, 0].sum())(x) for f in (of_images(network), network))
+    by_adjoint, plain = (jax.jit(jax.grad(lambda x, f=f: f(x)[:, 0].sum()))(x) for f in (of_images(network), network))
     np.testing.assert_allclose(by_adjoint, plain, atol=1e-13)
     single = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), network)
-    narrow, _ = single.features_and_means(jnp.asarray(x, jnp.float32), Application(precision="bfloat16"))
-    np.testing.assert_allclose(narrow, network.features(x), atol=0.1)
+    how = Application(precision="bfloat16")
+    narrow, _ = jax.jit(lambda net, x: net.features_and_means(x, how))(single, jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(narrow, jax.jit(lambda net, x: net.features(x))(network, x), atol=0.1)
 
 
 def test_equal_layers_are_one_loop_and_stand_in_no_other_block():

@@ -8,6 +8,7 @@ import ml_collections
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from tiers import everyday
 from training_helpers import differing, quick_compiles, tiny_config  # noqa: F401  quick_compiles is a fixture
 
 import lipjax
@@ -335,7 +336,7 @@ def build_on(name, mesh):
 
 
 @pytest.mark.x64_off
-@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("name", everyday(BUILDS, "cholesky", "estimates"))
 def test_a_device_of_eight_does_at_most_a_sixth_of_what_does_not_depend_on_images(name, monkeypatch):
     one, many = build_on(name, eight(1)), build_on(name, eight(8))
     # XLA's count of all operations, the body of a loop once; and products and convolutions, loops by their length.

@@ -38,15 +38,15 @@ def test_one_and_eight_devices_give_the_same_losses():
     # steps, since each follows from the last. 100 eps after four steps is far below what another batch would change.
     np.testing.assert_allclose(eight, one, rtol=100 * EPS32, atol=0)
     assert len(state8.step.sharding.device_set) == 8 and len(state.step.sharding.device_set) == 1
-    other = losses(Run(tiny_config(**{"data.crop_padding": 1}), 1), 4)[0]
+    other = losses(Run(tiny_config(), 1), 4)[0]
     assert np.all(np.abs(other / one - 1) > 1000 * EPS32)  # control
 
 
-def test_training_also_runs_with_x64_on(precision):
+def test_training_also_runs_with_x64_on():
     found, state = losses(make_run(1), 2)
     assert np.isfinite(found).all() and len(set(found)) == 2
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((state.params, state.lip)))
-    assert jnp.zeros(()).dtype == (jnp.float64 if precision == "x64" else jnp.float32)  # control
+    assert jnp.zeros(()).dtype == jnp.float64  # control
 
 
 @pytest.mark.x64_off
