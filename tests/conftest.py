@@ -9,6 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import compiles
 import durations
 import jax
 import pytest
@@ -82,6 +83,14 @@ def _strict_dtypes(request):
     """An accidental float32 among float64 costs a bound its proof. Ranks may differ: a bias is added to images."""
     theory = request.path.parent.name == "theory" and "mixed_dtypes" not in request.keywords
     with jax.numpy_dtype_promotion("strict" if theory else "standard"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _quick_compiles(request):
+    """Of tests/nn, and of what says so. Proofs and rounding errors are tested of programs as they are used."""
+    quick = request.path.parent.name == "nn" or "quick_compiles" in request.keywords
+    with compiles.quickly() if quick else contextlib.nullcontext():
         yield
 
 

@@ -52,6 +52,5 @@ def from_junit(text: str) -> dict[str, float]:
 if __name__ == "__main__":
     found = from_junit(pathlib.Path(sys.argv[1]).read_text())
     FILE.write_text(json.dumps(found, indent=1) + "\n")
-    print(
-        f"{len(slow_functions())} slow test functions in {FILE.name}, {sum(found.values()):.0f} processor seconds in all"
-    )
+    total = sum(found.values())
+    print(f"{len(slow_functions())} slow test functions in {FILE.name}, {total:.0f} processor seconds in all")

@@ -8,10 +8,10 @@ import pathlib
 import shutil
 import tempfile
 
+import compiles
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from lipjax.training import config_file
 from lipjax.training.checkpoint import Checkpointer
@@ -40,20 +40,8 @@ def scratch() -> pathlib.Path:
 @pytest.fixture(autouse=True)
 def quick_compiles():
     """A training compiles for seconds and runs for milliseconds: compile with less optimisation, each program once."""
-    wanted = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(scratch() / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in wanted}
-    for name, value in wanted.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    with compiles.quickly(scratch() / "compiled"):
+        yield
 
 
 def made_up_images(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

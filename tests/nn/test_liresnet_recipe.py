@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_helpers import GOLDEN, hwio, load, nhwc, relative
+from tiers import everyday
 from training_helpers import differing, quick_compiles, tiny_config  # noqa: F401  quick_compiles is a fixture
 
 import lipjax
@@ -63,7 +64,7 @@ def in_their_layout(grads, depth):
     }
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", everyday(NETS, NETS[0]))
 def test_a_whole_network_of_the_original(name):
     """Evaluation; then the loss of a training step, its gradients, the Lipschitz estimate and the running means."""
     arrays, state, options = state_dict(name)

@@ -21,6 +21,7 @@ from cluster_helpers import (
     launch,
     metrics,
 )
+from tiers import everyday
 from training_helpers import (  # noqa: F401  quick_compiles is a fixture
     differing,
     final_state,
@@ -137,7 +138,10 @@ def test_an_error_in_one_process_ends_the_others_with_a_word(tmp_path):
 
 
 # In the middle of an epoch; at the end of one that neither validates nor saves; in the last step.
-@pytest.mark.parametrize(("step", "changes"), [(4, {}), (2, {"checkpoint.every_epochs": 3}), (8, {})])
+@pytest.mark.parametrize(
+    ("step", "changes"),
+    everyday([(4, {}), (2, {"checkpoint.every_epochs": 3}), (8, {})], (2, {"checkpoint.every_epochs": 3})),
+)
 @pytest.mark.x64_off
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys, step, changes):
     config = tiny_config(**changes)

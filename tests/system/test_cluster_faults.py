@@ -11,6 +11,7 @@ import time
 
 import pytest
 from cluster_helpers import ROOT, Processes, assert_agree, free_port, keep_until, metrics
+from tiers import everyday
 from training_helpers import latest_step, quick_compiles, tiny_config  # noqa: F401  quick_compiles is a fixture
 
 from lipjax.training.loop import train
@@ -147,7 +148,10 @@ sys.exit(cluster.launch(lambda: print("met"), "interrupted", values))
 """
 
 
-@pytest.mark.parametrize("who", ["nobody joins process 0", "nobody is process 0", "a stranger is process 0"])
+@pytest.mark.parametrize(
+    "who",
+    everyday(["nobody joins process 0", "nobody is process 0", "a stranger is process 0"], "a stranger is process 0"),
+)
 def test_processes_that_do_not_meet_end_in_bounded_time_with_a_message(who):
     number = "0" if "joins" in who else "1"
     with contextlib.ExitStack() as stack:

@@ -10,6 +10,8 @@ from lipjax.operators.grid import on_grid
 from lipjax.parametrize import cpl, sandwich, sll
 from lipjax.spectral import norms
 
+pytestmark = pytest.mark.quick_compiles
+
 
 def norm(matrix):
     return np.linalg.norm(np.asarray(matrix), 2)

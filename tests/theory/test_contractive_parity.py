@@ -11,6 +11,8 @@ import pytest
 from lipjax import operators
 from lipjax.parametrize import cpl, sandwich, sll
 
+pytestmark = pytest.mark.quick_compiles
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 # Of each method a dense layer and a convolution are compared in every run.
 ALWAYS = {

@@ -11,6 +11,8 @@ import pytest
 from lipjax import curvature, losses
 from lipjax.errors import NotCertifiable
 
+pytestmark = pytest.mark.quick_compiles
+
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 PARITY = 1e-9
 

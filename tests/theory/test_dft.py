@@ -59,20 +59,22 @@ def test_frequencies_are_one_of_each_pair(size):
     assert all(2 * f2 % w == 0 for f2 in mirrored) and all(2 * f2 % w for _, f2 in grid.paired[grid.num_mirrored :])
 
 
+@pytest.mark.quick_compiles
 @pytest.mark.parametrize("size", SIZES)
 def test_spectrum_is_the_fourier_transform_and_image_its_inverse(size):
     x = random((2, *size, 3))
-    z = _dft.spectrum(x)
+    z = jax.jit(_dft.spectrum)(x)
     grid, r = _dft.grid(size), len(_dft.grid(size).fixed)
     fourier = np.moveaxis(np.fft.fft2(np.asarray(x), axes=(1, 2)) / np.sqrt(size[0] * size[1]), 0, 2)
     np.testing.assert_allclose(np.asarray(z[:r]), fourier[tuple(grid.fixed.T)].real, atol=1e-13)
     pairs = np.asarray(z[r:]).reshape(-1, 2, 2, 3)
     expected = np.sqrt(2) * fourier[tuple(grid.paired.T)]
     np.testing.assert_allclose(pairs[:, 0] + 1j * pairs[:, 1], expected, atol=1e-13)
-    np.testing.assert_allclose(np.asarray(_dft.image(z, size)), np.asarray(x), atol=1e-13)
+    image = jax.jit(_dft.image, static_argnums=1)
+    np.testing.assert_allclose(np.asarray(image(z, size)), np.asarray(x), atol=1e-13)
     # The inverse is the adjoint: <F x, y> = <x, F^-1 y>.
     y = random(z.shape, 1)
-    np.testing.assert_allclose(float(jnp.sum(z * y)), float(jnp.sum(x * _dft.image(y, size))), atol=1e-11)
+    np.testing.assert_allclose(float(jnp.sum(z * y)), float(jnp.sum(x * image(y, size))), atol=1e-11)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 4), (8, 8), (9, 8), (8, 9), (1, 66), (1, 67), (66, 1)])
@@ -128,6 +130,7 @@ def test_every_entry_is_rounded_once(size):
 
 
 # One product for all parts; few channels in. Each kind of size with one of them every day.
+@pytest.mark.quick_compiles
 @pytest.mark.parametrize(
     ("size", "channels"),
     everyday(
@@ -154,6 +157,7 @@ def test_blocks_act_as_the_complex_response(size, channels):
     np.testing.assert_allclose(back, response.conj().swapaxes(2, 3), atol=1e-13)
 
 
+@pytest.mark.quick_compiles
 @pytest.mark.parametrize("size", [(4, 3), (9, 8), (8, 9)])
 def test_spectrum_and_image_are_each_others_adjoint_to_every_transformation_of_jax(size):
     x, z = random((2, *size, 3)), random((size[0] * size[1], 2, 3), 1)

@@ -15,6 +15,7 @@ from lipjax.certify.frozen import float64_on_cpu
 from lipjax.network import make_network
 
 
+@pytest.mark.quick_compiles
 @pytest.mark.parametrize("name", everyday(NETWORKS, "circulant", "residual", "potential"))
 def test_gradients_are_those_of_automatic_differentiation(name):
     frozen = frozen_network(name)
@@ -30,6 +31,7 @@ def test_gradients_are_those_of_automatic_differentiation(name):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12 * float(np.abs(wanted).max()))
 
 
+@pytest.mark.quick_compiles
 def test_attacks_are_constants_of_adversarial_training():
     frozen = frozen_network("convolutional")
     network = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), frozen.network)

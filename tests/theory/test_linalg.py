@@ -204,6 +204,7 @@ def test_exponential_under_vmap_takes_each_its_own_squarings():
     assert norm(np.asarray(jax.vmap(gradient)(a) - jnp.stack([gradient(block) for block in a]))) <= 10 * bound
 
 
+@pytest.mark.quick_compiles
 def test_exponential_in_training_precision(precision):
     a = draw_skew((2, 4, 4), "complex64", 2.0)
     value, gradient = jax.jit(jax.value_and_grad(lambda a: linalg.expm_skew(a).real.sum()))(jnp.asarray(a))
@@ -315,6 +316,7 @@ def test_cayley_of_zero_and_of_a_wide_complex_matrix():
     assert np.array_equal(linalg.cayley(w), linalg.cayley(w.T).T)  # transposed, not conjugated
 
 
+@pytest.mark.quick_compiles
 @pytest.mark.x64_off
 @pytest.mark.parametrize("shape", [(4, 9, 6), (4, 6, 9)])
 def test_cayley_is_as_defined_in_training_precision(shape):
@@ -336,6 +338,7 @@ def test_cayley_is_as_defined_in_training_precision(shape):
     assert norm(np.asarray(gradients[0] - gradients[1])) <= 2e-6 * norm(np.asarray(gradients[1]))
 
 
+@pytest.mark.quick_compiles
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     everyday(

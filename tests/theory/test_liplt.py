@@ -30,6 +30,8 @@ from lipjax.operators import (
     Tanh,
 )
 
+pytestmark = pytest.mark.quick_compiles
+
 
 def oracle(matrices, slopes):
     """m_1, ..., m_L of W_1, phi, W_2, ..., W_L by its definition: specs of LipLT, dense."""

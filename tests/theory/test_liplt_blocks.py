@@ -22,6 +22,8 @@ from lipjax.operators import (
     Residual,
 )
 
+pytestmark = pytest.mark.quick_compiles
+
 
 def random_blocks(seed, count, width, skip=True):
     rng = np.random.default_rng(seed)

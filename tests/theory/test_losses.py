@@ -12,6 +12,8 @@ from lipjax import certify, losses
 from lipjax.operators import LinearHead
 from lipjax.parametrize import lln
 
+pytestmark = pytest.mark.quick_compiles
+
 PARITY = 1e-9  # relative, float64: the golden files' own tolerance
 
 

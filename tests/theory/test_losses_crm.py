@@ -12,6 +12,8 @@ from golden_helpers import relative
 
 from lipjax import certify, losses
 
+pytestmark = pytest.mark.quick_compiles
+
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "crm_liplt.npz")
 PARITY = 1e-9  # relative, float64: the golden files' own tolerance
 SETTING = {"temperature": 5.0, "radius": 0.6, "weight": 15.0}

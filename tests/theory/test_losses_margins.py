@@ -12,6 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lipjax import losses
 from lipjax.operators import LinearHead
 
+pytestmark = pytest.mark.quick_compiles
+
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 PARITY = 1e-9  # relative, float64: the golden files' own tolerance
 

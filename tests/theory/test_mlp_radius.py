@@ -13,6 +13,8 @@ from lipjax import certify, curvature, operators
 from lipjax.certify.radius import minorant_radius
 from lipjax.parametrize import lln
 
+pytestmark = pytest.mark.quick_compiles
+
 PARITY = 1e-9
 mpmath.mp.dps = 50
 

@@ -63,6 +63,7 @@ EVERYDAY = ("dense wide", "conv", "conv strided", "conv circular", "conv groups 
 EVERYDAY += ("conv dilation beyond the map", "transposed circular groups")
 
 
+@pytest.mark.quick_compiles
 @pytest.mark.parametrize("name", everyday(LINEAR, *EVERYDAY))
 def test_shapes_adjoint_estimate_and_bound(name):
     op = LINEAR[name]

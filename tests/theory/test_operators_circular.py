@@ -59,6 +59,7 @@ def to_matrix(op):
     return np.asarray(jax.jit(op)(jnp.eye(size).reshape(size, *op.in_shape))).reshape(size, -1).T
 
 
+@pytest.mark.quick_compiles
 @pytest.mark.parametrize("size", SIZES)
 def test_every_form_is_the_wrapped_convolution(size):
     kernel, x = normal((3, 5, 3, 2)), normal((2, *size, 3), 1)
@@ -268,6 +269,7 @@ def skew_blocks(size, m, seed=0):
     return kernel, conv.packed_response(kernel, size)
 
 
+@pytest.mark.quick_compiles
 @pytest.mark.parametrize(
     ("channels", "out", "num_terms"),
     everyday(
@@ -303,6 +305,7 @@ def test_series_has_no_bound_and_refuses_what_does_not_fit():
     assert len(leaves) == 2 and jax.tree.unflatten(tree, leaves).num_terms == 5
 
 
+@pytest.mark.quick_compiles
 def test_both_run_in_either_precision_under_jit_grad_and_vmap(precision):
     dtype = jnp.float64 if precision == "x64" else jnp.float32
     kernel = conv.skew_kernel(jnp.asarray(normal((3, 3, 4, 4), 0, 0.3), dtype))

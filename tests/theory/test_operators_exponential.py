@@ -90,6 +90,7 @@ def test_spectrum_and_bound_against_dense_matrices(geometry, num_terms):
         assert found.proved == 1.0
 
 
+@pytest.mark.quick_compiles
 @pytest.mark.parametrize("geometry", GEOMETRIES[:2] + GEOMETRIES[-2:], ids=str)
 def test_adjoint_and_estimate(geometry, key):
     op = make(*geometry, num_terms=5, norm=2.5)

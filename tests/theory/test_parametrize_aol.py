@@ -10,6 +10,8 @@ import pytest
 from lipjax import conv, operators, spectral
 from lipjax.parametrize import aol
 
+pytestmark = pytest.mark.quick_compiles
+
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 PARITY = 1e-9
 

@@ -13,6 +13,8 @@ from tiers import everyday
 from lipjax import conv, linalg
 from lipjax.parametrize import cayley
 
+pytestmark = pytest.mark.quick_compiles
+
 PARITY = 1e-9
 UNIT = 2.0**-53
 CONVS = ("up", "down", "k5", "s2", "s2_k4", "odd_size")
@@ -96,7 +98,11 @@ def test_linear_layer_of_the_original(case):
 
 @pytest.mark.parametrize(
     ("kernel_size", "size", "c_in", "c_out"),
-    [(*sizes, 2, 2) for sizes in SIZES] + [(*sizes, *c) for sizes in (SIZES[1], SIZES[4]) for c in ((2, 3), (3, 2))],
+    everyday(
+        [(*sizes, 2, 2) for sizes in SIZES]
+        + [(*sizes, *c) for sizes in (SIZES[1], SIZES[4]) for c in ((2, 3), (3, 2))],
+        *[(*SIZES[1], 2, 2), (*SIZES[4], 2, 2), (*SIZES[4], 2, 3), (*SIZES[4], 3, 2)],
+    ),
 )
 def test_the_convolution_is_orthogonal(kernel_size, size, c_in, c_out):
     """The dense matrix, wherever the kernel and the map end; and it is the transform of `conv2d`'s matrix."""

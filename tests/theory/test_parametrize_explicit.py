@@ -13,6 +13,8 @@ from lipjax import conv
 from lipjax.linalg import cholesky as choleskys
 from lipjax.parametrize import aoc, bcop, bjorck
 
+pytestmark = pytest.mark.quick_compiles
+
 PARITY = 1e-9
 AOC = ("up", "down", "odd_channels", "k5", "zeros", "s2_k4_expand", "rko_s2", "groups", "dilation")
 AOC += ("transposed_s1", "transposed_s2", "transposed_rko")

@@ -11,6 +11,8 @@ from tiers import everyday
 
 from lipjax.parametrize import aoc, bcop, bjorck
 
+pytestmark = pytest.mark.quick_compiles
+
 
 def vectors_of(matrix, num_iters=30, scaling=bjorck.ORTHOGONIUM):
     matrix = jnp.asarray(matrix)

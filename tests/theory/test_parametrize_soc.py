@@ -73,6 +73,7 @@ def fast_layer(request):
     return Layer(request.param, fast=True)
 
 
+@pytest.mark.quick_compiles
 def test_layer_of_the_first_paper(layer):
     z = layer.z
     kernel, sigma = layer.kernel(layer.raw, 0)
@@ -86,6 +87,7 @@ def test_layer_of_the_first_paper(layer):
     assert relative(grads[2], z["output/grad_bias_train"]) < PARITY
 
 
+@pytest.mark.quick_compiles
 def test_power_steps_of_the_first_paper(layer):
     z, start = layer.z, layer.read_vectors("input/power_")
     skew = conv.skew_kernel(layer.raw)
@@ -101,6 +103,7 @@ def test_power_steps_of_the_first_paper(layer):
     assert float(sigma) < exact * (1 - 1e-6) or skew.shape[0] == 1
 
 
+@pytest.mark.quick_compiles
 def test_layer_of_the_second_paper(fast_layer):
     z = fast_layer.z
     kernel, sigma = fast_layer.kernel(fast_layer.raw, 0)
@@ -121,6 +124,7 @@ def value_and_gradients(exponential, x, kernel, g):
     return y, *pullback(g)
 
 
+@pytest.mark.quick_compiles
 def test_fast_function_of_the_second_paper(fast_layer):
     z = fast_layer.z
     x, g, kernel = nhwc(z["input/fn_x"]), nhwc(z["input/fn_cotangent"]), hwio(z["output/kernel"])
@@ -146,6 +150,7 @@ def test_bounds_of_the_second_papers_layers_lie_above_dense_norms(fast_layer):
         assert float(z[f"output/S{num_terms}_norm_dense"]) <= found.proved * (1 + 1e-12) < 1.005
 
 
+@pytest.mark.quick_compiles
 @pytest.mark.parametrize(
     ("kernel_shape",), everyday([((3, 3, 4, 4),), ((1, 1, 5, 5),), ((5, 3, 2, 2),)], ((5, 3, 2, 2),))
 )
@@ -180,6 +185,7 @@ def test_estimates_reach_the_least_reshaped_norm(kernel_shape, key):
         assert found.details["skew_norm"] <= 0.7 * (kh * kw) ** 0.5 * (1 + 1e-5)
 
 
+@pytest.mark.quick_compiles
 def test_gradient_of_the_norm_is_that_of_the_least_reshape(key):
     kernel = jax.random.normal(key, (3, 3, 4, 4))  # not skew: no two of the four norms coincide
     vectors = soc.init_vectors(kernel.shape, jax.random.key(1))
@@ -227,6 +233,7 @@ def value_and_slope(shape, raw, vectors):
     return jax.value_and_grad(loss, has_aux=True)(raw)
 
 
+@pytest.mark.quick_compiles
 @pytest.mark.parametrize("scale", [0.0, 1e-310, 1e-200, 1e-30, 1e200])
 def test_zero_and_extreme_kernels_have_finite_values_and_gradients(scale):
     raw = jnp.asarray(np.random.default_rng(1).normal(size=(3, 3, 3, 3)))
@@ -255,6 +262,7 @@ def test_negative_steps_are_refused():
         soc.reshaped_norm(jnp.zeros((3, 3, 2, 2)), soc.init_vectors((3, 3, 2, 2), jax.random.key(0)), -1)
 
 
+@pytest.mark.quick_compiles
 @pytest.mark.x64_off
 def test_training_a_layer_in_single_precision_keeps_its_promise(key):
     """After gradient steps with one power step each, the bound of the kernel is what the estimate promises."""

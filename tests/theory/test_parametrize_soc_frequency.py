@@ -34,6 +34,7 @@ def dense(apply, size, channels):
     return np.asarray(jax.jit(apply)(jnp.eye(side).reshape(side, *size, channels))).reshape(side, side).T
 
 
+@pytest.mark.quick_compiles
 @pytest.mark.parametrize(
     ("size", "scale"),
     everyday(itertools.product([(1, 1), (2, 2), (1, 5), (3, 4), (5, 6)], [0.1, 3.0]), ((1, 5), 3.0), ((3, 4), 0.1)),
@@ -52,6 +53,7 @@ def test_the_response_is_the_exponential_of_the_convolution_whatever_its_norm(si
     assert 1 <= CircularConv(np.asarray(response), (*size, 3)).bound().proved < 1 + 1e-12
 
 
+@pytest.mark.quick_compiles
 @pytest.mark.parametrize(
     ("num_terms", "out"), everyday(itertools.product([1, 2, 3, 4, 5, 6, 9, 12, 14], [3, 1]), (1, 3), (5, 1), (12, 3))
 )
@@ -94,6 +96,7 @@ def forms(raw, x, num_terms, out):
     return response(x), series(x), spatial
 
 
+@pytest.mark.quick_compiles
 @pytest.mark.parametrize(
     ("num_terms", "size", "out"),
     everyday(
@@ -126,6 +129,7 @@ def test_forms_and_their_gradients_agree(num_terms, size, out):
         assert float(jnp.abs(b - c).max()) < tolerance * scale
 
 
+@pytest.mark.quick_compiles
 @pytest.mark.x64_off
 @pytest.mark.parametrize(("size",), everyday([((16, 16),), ((2, 2),)], ((2, 2),)))
 def test_forms_agree_to_1e_5_in_single_precision(size):
@@ -139,6 +143,7 @@ def test_forms_agree_to_1e_5_in_single_precision(size):
             assert float(jnp.abs(y - found[2]).max()) < 1e-5 * largest
 
 
+@pytest.mark.quick_compiles
 def test_orthogonality_survives_gradient_steps_and_a_zero_kernel_is_the_identity():
     size = (3, 4)
     x, target = images(size), images(size, seed=5)
@@ -159,6 +164,7 @@ def test_orthogonality_survives_gradient_steps_and_a_zero_kernel_is_the_identity
     assert 1 <= CircularConv.from_blocks(*(np.asarray(b) for b in blocks), (*size, 3)).bound().proved < 1 + 1e-13
 
 
+@pytest.mark.quick_compiles
 def test_a_1x1_layer_of_the_papers_code():
     """With 1x1 kernels zero and circular padding agree, and so the golden values hold here."""
     with np.load(GOLDEN / "soc_layer_s1_k1.npz", allow_pickle=False) as z:

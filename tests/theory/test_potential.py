@@ -58,6 +58,7 @@ def sandwich_of(linear, outputs=2):
     return operators.Sandwich(linear, BIAS, relu(linear), outputs)
 
 
+@pytest.mark.quick_compiles
 @pytest.mark.parametrize("name", everyday(LINEAR, "dense", "strided", "circular"))
 def test_the_transpose_and_the_columns_are_those_of_the_dense_matrix(name):
     linear = LINEAR[name]
@@ -135,6 +136,7 @@ def one_layer(op, features=4):
     return make_network([("layer", op), *flat], head)
 
 
+@pytest.mark.quick_compiles
 @pytest.mark.parametrize(
     ("name", "make"),
     everyday(
@@ -158,6 +160,7 @@ def test_saved_loaded_and_exported(name, make, tmp_path):
     assert row.parts[3].claimed == 2 * row.parts[0].claimed == 2 * row.details["linear"]["bound"]
 
 
+@pytest.mark.quick_compiles
 @pytest.mark.parametrize("make", everyday([step_of, sandwich_of], sandwich_of))
 def test_estimates_gradients_and_bfloat16(make):
     linear = LINEAR["strided"]

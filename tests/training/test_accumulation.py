@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import everyday
 from training_helpers import equations, quick_compiles, tiny_config  # noqa: F401  quick_compiles is a fixture
 
 from lipjax.errors import UserError
@@ -54,10 +55,10 @@ def reference():
 @pytest.mark.x64_off
 @pytest.mark.parametrize(
     "switches",
-    [
+    everyday(
+        [{"accumulation": 2, "remat": 2, "mesh.data": 8}, {"accumulation": 4, "remat": 1, "scan": True}],
         {"accumulation": 2, "remat": 2, "mesh.data": 8},
-        {"accumulation": 4, "remat": 1, "scan": True},
-    ],
+    ),
     ids=str,
 )
 def test_the_switches_change_nothing_but_rounding(switches):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import everyday
 from training_helpers import quick_compiles, tiny_config  # noqa: F401  quick_compiles is a fixture
 
 import lipjax
@@ -89,7 +90,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", everyday(SIZES, "liresnet"))
 def test_no_certificate_sees_the_scale(name):
     options = {"input_shape": (8, 8, 1), "num_classes": 3, **SIZES[name]}
     model = MODELS[name](**options, logit_scale=SCALE)

@@ -9,6 +9,7 @@ import sys
 import pytest
 from absl import flags
 from cluster_helpers import ROOT
+from tiers import everyday
 from training_helpers import (  # noqa: F401  quick_compiles is a fixture
     differing,
     final_state,
@@ -50,7 +51,10 @@ def send(name):
 
 @pytest.mark.parametrize(
     ("number", "name", "code"),
-    [(signal.SIGHUP, "SIGHUP", 75), (signal.SIGUSR1, "SIGUSR1", 75), (signal.SIGINT, "Ctrl-C", 130)],
+    everyday(
+        [(signal.SIGHUP, "SIGHUP", 75), (signal.SIGUSR1, "SIGUSR1", 75), (signal.SIGINT, "Ctrl-C", 130)],
+        *[(signal.SIGUSR1, "SIGUSR1", 75), (signal.SIGINT, "Ctrl-C", 130)],
+    ),
 )
 @pytest.mark.x64_off
 def test_a_training_saves_before_it_stops(tmp_path, monkeypatch, capfd, number, name, code):
