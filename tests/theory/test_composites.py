@@ -6,6 +6,8 @@ import pytest
 from lipjax import FrozenNetwork, operators
 from lipjax.network import Network, make_network
 
+pytestmark = pytest.mark.quick_compiles
+
 
 @operators.operator("first", "second", static=("adds_input", "out_shape"))
 class Careless(operators.Composite):

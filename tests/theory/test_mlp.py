@@ -12,6 +12,8 @@ from lipjax.certify import FrozenNetwork, radius
 from lipjax.certify.certificate import certify_margins
 from lipjax.certify.mlp import MLPCertifier
 
+pytestmark = pytest.mark.quick_compiles
+
 mpmath.mp.dps = 50
 
 

@@ -11,6 +11,8 @@ from lipjax import bounds, operators
 from lipjax.certify import certificate
 from lipjax.network import make_network
 
+pytestmark = pytest.mark.quick_compiles
+
 
 def named_ops(seed=0):
     rng = np.random.default_rng(seed)

@@ -17,6 +17,8 @@ from lipjax.errors import NotCertifiable
 from lipjax.network import Application, Network, make_network
 from lipjax.operators.grid import on_grid
 
+pytestmark = pytest.mark.quick_compiles
+
 ROOT = Path(lipjax.__file__).parent
 # Rooms that meet operators. The protocol itself may look at any attribute.
 ROOMS = ("spectral", "operators", "parametrize", "bounds", "attacks", "certify", "nn", "models", "evaluation")

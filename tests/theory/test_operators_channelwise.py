@@ -41,6 +41,7 @@ def relative(a, b):
 # ---- parity --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick_compiles
 @pytest.mark.parametrize(("name", "rate"), [("act_n_dense", 1.0), ("act_n_conv", 4.0)])
 def test_parity_of_the_n_activation(name, rate):
     z = load(name)
@@ -57,6 +58,7 @@ def test_parity_of_the_n_activation(name, rate):
     assert relative(control, last(z["output/y"])) > 1e-4
 
 
+@pytest.mark.quick_compiles
 @pytest.mark.parametrize("name", ["act_spline_fc", "act_spline_conv"])
 def test_parity_of_the_spline(name):
     z = load(name)
@@ -246,6 +248,7 @@ def run(tmp_path_factory):
     return directory, write_run(directory, network)
 
 
+@pytest.mark.quick_compiles
 def test_the_certificate_is_proved_and_comes_back(run):
     directory, frozen = run
     code, lines = checker.check(directory)

@@ -215,6 +215,7 @@ def elementwise_network():
     return FrozenNetwork(jax.tree.map(np.asarray, make_network(ops, head)))
 
 
+@pytest.mark.quick_compiles
 def test_a_frozen_network_of_them_certifies_and_comes_back(tmp_path):
     frozen = elementwise_network()
     activations = [row for row in frozen.lipschitz_report() if row.type not in ("Normalize", "Dense", "Bias")]

@@ -13,6 +13,8 @@ from lipjax.network import make_network
 from lipjax.operators.grid import Circulants, on_grid
 from lipjax.spectral import norms
 
+pytestmark = pytest.mark.quick_compiles
+
 
 @pytest.fixture(autouse=True)
 def no_dense_proofs(monkeypatch):

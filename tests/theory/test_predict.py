@@ -8,6 +8,8 @@ from frozen_helpers import frozen_network
 from lipjax.certify import frozen as module
 from lipjax.errors import UserError
 
+pytestmark = pytest.mark.quick_compiles
+
 
 @pytest.fixture
 def sizes(monkeypatch):

@@ -8,6 +8,8 @@ from scipy import ndimage
 
 from lipjax.training import augment
 
+pytestmark = pytest.mark.quick_compiles
+
 
 def some_images(batch=64, height=8, width=6, channels=3):
     images = np.random.default_rng(0).integers(1, 256, (batch, height, width, channels), dtype=np.uint8)

@@ -15,6 +15,8 @@ from lipjax.errors import UserError
 from lipjax.training.metrics import FILE_NAME, MetricWriter, validation_metrics
 from lipjax.training.terminal import Terminal, progress_of
 
+pytestmark = pytest.mark.quick_compiles
+
 
 def read(workdir):
     return [json.loads(line) for line in (workdir / FILE_NAME).read_text().splitlines()]

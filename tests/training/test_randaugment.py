@@ -11,6 +11,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from lipjax.training import randaugment
 from lipjax.training.randaugment import OPERATIONS
 
+pytestmark = pytest.mark.quick_compiles
+
 apply = jax.jit(randaugment.apply_operations, static_argnums=3)
 
 
