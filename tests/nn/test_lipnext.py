@@ -161,9 +161,8 @@ def test_where_matrices_start(kind):
 
 
 def test_random_rotations_have_the_angles_that_were_drawn():
-    random_weight = jax.jit(exponential.random_weight, static_argnums=1)
-    for n in (1, 2, 5):
-        weight = np.asarray(random_weight(jax.random.key(n), (3, n, n)))
+    for n in (1, 5):
+        weight = np.asarray(exponential.random_weight(jax.random.key(n), (3, n, n)))
         np.testing.assert_array_equal(weight, -weight.swapaxes(1, 2))
         assert np.linalg.norm(weight, 2, (1, 2)).max() <= np.pi * (1 + 1e-12)
         assert n == 1 or np.abs(weight[0] - weight[1]).max() > 0.1

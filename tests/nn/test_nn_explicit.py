@@ -20,9 +20,10 @@ U32 = 2.0**-24
 
 
 class Net(LipschitzModel):
-    """One of each kind, or another first layer."""
+    """One of each kind, the last of them, or another first layer."""
 
     first: Callable | None = None
+    last: int = 5
 
     def layers(self):
         first = [self.first(name="layer")] if self.first is not None else []
@@ -33,7 +34,7 @@ class Net(LipschitzModel):
             AOC(8, 4, 2, num_iters=30, name="strided"),
             RKO(4, 3, 1, name="overlapping"),
         ]
-        return first + [flatten] if first else [*rest, flatten, OrthoLinear(6, name="dense")], LinearHead(
+        return first + [flatten] if first else [*rest[-self.last :], flatten, OrthoLinear(6, name="dense")], LinearHead(
             3, name="head"
         )
 
@@ -108,8 +109,9 @@ def test_a_training_step_advances_the_vectors_and_nothing_else_does():
 
 
 @pytest.mark.x64_off
-def test_layers_that_have_trained_are_frozen_in_float64_and_orthogonal():
-    model = Net(SHAPE, 3)
+@pytest.mark.parametrize("last", everyday([2, 5], 2))
+def test_layers_that_have_trained_are_frozen_in_float64_and_orthogonal(last):
+    model = Net(SHAPE, 3, last=last)
     start, variables = initialised(model), trained(model, 4)
     assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(variables))
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), start["params"], variables["params"])

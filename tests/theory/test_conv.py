@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from tiers import everyday
 
 from lipjax import conv
 
@@ -69,7 +70,7 @@ def test_conv_is_the_sum_over_taps(size, kernel, strides, padding):
     assert np.abs(conv_by_loops(x, k[:, :, ::-1], strides, padding) - expected).max() > 1e-3
 
 
-@pytest.mark.parametrize(("size", "kernel", "strides", "padding"), CASES)
+@pytest.mark.parametrize(("size", "kernel", "strides", "padding"), everyday(CASES, *CASES[2:7], CASES[9], CASES[-1]))
 def test_adjoint(size, kernel, strides, padding):
     x, k = draw(size, kernel)
     y = conv.conv2d(jnp.asarray(x), jnp.asarray(k), strides=strides, padding=padding)

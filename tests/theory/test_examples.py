@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import everyday
 
 import lipjax
 import lipjax.interop
@@ -56,6 +57,12 @@ CLASSES = (
     *(f"operators.{name}" for name in ("Shift", "PositionalBias", "L2Pool")),
     "FrozenNetwork",
 )
+# Compile for a second and longer.
+DEAR = {
+    *("parametrize.bro.packed_response", "parametrize.lot.packed_response", "parametrize.bcop.kernel"),
+    *("parametrize.aoc.kernel", "parametrize.cpl.converged", "conv.apply_response", "attacks.attack_l2"),
+    *("attacks.apgd_l2", "attacks.lipschitz_lower_bound"),
+}
 GLOBALS = {"jax": jax, "jnp": jnp, "np": np, "lipjax": lipjax}
 FIELD = re.compile(r"^  (\w[\w, ]*):", re.MULTILINE)
 
@@ -112,7 +119,10 @@ def test_an_example_gives_what_it_says_in_float32(name, tmp_path):
     check_example(name, tmp_path)
 
 
-@pytest.mark.parametrize("name", [*FUNCTIONS, *CLASSES])
+@pytest.mark.quick_compiles
+@pytest.mark.parametrize(
+    "name", everyday([*FUNCTIONS, *CLASSES], *(name for name in (*FUNCTIONS, *CLASSES) if name not in DEAR))
+)
 def test_an_example_gives_what_it_says(name, tmp_path):
     check_example(name, tmp_path)
 

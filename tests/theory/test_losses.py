@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_helpers import GOLDEN, relative
+from tiers import everyday
 
 from lipjax import certify, losses
 from lipjax.operators import LinearHead
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.quick_compiles
 PARITY = 1e-9  # relative, float64: the golden files' own tolerance
 
 
-@pytest.mark.parametrize("setting", ["0", "1"])
+@pytest.mark.parametrize("setting", everyday(["0", "1"], "1"))
 @pytest.mark.parametrize("head", ["lln", "plain"])
 @pytest.mark.parametrize(
     ("name", "loss"),
@@ -38,13 +39,13 @@ def test_parity_of_values_and_gradients(name, loss, head, setting):
         return loss(logits, labels, lipschitz, epsilon).mean()
 
     arguments = (z["input/logits"], z["param/head.weight"], z[f"input/lc{setting}"])
-    value, grads = jax.value_and_grad(mean_loss, (0, 1, 2))(*map(jnp.asarray, arguments))
+    value, grads = jax.jit(jax.value_and_grad(mean_loss, (0, 1, 2)))(*map(jnp.asarray, arguments))
     expected = f"output/{name}{setting}"
     assert relative(value, z[f"{expected}/loss"]) < PARITY
     for got, field in zip(grads, ("grad_logits", "grad_head_weight", "grad_lc"), strict=True):
         assert relative(got, z[f"{expected}/{field}"]) < PARITY
     # Control: another radius is another loss.
-    other = loss(jnp.asarray(z["input/logits"]), labels, jnp.ones((10, 10)), 2 * epsilon).mean()
+    other = jax.jit(lambda logits: loss(logits, labels, jnp.ones((10, 10)), 2 * epsilon).mean())(z["input/logits"])
     assert relative(other, z[f"{expected}/loss"]) > 1e-4
 
 

@@ -85,6 +85,7 @@ def test_the_certifier_reaches_the_dual_radius_and_leaves_out_what_cannot_matter
         assert table[pair] <= value <= table[pair] * (1 + 1e-9)
 
 
+@pytest.mark.nightly
 def test_the_certifier_with_a_hundred_classes():
     weights = random_head(classes=100, hidden=64, features=16, seed=5, scale=0.5)
     features = np.random.default_rng(6).normal(size=(40, 16))

@@ -306,6 +306,7 @@ def test_series_has_no_bound_and_refuses_what_does_not_fit():
 
 
 @pytest.mark.quick_compiles
+@pytest.mark.parametrize("precision", everyday(["x64", "x32"], "x32"), indirect=True)
 def test_both_run_in_either_precision_under_jit_grad_and_vmap(precision):
     dtype = jnp.float64 if precision == "x64" else jnp.float32
     kernel = conv.skew_kernel(jnp.asarray(normal((3, 3, 4, 4), 0, 0.3), dtype))
