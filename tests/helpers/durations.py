@@ -37,6 +37,19 @@ def slow_functions() -> set[str]:
     return {name for name, seconds in recorded().items() if seconds > SLOW}
 
 
+def slow_items(items: list) -> list:
+    """Those of pytest's items that are slow, but of a file without any other test of every day the cheapest one."""
+    known = recorded()
+    seconds = {item: known.get(item.nodeid.partition("[")[0], 0.0) for item in items}
+    slow = [item for item in items if seconds[item] > SLOW]
+    files = collections.defaultdict(list)
+    for item in items:
+        if "nightly" not in item.keywords:
+            files[item.path].append(item)
+    spared = {min(those, key=seconds.get) for those in files.values()}
+    return [item for item in slow if item not in spared]
+
+
 def from_junit(text: str) -> dict[str, float]:
     """Processor seconds by function, the longest first, of what `pytest --junitxml` writes."""
     seconds = collections.defaultdict(float)

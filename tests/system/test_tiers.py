@@ -1,6 +1,7 @@
 """What tests/durations.json says is slow: it names tests that exist, and `-m "not slow"` leaves them out."""
 
 import ast
+import collections
 import pathlib
 import subprocess
 import sys
@@ -47,6 +48,15 @@ def test_slow_tests_are_left_out(tmp_path):
     passed = {line.split()[1].partition("[")[0] for line in done.stdout.splitlines() if line.startswith("PASSED ")}
     assert done.returncode == 0 and passed == {quick} and "deselected" in done.stdout, done.stdout
     assert f'<property name="{durations.PROPERTY}" value="' in (tmp_path / "r.xml").read_text()
+
+
+def test_every_file_keeps_a_quick_test():
+    item = collections.namedtuple("item", ("nodeid", "keywords", "path"), defaults=((), "a file"))
+    slow = max(durations.recorded(), key=durations.recorded().get)
+    first, second, nightly = item(f"{slow}[1]"), item(f"{slow}[2]"), item(f"{slow}[3]", ("nightly",))
+    assert durations.slow_items([nightly, first, second]) == [nightly, second]
+    cheap = item("tests/theory/test_numerics.py::test_that_is_not_listed")
+    assert durations.slow_items([nightly, first, second, cheap]) == [nightly, first, second]  # control
 
 
 def test_cases_that_are_not_of_every_day_are_nightly():
