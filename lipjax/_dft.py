@@ -160,6 +160,11 @@ def _tables(size: Size) -> tuple[np.ndarray, ...]:
     return _read_only(rows), _read_only(np.concatenate([special[None], repeated]))
 
 
+def factors(size: Size) -> tuple[np.ndarray, ...]:
+    """The tables that `steps` multiplies by, for programs in other languages: one, or that of rows and of columns."""
+    return _tables(size)
+
+
 def transform_error(size: Size) -> float:
     """e such that `spectrum` and `image` in float64 err by at most e |input|_2, but for underflow."""
     h, w = size

@@ -2960,6 +2960,11 @@ def read_arrays(path: pathlib.Path, budget: Budget) -> tuple[dict[str, np.ndarra
         raise Unreadable(f"{path} is damaged ({error})") from error
 
 
+def widened(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same numbers with those of float32 arrays as float64, which holds every one of them; hashes are of these."""
+    return {name: array.astype(np.float64) if array.dtype == np.float32 else array for name, array in arrays.items()}
+
+
 def read_npz(path: pathlib.Path, budget: Budget) -> dict[str, np.ndarray]:
     """The arrays of an npz file, after a look at what they unpack to."""
     data = read_bytes(path, ARRAY_BYTES, budget)
@@ -3114,7 +3119,7 @@ def read_files(directory: pathlib.Path, count: float | None, data: str | os.Path
     document = read_json(directory / "certificate.json", budget)
     expect_schema(frozen / "network.json", layout, NETWORK_FORMAT, NETWORK_SCHEMA)
     expect_schema(directory / "certificate.json", document, FORMAT, SCHEMA)
-    arrays, _ = read_arrays(frozen / "network.safetensors", budget)
+    arrays = widened(read_arrays(frozen / "network.safetensors", budget)[0])
     sample = document.get("sample")
     if not isinstance(sample, dict) or sample.get("file") != "images.safetensors":
         raise Unreadable(f"{directory / 'certificate.json'}: sample names no images.safetensors")

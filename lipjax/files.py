@@ -40,18 +40,20 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: str | os.PathLike, document: dict) -> None:
-    """Writes JSON atomically. Floats keep all their digits; NaN raises ValueError."""
+def write_json(path: str | os.PathLike, document: dict, indent: int | None = 1) -> None:
+    """Writes JSON atomically. Floats keep all their digits; NaN raises ValueError. indent: None: all on one line."""
     with replacing(path) as temporary, open(temporary, "w") as file:
-        json.dump(document, file, indent=1, allow_nan=False)
+        json.dump(document, file, indent=indent, allow_nan=False)
         file.write("\n")
 
 
-def write_arrays(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
+def write_arrays(
+    path: str | os.PathLike, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None
+) -> None:
     """Writes a safetensors file; it appears whole or not at all. Raises: UserError if it cannot: a full disk."""
     with replacing(path) as temporary:
         try:
-            safetensors.numpy.save_file(arrays, temporary)
+            safetensors.numpy.save_file(arrays, temporary, metadata)
         except safetensors.SafetensorError as error:
             raise UserError(f"{path} cannot be written ({error}): free some space or choose another place.") from error
 

@@ -1,32 +1,22 @@
 """Frozen networks: float64 host arrays that certify, save and load. docs/soundness.md says what is proved."""
 
 import functools
-import hashlib
-import json
 import os
-import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from lipjax import bounds, operators
-from lipjax.certify.certificate import Certificate, certify_margins
+from lipjax import bounds, operators, shipping
+from lipjax.certify import layout
+from lipjax.certify.certificate import CLAIM, Certificate, certify_margins
 from lipjax.certify.float64 import check_arithmetic, checked_images, evaluate, float64_on_cpu, host_float64
-from lipjax.certify.layout import arrays_of, entry_of, rebuild
 from lipjax.certify.mlp import MLPCertifier
 from lipjax.errors import NotCertifiable, UserError
-from lipjax.files import write_arrays, write_json
 from lipjax.network import Network, check_network, table_of
 from lipjax.numerics import gamma
-
-SCHEMA = 1
-FORMAT = "lipjax-frozen-network"
 
 
 def _read_only(array) -> np.ndarray:
@@ -40,7 +30,8 @@ class FrozenNetwork:
 
     `frozen(x)` gives logits; `certify` proves radii; `save` and `load` keep it as safetensors and JSON.
     `class_names`: what people call the classes, in their order, or None. No claim is about them: they are saved beside
-    the network, and are no part of its hash.
+    the network, and are no part of its hash. `dtype`: the type in which files hold the arrays, "float64" or "float32",
+    which takes a network whose arrays hold float32 numbers alone (`lipjax.freeze(..., dtype="float32")` rounds them).
 
     Example: logits that are the two pixels; the examples of the methods go on from here.
       >>> head = lipjax.operators.LinearHead(np.eye(2), np.zeros(2))
@@ -48,11 +39,11 @@ class FrozenNetwork:
       >>> frozen = lipjax.freeze(network)
     """
 
-    def __init__(self, network: Network, class_names: Sequence[str] | None = None):
+    def __init__(self, network: Network, class_names: Sequence[str] | None = None, dtype: str = "float64"):
         """Takes copies of the network's arrays, which cannot be written to.
 
-        Raises: ValueError if they are not finite float64, do not fit each other, or class_names are not one text for
-          each class.
+        Raises: ValueError if they are not finite float64, do not fit each other, hold numbers that the dtype does not,
+          or class_names are not one text for each class.
         """
         bad = [
             jax.tree_util.keystr(path)
@@ -65,8 +56,9 @@ class FrozenNetwork:
                 "(lipjax.freeze(network) makes shorter types longer.)"
             )
         check_network(network)
-        self.network = jax.tree.map(_read_only, network)
-        self.class_names = _checked_names(class_names, self.num_classes)
+        layout.check_dtype(network, dtype)
+        self.network, self.dtype = jax.tree.map(_read_only, network), dtype
+        self.class_names = layout.checked_names(class_names, self.num_classes)
 
     def __repr__(self) -> str:
         return table_of(self.network, "FrozenNetwork")
@@ -287,28 +279,15 @@ class FrozenNetwork:
 
         Those of a composite's parts: ops/<name>/<place>/<field>.
         """
-        parts = [(f"ops/{name}", op) for name, op in zip(self.network.names, self.network.ops, strict=True)]
-        found = {}
-        for prefix, op in [*parts, ("head", self.network.head)]:
-            found |= arrays_of(prefix, op)
-        return {**found, "input_mean": self.network.input_mean, "input_std": self.network.input_std}
-
-    def _layout(self) -> dict:
-        ops = [{"name": n, **entry_of(op)} for n, op in zip(self.network.names, self.network.ops, strict=True)]
-        return {"ops": ops, "head": type(self.network.head).__name__}
+        return layout.arrays_of_network(self.network)
 
     def sha256(self) -> str:
-        """Hash of the network: its layout and the bytes of its arrays, as 64 hexadecimal digits."""
-        digest = hashlib.sha256(json.dumps(self._layout(), sort_keys=True).encode())
-        for name, array in sorted(self.arrays().items()):
-            little = array.astype("<f8")
-            digest.update(f"\n{name} {list(array.shape)}\n".encode() + little.tobytes())
-        return digest.hexdigest()
+        """Hash of the network: its layout and the bytes of its arrays in float64, as 64 hexadecimal digits."""
+        return layout.sha256_of(self.network)
 
     def array_hashes(self) -> dict[str, str]:
-        """SHA-256 of the bytes of every array, by name."""
-        found = sorted(self.arrays().items())
-        return {name: hashlib.sha256(array.astype("<f8").tobytes()).hexdigest() for name, array in found}
+        """SHA-256 of the bytes of every array in float64, by name."""
+        return layout.array_hashes_of(self.network)
 
     def export(self, dtype: str = "float32", platforms: tuple[str, ...] = ("cpu", "cuda", "tpu")) -> bytes:
         """Pixels (b, *in_shape) -> logits (b, k) as a StableHLO program with all weights, for any batch size b.
@@ -336,6 +315,37 @@ class FrozenNetwork:
             program = jax.export.export(jax.jit(network.__call__), platforms=platforms)(pixels)
         return bytes(program.serialize())
 
+    def to_onnx(self, path: str | os.PathLike) -> None:
+        """Writes an ONNX file: pixels (b, *in_shape) to logits (b, k), in float32, of plain operators of opset 17.
+
+        It computes what the network computes, operator by operator, so that the bounds of float32 errors in a report
+        are true of it where the runtime is as docs/shipping.md says.
+
+        Args:
+          path: of the file, which appears whole or not at all.
+        Returns: nothing.
+        Raises: UserError (a ValueError) naming an operator that has no translation, for arrays that float32 does not
+          hold, and for networks beyond 2 GB; MissingExtra without the package onnx.
+        Example:
+          >>> frozen.to_onnx(os.path.join(directory, "network.onnx"))  # doctest: +SKIP
+        """
+        shipping.write_onnx(path, self.network, {"claim": CLAIM, "frozen_sha256": self.sha256()})
+
+    def to_torch_state(self) -> dict[str, np.ndarray]:
+        """Arrays for layers of PyTorch, by the names that a module's `load_state_dict` takes: docs/shipping.md.
+
+        Weights of `Conv2d` (OIHW), `ConvTranspose2d` and `Linear`, with the bias behind them, under the operator's name
+        ("/" becomes "."), the head as "head", and input_mean and input_std. Columns of what follows a `Flatten` are in
+        the order of images with channels first. Activations and reorderings have no arrays.
+
+        Returns: name -> float64 array, which `torch.as_tensor` takes.
+        Raises: UserError naming an operator with arrays that no plain layer of PyTorch holds.
+        Example:
+          >>> {name: array.shape for name, array in frozen.to_torch_state().items()}
+          {'dense.weight': (2, 2), 'head.weight': (2, 2), 'head.bias': (2,), 'input_mean': (1,), 'input_std': (1,)}
+        """
+        return shipping.torch_state(self.network)
+
     def save(self, directory: str | os.PathLike) -> None:
         """Writes network.safetensors, then network.json with the hash of both; each appears whole or not at all.
 
@@ -347,12 +357,7 @@ class FrozenNetwork:
           >>> sorted(os.listdir(directory))
           ['network.json', 'network.safetensors']
         """
-        directory = pathlib.Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_arrays(directory / "network.safetensors", self.arrays())
-        document = {"format": FORMAT, "schema": SCHEMA, "sha256": self.sha256(), **self._layout()}
-        document["class_names"] = None if self.class_names is None else list(self.class_names)
-        write_json(directory / "network.json", document)
+        layout.save_network(directory, self.network, self.class_names, self.dtype, CLAIM)
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> "FrozenNetwork":
@@ -367,33 +372,14 @@ class FrozenNetwork:
           >>> lipjax.FrozenNetwork.load(directory).sha256() == frozen.sha256()
           True
         """
-        directory = pathlib.Path(directory)
+        document, arrays = layout.read_network(directory)
         try:
-            document = json.loads((directory / "network.json").read_text())
-            arrays = safetensors.numpy.load_file(directory / "network.safetensors")
-        except FileNotFoundError as error:
-            raise UserError(f"{directory} holds no frozen network: {error.filename} is missing.") from error
-        except (OSError, ValueError, safetensors.SafetensorError) as error:
-            raise UserError(f"{directory}: the frozen network is damaged ({error}). Freeze it again.") from error
-        if not isinstance(document, dict) or document.get("format") != FORMAT or document.get("schema") != SCHEMA:
-            raise UserError(
-                f"{directory}/network.json is not of format {FORMAT!r}, schema {SCHEMA}: made by another version?"
-            )
-        try:
-            frozen = cls(rebuild(document, arrays))
-            frozen.class_names = _checked_names(document.get("class_names"), frozen.num_classes)
+            dtype = layout.dtype_of(arrays)
+            frozen = cls(layout.rebuild(document, layout.in_float64(arrays)), dtype=dtype)
+            frozen.class_names = layout.checked_names(document.get("class_names"), frozen.num_classes)
             digest = frozen.sha256()
         except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
             raise UserError(f"{directory}: layout and arrays do not fit each other ({error}).") from error
         if digest != document.get("sha256"):
             raise UserError(f"{directory}: the arrays do not have the recorded hash; a file was changed or damaged.")
         return frozen
-
-
-def _checked_names(names: Any, num_classes: int) -> tuple[str, ...] | None:
-    if names is None:
-        return None
-    texts = isinstance(names, list | tuple) and all(isinstance(name, str) and name for name in names)
-    if not texts or len(names) != num_classes:
-        raise ValueError(f"Expected class_names as {num_classes} texts, one for each class, got {names!r:.200}.")
-    return tuple(map(str, names))

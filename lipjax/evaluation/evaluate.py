@@ -75,8 +75,8 @@ def certify_run(workdir: str | os.PathLike, config, seed: int, run: Run | None =
     variables, state, step = load_best(workdir, run)
     if jax.process_index() != 0:
         return {}
-    network = lipjax.freeze(run.model, variables, run.dataset.class_names)
     options, pixel_max = config.certify, run.dataset.pixel_max
+    network = lipjax.freeze(run.model, variables, run.dataset.class_names, options.dtype)
     indices, total = drawn_indices(run.dataset, options.num_images), run.dataset.size("test")
     images, labels = test_images(run.dataset, indices, options.batch_size)
     which = reports.part_of(len(labels), total)

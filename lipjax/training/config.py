@@ -11,6 +11,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from lipjax import _precision, attacks, network
+from lipjax.certify.layout import DTYPES
 from lipjax.certify.radius import radius_key
 from lipjax.errors import UserError
 from lipjax.training.accumulate import centering_refused
@@ -127,6 +128,7 @@ def default_config(
     config.certify.radii = (36 / 255, 72 / 255, 108 / 255)  # of the accuracies in the report
     config.certify.batch_size = 250  # images at a time
     config.certify.num_images = 0  # of the test set, drawn by hash; 0 for all
+    config.certify.dtype = "float64"  # of the frozen arrays; "float32": rounded before the proof, half the size
     # Auto-PGD on the cross-entropy, then towards rivals, then Square: an "ensemble"; or "apgd", "pgd", "square" alone.
     config.certify.attack = "ensemble"
     config.certify.attack_steps = 20  # gradients of every start of an attack; 0: nothing is attacked
@@ -273,7 +275,8 @@ def validate(config) -> None:
         _check(config.certify[field] >= 0, f"certify.{field}", "at least 0", config.certify[field])
     for field in ("batch_size", "attack_restarts", "attack_targets", "attack_queries"):
         _check(config.certify[field] >= 1, f"certify.{field}", "at least 1", config.certify[field])
-    for field, names in (("attack", attacks.METHODS), ("attack_objective", attacks.OBJECTIVES)):
+    choices = ("attack", attacks.METHODS), ("attack_objective", attacks.OBJECTIVES), ("dtype", DTYPES)
+    for field, names in choices:
         _check(config.certify[field] in names, f"certify.{field}", f"one of {names}", config.certify[field])
     _check(config.mesh.data == -1 or config.mesh.data >= 1, "mesh.data", "-1 or a number of devices", config.mesh.data)
     _check(config.mesh.model >= 1, "mesh.model", "a number of parts, at least 1", config.mesh.model)

@@ -11,8 +11,9 @@ import numpy as np
 import safetensors.numpy
 from mlp_helpers import random_arrays
 
+import lipjax
 from lipjax import checker, conv, operators
-from lipjax.certify import FrozenNetwork, document
+from lipjax.certify import document
 from lipjax.network import make_network
 
 
@@ -192,9 +193,9 @@ def accuracies(rows, radii):
     return {"clean_accuracy": float(np.mean(right)), "certified_accuracy": certified, "radii": list(radii)}
 
 
-def write_run(directory, network):
-    """A run's directory with an honest certificate, and the frozen network."""
-    frozen = FrozenNetwork(jax.tree.map(lambda a: np.asarray(a, np.float64), network))
+def write_run(directory, network, dtype="float64"):
+    """A run's directory with an honest certificate, and the frozen network, whose files hold numbers of this dtype."""
+    frozen = lipjax.freeze(jax.tree.map(lambda a: np.asarray(a, np.float64), network), dtype=dtype)
     rng = np.random.default_rng(5)
     pixels = rng.integers(0, 256, (COUNT, *frozen.in_shape), dtype=np.uint8)
     certificate = frozen.certify(pixels / np.float64(255), COUNT)

@@ -53,6 +53,20 @@ def test_writing_the_files_anew_is_no_tampering(runs, tmp_path, name):
     assert checker.check(tmp_path / "run")[0] == 0
 
 
+def test_float32_files_hold_the_float64_numbers_that_are_proved(runs, tmp_path):
+    write_run(tmp_path / "run", NETWORKS["sorted_network"](), "float32")
+    assert checker.check(tmp_path / "run")[0] == 0
+    path = "frozen/network.safetensors"
+    arrays = safetensors.numpy.load_file(tmp_path / "run" / path)
+    assert {array.dtype for array in arrays.values()} == {np.dtype(np.float32)}
+    safetensors.numpy.save_file({name: a.astype(np.float64) for name, a in arrays.items()}, tmp_path / "run" / path)
+    assert checker.check(tmp_path / "run")[0] == 0  # the same numbers
+    shutil.copytree(runs("sorted_network"), tmp_path / "other")  # control: numbers that only resemble those proved
+    safetensors.numpy.save_file(arrays, tmp_path / "other" / path)
+    code, lines = checker.check(tmp_path / "other")
+    assert code == 1 and any("network.json, sha256" in line for line in lines)
+
+
 @pytest.mark.parametrize("last", ["circular", "exponential"])
 def test_what_follows_the_last_activation_need_not_be_composed(tmp_path, last):
     """From there on LipLT then takes the product of norms."""

@@ -147,8 +147,8 @@ def nan_in_array(f):
     f.write()
 
 
-def single_precision(f):
-    f.arrays["head/bias"] = f.arrays["head/bias"].astype(np.float32)
+def half_precision(f):
+    f.arrays["head/bias"] = f.arrays["head/bias"].astype(np.float16)
     f.write()
 
 
@@ -319,7 +319,7 @@ SORTED = {
     wrong_hash: "network.json, sha256",
     wrong_hash_of_images: "images.safetensors: hashes to",
     nan_in_array: "network.safetensors, head/bias: expected finite",
-    single_precision: "network.safetensors, head/bias: expected finite float64",
+    half_precision: "network.safetensors, head/bias: expected finite float64",
     short_bias: "network.json, bias (Bias)",
     missing_array: "network.json, bias (Bias): the array ops/bias/bias is missing",
     array_that_nobody_reads: "ops/conv/other: an array that no operator has",

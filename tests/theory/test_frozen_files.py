@@ -7,6 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import safetensors
 from frozen_helpers import frozen_network, small_model
 
 import lipjax
@@ -32,6 +33,37 @@ def test_save_and_load_give_the_same_certificate(tmp_path, model_and_variables):
     np.testing.assert_array_equal(first.margins, second.margins)
     other = frozen_network()
     assert other.sha256() != frozen.sha256()
+
+
+def test_a_float32_network_takes_half_the_bytes_and_says_so(tmp_path, model_and_variables):
+    wide, frozen = lipjax.freeze(*model_and_variables), lipjax.freeze(*model_and_variables, dtype="float32")
+    assert frozen.dtype == "float32" and all(a.dtype == np.float64 for a in frozen.arrays().values())
+    difference = max(np.abs(a - b).max() for a, b in zip(wide.arrays().values(), frozen.arrays().values(), strict=True))
+    assert 0 < difference < 1e-6 and wide.sha256() != frozen.sha256()
+    wide.save(tmp_path / "wide")
+    frozen.save(tmp_path / "half")
+    sizes = [(tmp_path / name / "network.safetensors").stat().st_size for name in ("half", "wide")]
+    assert sizes[0] < 0.6 * sizes[1]
+    loaded = FrozenNetwork.load(tmp_path / "half")
+    assert loaded.sha256() == frozen.sha256() and loaded.dtype == "float32"
+    with pytest.raises(ValueError, match="Expected float32 numbers"):
+        FrozenNetwork(wide.network, dtype="float32")
+    with pytest.raises(ValueError, match=r"dtype of \('float64', 'float32'\), got 'bfloat16'"):
+        FrozenNetwork(wide.network, dtype="bfloat16")
+    huge = make_network([("d", operators.Dense(np.diag([1.0, 1e60])))], operators.LinearHead(np.eye(2), np.zeros(2)))
+    with pytest.raises(ValueError, match="finite"):
+        lipjax.freeze(huge, dtype="float32")
+
+
+def test_the_arrays_file_states_the_claim(tmp_path):
+    frozen = frozen_network()
+    for name in ("a", "b"):
+        frozen.save(tmp_path / name)
+    with safetensors.safe_open(tmp_path / "a" / "network.safetensors", "np") as file:
+        about = json.loads(file.metadata()["lipjax"])
+    assert about["sha256"] == frozen.sha256() and "exact real arithmetic" in about["claim"]
+    files = [(tmp_path / name / "network.safetensors").read_bytes() for name in ("a", "b")]
+    assert files[0] == files[1]
 
 
 def flip_byte(path, position):
