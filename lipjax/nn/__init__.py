@@ -29,6 +29,7 @@ from lipjax.nn.layers import (
     torch_linear,
 )
 from lipjax.nn.model import LOG_SCALE, LipschitzModel
+from lipjax.nn.nnx import from_nnx
 from lipjax.nn.orthogonal import (
     ACTIVATIONS,
     POOLINGS,
@@ -111,6 +112,7 @@ __all__ = [
     "ShiftBlocks",
     "advance_means",
     "flatten",
+    "from_nnx",
     "layer_fields",
     "torch_bias",
     "torch_conv",
