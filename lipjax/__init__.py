@@ -22,6 +22,7 @@ from lipjax import (  # noqa: E402
     parametrize,
     pooling,
     spectral,
+    zoo,
 )
 from lipjax.certify import FrozenNetwork, freeze  # noqa: E402
 from lipjax.errors import NotCertifiable, UserError  # noqa: E402
@@ -46,6 +47,7 @@ __all__ = [
     "parametrize",
     "pooling",
     "spectral",
+    "zoo",
 ]
 
 

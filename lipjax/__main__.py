@@ -1,4 +1,4 @@
-"""The command `lipjax`, or `python -m lipjax`: train, certify, check, attack, report, predict, compare and more."""
+"""The command `lipjax`, or `python -m lipjax`: train, certify, check, attack, report, predict, zoo and more."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lipjax
-from lipjax import checker, streams
+from lipjax import checker, streams, zoo, zoo_command
 from lipjax.attacks import METHODS, OBJECTIVES
 from lipjax.errors import MissingExtra, UserError, run_command
 
@@ -108,14 +108,15 @@ def plan(arguments, overrides: list[str]) -> None:
 def check(arguments) -> int:
     """Proves the certificates of a directory again, by NumPy alone."""
     with streams.guarded():  # a reader that is gone must not turn "proved" into exit code 1
-        return checker.run(arguments.workdir, arguments.images, arguments.data, arguments.budget)
+        workdir = zoo.located(arguments.workdir)
+        return checker.run(workdir, arguments.images, arguments.data, arguments.budget)
 
 
 def predict(arguments) -> None:
     """Classifies image files by a frozen network, and says how far each class is proved."""
     from lipjax.evaluation.predict import predict_files, print_predictions
 
-    directory = pathlib.Path(os.path.expanduser(arguments.workdir))
+    directory = pathlib.Path(os.path.expanduser(zoo.located(arguments.workdir)))
     if not (directory / "network.json").exists():
         runs = run_directories(arguments.workdir) if not (directory / "frozen").exists() else [directory]
         if len(runs) > 1:
@@ -130,7 +131,8 @@ def compare(arguments) -> None:
     """Prints a table of runs."""
     from lipjax.evaluation.compare import print_comparison, read_compared
 
-    runs = [read_compared(directory) for workdir in arguments.workdirs for directory in run_directories(workdir)]
+    workdirs = map(zoo.located, arguments.workdirs)
+    runs = [read_compared(directory) for workdir in workdirs for directory in run_directories(workdir)]
     print_comparison(runs, _console(soft_wrap=False))
 
 
@@ -175,7 +177,7 @@ def _main(argv: list[str]) -> int:
     command = commands.add_parser(
         "check", help="prove a certificate again with NumPy alone; 1 if something is not proved"
     )
-    command.add_argument("workdir", help="a run with frozen/, certificate.json and images.safetensors")
+    command.add_argument("workdir", help="a run with frozen/, certificate.json and images.safetensors, or zoo/NAME")
     command.add_argument(
         "--images",
         type=checker.number_of_images,
@@ -207,12 +209,15 @@ def _main(argv: list[str]) -> int:
     command.add_argument("workdir", help="the --workdir of train.py")
     command.set_defaults(run=report)
     command = commands.add_parser("predict", help="classes of image files, and how far they are proved")
-    command.add_argument("workdir", help="a certified run, or a directory of a frozen network alone")
+    command.add_argument("workdir", help="a certified run, zoo/NAME, or a directory of a frozen network alone")
     command.add_argument("files", nargs="+", help="image files, prepared as the images of the run were")
     command.set_defaults(run=predict)
     command = commands.add_parser("compare", help="a table of runs: config differences, validation and test numbers")
     command.add_argument("workdirs", nargs="+", help="runs, or directories of several seeds")
     command.set_defaults(run=compare)
+    command = commands.add_parser("zoo", help="certified networks to take home: list, card, add, fetch, retrain")
+    zoo_command.add_arguments(command)
+    command.set_defaults(run=zoo_command)
     command = commands.add_parser("plan", help="memory, operations and least time of a training step on other chips")
     command.add_argument("--config", required=True, help="as of train.py, fields too: --config.batch_size=2048")
     command.add_argument(
@@ -228,6 +233,8 @@ def _main(argv: list[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.run is check:
         return check(arguments)
+    if arguments.run is zoo_command:  # most of which takes none of the packages that training needs
+        return run_command(lambda: arguments.act(arguments), "Interrupted.")
     return _run(lambda: arguments.run(arguments))
 
 

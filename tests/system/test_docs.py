@@ -11,6 +11,7 @@ import pytest
 from docs import execute
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
+SHORT = ("equinox.md", "nnx.md", "shipping.md", "zoo.md")
 
 
 @pytest.fixture(autouse=True)
@@ -60,11 +61,21 @@ def test_a_page_that_trains(page, made, tmp_path):
     assert sum(bool(cell.expected) for cell in cells) >= 3 and (tmp_path / "run" / made).exists()
 
 
+@pytest.mark.slow
+@pytest.mark.x64_off
+@pytest.mark.parametrize("page", SHORT)
+def test_short_pages(page, tmp_path):
+    cells = run(DOCS / page, tmp_path)
+    assert any(cell.expected for cell in cells)
+
+
 def test_no_other_page_is_meant_to_be_executed():
     assert {page.name for page in DOCS.glob("*.ipynb")} == {"theory.ipynb"}
-    assert {page.name for page in DOCS.glob("*.md") if "test_docs.py` executes it" in page.read_text()} == {
+    said = ("test_docs.py` executes it", "test_docs.py` executes this page", "test_docs.py`\nexecutes it")
+    meant = {page.name for page in DOCS.glob("*.md") if any(text in page.read_text() for text in said)}
+    assert meant == {
         *("add_a_layer.md", "break_a_certificate.md", "laptop_to_pod.md", "own_images.md", "ship_it.md"),
-        "your_network.md",
+        *("your_network.md", *SHORT),
     }
 
 

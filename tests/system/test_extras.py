@@ -46,6 +46,8 @@ def test_theory_and_the_checker_need_none_of_it():
 import numpy as np, lipjax
 from lipjax.__main__ import main
 assert lipjax.spectral.norm_bound(lipjax.operators.Dense(np.eye(2))) >= 1
+name = "digits_liresnet"
+assert lipjax.zoo.load(name).in_shape == (8, 8, 1) and main(["zoo", "list"]) == main(["check", f"zoo/{name}"]) == 0
 sys.exit(main(["check", "nowhere"]))
 """
     found = bare(code)

@@ -1,0 +1,137 @@
+"""The networks of a zoo: folders with a list of their files' hashes, which loading checks."""
+
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+from lipjax.certify import FrozenNetwork
+from lipjax.errors import UserError
+
+HOME = pathlib.Path(__file__).parent
+"""The folder of the networks that lipjax brings."""
+
+MANIFEST = "zoo.json"
+FORMAT, SCHEMA = "lipjax-zoo", 1
+REQUIRED = (
+    *("frozen/network.json", "frozen/network.safetensors", "certificate.json", "images.safetensors"),
+    *("report.json", "config.json", "README.md"),
+)
+FILES = (*REQUIRED, "attack.json")
+"""The files that a network of a zoo may have beside its list of hashes; all but the last it must have."""
+
+
+def names(root: str | os.PathLike | None = None) -> list[str]:
+    """The networks of a zoo, by name.
+
+    Args: root: a folder of networks; None: those that lipjax brings.
+    Returns: their names, sorted.
+    Raises: UserError if there is no such folder.
+    Example:
+      >>> "digits_liresnet" in lipjax.zoo.list()
+      True
+    """
+    root = HOME if root is None else pathlib.Path(root).expanduser()
+    if not root.is_dir():
+        raise UserError(f"Expected a folder of networks, got {root}: give the folder that holds those of your zoo.")
+    return sorted(path.parent.name for path in root.glob(f"*/{MANIFEST}"))
+
+
+def directory(name: str | os.PathLike, root: str | os.PathLike | None = None) -> pathlib.Path:
+    """The folder of a network: a run's files, which `lipjax check` proves.
+
+    Args: name: one of `names(root)`, or the path of a folder that `add` or `fetch` wrote. root: as of `names`.
+    Raises: UserError for an unknown name, and for a URL: nothing is fetched unasked.
+    Example:
+      >>> lipjax.zoo.directory("digits_liresnet").name
+      'digits_liresnet'
+    """
+    text = os.fspath(name)
+    if "://" in text:
+        raise UserError(f"Nothing is fetched unasked: lipjax.zoo.fetch({text!r}, DIR) does, then load(DIR).")
+    known = names(root)
+    if text in known:
+        return (HOME if root is None else pathlib.Path(root).expanduser()) / text
+    path = pathlib.Path(text).expanduser()
+    if root is None and (path / MANIFEST).is_file():
+        return path
+    raise UserError(f"Expected a network of the zoo ({', '.join(known)}) or the path of one, got {text!r}.")
+
+
+def located(path: str) -> str:
+    """The folder that "zoo/NAME" stands for on a command line; other paths, and folders of this name, as they are.
+
+    Example:
+      >>> lipjax.zoo.located("runs/mine")
+      'runs/mine'
+    """
+    lead, _, name = path.partition("/")
+    return str(HOME / name) if lead == "zoo" and not os.path.exists(path) and name in names() else path
+
+
+def verified(folder: pathlib.Path) -> dict[str, Any]:
+    """The list of a network's files, whose hashes are those of the files.
+
+    Raises: UserError if the list or a file is missing, damaged or another one.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = read_manifest(path.read_bytes(), path)
+        for file, digest in manifest["files"].items():
+            found = hashlib.sha256((folder / file).read_bytes()).hexdigest()
+            if found != digest:
+                raise UserError(f"{folder / file} hashes to {found}, but {path} says {digest}: get the network again.")
+    except OSError as error:
+        raise UserError(f"{folder} is not whole ({error}): get the network again.") from error
+    return manifest
+
+
+def read_manifest(data: bytes, path: Any) -> dict[str, Any]:
+    """The list of a network's files from its bytes. Raises: UserError if it is damaged, or not of this format."""
+    try:
+        manifest = json.loads(data)
+        if (manifest["format"], manifest["schema"]) != (FORMAT, SCHEMA):
+            raise ValueError(f"expected format {FORMAT!r}, schema {SCHEMA}")
+        files = manifest["files"]
+        bad = [name for name in files if name not in FILES] + [name for name in REQUIRED if name not in files]
+        if bad or not all(isinstance(digest, str) for digest in files.values()):
+            raise ValueError(f"files are not those of a network: {bad}")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged, or of another version ({error}): get the network again.") from error
+    return manifest
+
+
+def load(name: str | os.PathLike, root: str | os.PathLike | None = None) -> FrozenNetwork:
+    """A network of a zoo, whose files have the hashes that they should have.
+
+    Args: name: one of `names(root)`, or the path of a folder that `add` or `fetch` wrote. root: as of `names`.
+    Returns: the frozen network that the certificate beside it is about: it certifies, predicts and exports. Takes no
+      package beyond a bare installation, and no network.
+    Raises: UserError for an unknown name, and for files that are missing, damaged or other ones.
+    Example:
+      >>> lipjax.zoo.load("digits_liresnet").in_shape
+      (8, 8, 1)
+    """
+    folder = directory(name, root)
+    manifest = verified(folder)
+    frozen = FrozenNetwork.load(folder / "frozen")
+    certified = json.loads((folder / "certificate.json").read_text(encoding="utf-8")).get("frozen_sha256")
+    if {certified, manifest.get("frozen_sha256")} != {frozen.sha256()}:
+        raise UserError(f"{folder}: the certificate is about another network than the one beside it.")
+    return frozen
+
+
+def card(name: str | os.PathLike, root: str | os.PathLike | None = None) -> str:
+    """The model card of a network: data, training and its cost, what is proved, in float32, too, and the attack.
+
+    Args: name, root: as of `load`.
+    Returns: Markdown with the metadata of Hugging Face's model cards in front.
+    Raises: UserError for an unknown name, and for files that are missing, damaged or other ones.
+    Example:
+      >>> lipjax.zoo.card("digits_liresnet").splitlines()[:2]
+      ['---', 'license: apache-2.0']
+    """
+    folder = directory(name, root)
+    verified(folder)
+    return (folder / "README.md").read_text(encoding="utf-8")
