@@ -13,7 +13,9 @@ from collections.abc import Iterator
 
 # Heading -> public modules, in the order of the site. Submodules in a module's `__all__` follow it by themselves.
 PARTS = {
-    "A frozen network and its certificate": ("lipjax", "lipjax.certify", "lipjax.interop", "lipjax.errors"),
+    "A frozen network and its certificate": (
+        *("lipjax", "lipjax.certify", "lipjax.zoo", "lipjax.shipping", "lipjax.interop", "lipjax.errors"),
+    ),
     "From arrays to Lipschitz constants": ("lipjax.operators", "lipjax.spectral", "lipjax.network", "lipjax.bounds"),
     "Layers as functions": (
         *("lipjax.parametrize", "lipjax.linalg", "lipjax.conv", "lipjax.activations", "lipjax.pooling"),

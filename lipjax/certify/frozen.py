@@ -327,7 +327,7 @@ class FrozenNetwork:
         Raises: UserError (a ValueError) naming an operator that has no translation, for arrays that float32 does not
           hold, and for networks beyond 2 GB; MissingExtra without the package onnx.
         Example:
-          >>> frozen.to_onnx(os.path.join(directory, "network.onnx"))  # doctest: +SKIP
+          >>> frozen.to_onnx(os.path.join(directory, "network.onnx"))
         """
         shipping.write_onnx(path, self.network, {"claim": CLAIM, "frozen_sha256": self.sha256()})
 

@@ -11,7 +11,8 @@ _OWN = ("to_nnx__", "_pytree__")
 def from_nnx(module: Any) -> tuple[LipschitzModel, dict[str, Any]]:
     """The model inside an NNX module, and its variables as Linen has them.
 
-    Args: module: `nnx.bridge.ToNNX(model, rngs=...)` after its `lazy_init`, trained or not.
+    Args:
+      module: `nnx.bridge.ToNNX(model, rngs=...)` after its `lazy_init`, trained or not.
     Returns: (model, variables), with the collections "params" and "lip": `lipjax.freeze(*from_nnx(module))` certifies.
     Raises: ValueError for another module, or one that is not initialised.
     Example: docs/nnx.md trains one.

@@ -28,7 +28,8 @@ def add(
     Args:
       run: a training run with a certificate, of one seed.
       name: letters, digits, "_" and "-": the name in the zoo.
-      about: a line about the network. cost: of its training, and on what: "6 minutes on one core of an AMD EPYC".
+      about: a line about the network.
+      cost: of its training, and on what: "6 minutes on one core of an AMD EPYC".
       root: the zoo; None: the one that lipjax brings, in a checkout of it.
     Returns: the folder.
     Raises: UserError for a run without a certificate, or whose files do not belong to each other, and for such a name.

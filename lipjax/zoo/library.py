@@ -25,7 +25,8 @@ FILES = (*REQUIRED, "attack.json")
 def names(root: str | os.PathLike | None = None) -> list[str]:
     """The networks of a zoo, by name.
 
-    Args: root: a folder of networks; None: those that lipjax brings.
+    Args:
+      root: a folder of networks; None: those that lipjax brings.
     Returns: their names, sorted.
     Raises: UserError if there is no such folder.
     Example:
@@ -41,7 +42,10 @@ def names(root: str | os.PathLike | None = None) -> list[str]:
 def directory(name: str | os.PathLike, root: str | os.PathLike | None = None) -> pathlib.Path:
     """The folder of a network: a run's files, which `lipjax check` proves.
 
-    Args: name: one of `names(root)`, or the path of a folder that `add` or `fetch` wrote. root: as of `names`.
+    Args:
+      name: one of `list(root)`, or the path of a folder that `add` or `fetch` wrote.
+      root: as of `list`.
+    Returns: its path.
     Raises: UserError for an unknown name, and for a URL: nothing is fetched unasked.
     Example:
       >>> lipjax.zoo.directory("digits_liresnet").name
@@ -60,8 +64,11 @@ def directory(name: str | os.PathLike, root: str | os.PathLike | None = None) ->
 
 
 def located(path: str) -> str:
-    """The folder that "zoo/NAME" stands for on a command line; other paths, and folders of this name, as they are.
+    """The folder that "zoo/NAME" stands for on a command line.
 
+    Args:
+      path: as somebody typed it.
+    Returns: the folder of lipjax's own network NAME; other paths, and a folder of this name, as they are.
     Example:
       >>> lipjax.zoo.located("runs/mine")
       'runs/mine'
@@ -105,7 +112,9 @@ def read_manifest(data: bytes, path: Any) -> dict[str, Any]:
 def load(name: str | os.PathLike, root: str | os.PathLike | None = None) -> FrozenNetwork:
     """A network of a zoo, whose files have the hashes that they should have.
 
-    Args: name: one of `names(root)`, or the path of a folder that `add` or `fetch` wrote. root: as of `names`.
+    Args:
+      name: one of `list(root)`, or the path of a folder that `add` or `fetch` wrote.
+      root: as of `list`.
     Returns: the frozen network that the certificate beside it is about: it certifies, predicts and exports. Takes no
       package beyond a bare installation, and no network.
     Raises: UserError for an unknown name, and for files that are missing, damaged or other ones.
@@ -125,7 +134,8 @@ def load(name: str | os.PathLike, root: str | os.PathLike | None = None) -> Froz
 def card(name: str | os.PathLike, root: str | os.PathLike | None = None) -> str:
     """The model card of a network: data, training and its cost, what is proved, in float32, too, and the attack.
 
-    Args: name, root: as of `load`.
+    Args:
+      name, root: as of `load`.
     Returns: Markdown with the metadata of Hugging Face's model cards in front.
     Raises: UserError for an unknown name, and for files that are missing, damaged or other ones.
     Example:

@@ -18,6 +18,7 @@ from tiers import everyday
 
 import lipjax
 import lipjax.interop
+import lipjax.nn
 
 FUNCTIONS = (
     *(f"linalg.{name}" for name in ("expm_skew", "cayley", "cholesky_orthogonalize")),
@@ -47,6 +48,8 @@ FUNCTIONS = (
     *("network.make_network", "freeze", "attacks.pgd_l2", "attacks.attack_l2"),
     *(f"FrozenNetwork.{name}" for name in ("__call__", "certify", "predict", "margin_lipschitz", "lipschitz_report")),
     *(f"FrozenNetwork.{name}" for name in ("save", "load", "margins", "norm_estimates", "export")),
+    *("FrozenNetwork.to_onnx", "FrozenNetwork.to_torch_state", "nn.from_nnx"),
+    *(f"zoo.{name}" for name in ("list", "load", "card", "directory", "located", "add", "fetch")),
     *(f"attacks.{name}" for name in ("apgd_l2", "lipschitz_lower_bound")),
     *("parametrize.aoc.kernel", "parametrize.bcop.kernel", "interop.from_torch", "interop.from_sequential"),
     *(f"curvature.{name}" for name in ("estimate", "estimate_table", "top_rivals", "bound")),
