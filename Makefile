@@ -63,7 +63,7 @@ COMPILE = $(PY) -m uv pip compile pyproject.toml --universal --python-version 3.
 lock: $(VENV)/.lipjax
 	@$(PIP) uv
 	@head -n 1 requirements.txt > $(VENV)/lock && $(COMPILE) --extra train --upgrade >> $(VENV)/lock && mv $(VENV)/lock requirements.txt
-	@for extra in dev docs cuda tpu; do \
+	@for extra in dev docs cuda cuda12 tpu; do \
 	  { head -n 2 requirements-$$extra.txt; \
 	    $(COMPILE) --extra $$extra --constraints requirements.txt | grep -vxFf requirements.txt; } > $(VENV)/lock \
 	  && mv $(VENV)/lock requirements-$$extra.txt || exit 1; \

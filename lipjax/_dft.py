@@ -176,6 +176,15 @@ def transform_error(size: Size) -> float:
     return total * (1 + 2.0**-40)
 
 
+def whole(z: Array) -> Array:
+    """z, as a result that compilers compute before they take parts of it.
+
+    XLA's GPU compiler (JAX 0.10.2) fuses a product, the slice of its rows and their reshape to matrices into the next
+    product, and then stops with "Couldn't find output tile sizes".
+    """
+    return lax.optimization_barrier(z)
+
+
 # Below, no reshape merges the batch with an axis before it: sharded over devices, it would have to be gathered.
 
 
@@ -233,7 +242,7 @@ _transform_p = Primitive("lipjax_dft")
 def _transform(x: Array, *, size: Size, inverse: bool, precision: Any) -> Array:
     for _, step in steps(size, inverse):
         x = step(x, precision)
-    return x
+    return x if inverse else whole(x)
 
 
 def _transform_shape(x: Any, *, size: Size, inverse: bool, precision: Any) -> Any:

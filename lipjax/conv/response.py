@@ -25,7 +25,7 @@ def tap_blocks(
 ) -> tuple[Float[Array, "r o i"], Float[Array, "q 2 o i"]]:
     """sum_t phases[n, t] taps[t], the first num_fixed rows n and pairs of the others, divided over the devices."""
     if _spread.num_devices() == 1:
-        blocks = _tap_product(phases, taps)
+        blocks = _dft.whole(_tap_product(phases, taps))
         return blocks[:num_fixed], blocks[num_fixed:].reshape(-1, 2, *blocks.shape[1:])
     pairs = phases[num_fixed:].reshape(-1, 2, phases.shape[1])
     taps = taps.reshape(phases.shape[1], *taps.shape[2:])

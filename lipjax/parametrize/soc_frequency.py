@@ -31,8 +31,8 @@ def packed_response(kernel: Float[Array, "kh kw c c"], size: tuple[int, int]) ->
     if _spread.num_devices() > 1:
         return conv.tap_blocks(phases, kernel, r)
     product = _precision.product(jnp.asarray(phases, kernel.dtype), kernel.reshape(kh * kw, c * c))
-    fixed, paired = lax.split(product, (r, n - r))
-    return fixed.reshape(r, c, c), paired.reshape(-1, 2, c, c)
+    fixed, paired = lax.split(_dft.whole(product.reshape(n, c, c)), (r, n - r))
+    return fixed, paired.reshape(-1, 2, c, c)
 
 
 def exponential_blocks(

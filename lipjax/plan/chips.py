@@ -18,7 +18,7 @@ class Chip:
       source: the vendor's document. memory: bytes of HBM. bandwidth: of HBM, bytes/s.
       links: bytes/s that a chip sends over all its links to other chips at once (half of what is published as
         bidirectional bandwidth).
-      flops: floating-point operations/s of dense products, by `_flops.KINDS`.
+      flops: floating-point operations/s of dense products, by `flops.KINDS`.
       chips_per_host: in slices of several hosts.
       reduces_in_network: whether switches add up what chips send, so that an all-reduce sends every number once.
     """
@@ -42,13 +42,23 @@ def _tpu(name: str, source: str, teraflops: float, gib: float, gbps: float, gbit
     return Chip(name, f"{_TPU}: {source}", gib * 2**30, gbps * 1e9, gbits * 1e9 / 8, flops, chips_per_host=4)
 
 
-def _hopper(name: str, source: str, gigabytes: float, terabytes: float) -> Chip:
-    # Dense figures: the data sheets print those with sparsity, which are twice as high. Products of float32 numbers run
-    # on tensor cores as TF32 unless "highest", which is float32 proper. NVLink: 900 GB/s in both directions together.
-    flops = {"bfloat16": 989.5e12, "default": 494.5e12, "high": 494.5e12, "highest": 67e12}
-    flops |= {"tf32x3": flops["default"] / 3, "bfloat16x6": flops["bfloat16"] / 6}
+def _gpu(name: str, gigabytes: float, terabytes: float, nvlink: float, teraflops: tuple[float, float, float]) -> Chip:
+    # teraflops: bfloat16, TF32, float32. Dense figures: most of the data sheets print those with sparsity, which are
+    # twice as high. Products of float32 numbers run on tensor cores as TF32 unless "highest", which is float32 proper.
+    # nvlink: GB/s in both directions together. The switches of Hopper and later add up.
+    half, tensor, single = (1e12 * t for t in teraflops)
+    flops = {"bfloat16": half, "default": tensor, "high": tensor, "highest": single}
+    flops |= {"tf32x3": tensor / 3, "bfloat16x6": half / 6}
+    source = f"{_NVIDIA}: {name.removesuffix(' SXM')} Tensor Core GPU, SXM"
     return Chip(
-        name, f"{_NVIDIA}: {source}", gigabytes * 1e9, terabytes * 1e12, 450e9, flops, 8, reduces_in_network=True
+        name,
+        source,
+        gigabytes * 1e9,
+        terabytes * 1e12,
+        nvlink * 1e9 / 2,
+        flops,
+        8,
+        reduces_in_network="A100" not in name,
     )
 
 
@@ -61,20 +71,38 @@ CHIPS = {
     "v6e": _tpu(
         "TPU v6e", "TPU v6e, key specifications (the higher of two published sets)", 918.0, 32.0, 1640.0, 3584.0
     ),
-    "h100": _hopper("H100 SXM", "H100 Tensor Core GPU, H100 SXM", 80.0, 3.35),
-    "h200": _hopper("H200 SXM", "H200 Tensor Core GPU, H200 SXM", 141.0, 4.8),
+    "a100": _gpu("A100 SXM", 80.0, 2.039, 600.0, (312.0, 156.0, 19.5)),
+    "h100": _gpu("H100 SXM", 80.0, 3.35, 900.0, (989.5, 494.5, 67.0)),
+    "h200": _gpu("H200 SXM", 141.0, 4.8, 900.0, (989.5, 494.5, 67.0)),
+    "b200": _gpu("B200 SXM", 180.0, 7.7, 1800.0, (2250.0, 1125.0, 75.0)),
 }
 TPUS = ("v4", "v5e", "v5p", "v6e")
+GPUS = ("a100", "h100", "h200", "b200")
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips to plan for. name: as given; chip: None for processor cores, of which nothing is published here."""
+    """Chips to plan for.
+
+    Attributes: name: as given. kind: its first part; "cpu", or one of CHIPS. chip: None for processor cores, of which
+      nothing is published here.
+    """
 
     name: str
     chip: Chip | None
     count: int
-    is_tpu: bool
+
+    @property
+    def kind(self) -> str:
+        return self.name.partition(":")[0].lower()
+
+    @property
+    def is_tpu(self) -> bool:
+        return self.kind in TPUS
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.kind in GPUS
 
 
 def parse_topology(name: str) -> Topology:
@@ -85,10 +113,10 @@ def parse_topology(name: str) -> Topology:
     kind, _, shape = name.partition(":")
     kind = kind.lower()
     sides = [int(side) for side in shape.split("x")] if re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5}){0,2}", shape) else []
-    dimensions = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2, "h100": 1, "h200": 1, "cpu": 1}.get(kind)
+    dimensions = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2, "cpu": 1, **dict.fromkeys(GPUS, 1)}.get(kind)
     if len(sides) != dimensions:
         raise UserError(
-            f"--topology: expected a chip and a shape, such as v5e:16x16, v6e:4x4, v4:4x4x4, v5p:2x2x4, h100:8, h200:8 "
-            f"or cpu:8; got {name!r}."
+            f"--topology: expected a chip and a shape, such as v5e:16x16, v6e:4x4, v4:4x4x4, v5p:2x2x4, a100:8, "
+            f"h100:8, h200:8, b200:8 or cpu:8; got {name!r}."
         )
-    return Topology(name, CHIPS.get(kind), math.prod(sides), kind in TPUS)
+    return Topology(name, CHIPS.get(kind), math.prod(sides))

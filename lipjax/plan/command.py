@@ -9,7 +9,7 @@ from rich.console import Console
 
 from lipjax.errors import UserError
 from lipjax.plan.chips import parse_topology
-from lipjax.plan.plan import _NO_TPU, make_plan
+from lipjax.plan.plan import _NO_HARDWARE, make_plan
 from lipjax.training import config_file
 
 
@@ -33,7 +33,7 @@ def run_plans(config: Any, topologies: Iterable[str], images_per_chip: int | Non
     from lipjax.plan.table import advice, table  # here, because it is made of plans
 
     parsed = [parse_topology(name) for name in topologies]
-    os.environ.update({name: value for name, value in _NO_TPU.items() if name not in os.environ})
+    os.environ.update({name: value for name, value in _NO_HARDWARE.items() if name not in os.environ})
     try:  # a process that has its devices already keeps them
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", max(topology.count for topology in parsed))

@@ -1,4 +1,4 @@
-"""The work of one device in a compiled program, read from its text: products, convolutions and collectives."""
+"""The work of one device in a compiled program, read from its text: products, convolutions, collectives, kernels."""
 
 import collections
 import dataclasses
@@ -25,6 +25,13 @@ _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|true_computation|false_computation|branch_computations|called_computations)="
     r"(\{[^}]*\}|%?[\w.-]+)"
 )
+# Calls of cuDNN and cuBLAS, and instructions for which a GPU starts nothing.
+_LIBRARY = re.compile(r'custom_call_target="(__cudnn\$conv\w+|__cublas\$[\w$]+)"')
+_NO_KERNEL = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency", "opt-barrier"),
+    *("while", "conditional", "call", "async-start", "async-update", "partition-id", "replica-id"),
+}
+_HOST = {"infeed", "outfeed", "send", "recv"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +74,12 @@ class Instruction:
     @property
     def operands(self) -> list[str]:
         return re.findall(r"%([\w.-]+)", self.rest[: _closing(self.rest) + 1])
+
+    @property
+    def library(self) -> str:
+        """The function of cuDNN or cuBLAS that computes a product or convolution, or ""."""
+        found = _LIBRARY.search(self.rest) if self.opcode == "custom-call" else None
+        return found[1] if found else ""
 
 
 class Program:
@@ -154,21 +167,73 @@ class Program:
         return list(found.values())
 
     def flops(self) -> dict[str, float]:
-        """Floating-point operations of one device in products and convolutions, by `_flops.KINDS`."""
+        """Floating-point operations of one device in products and convolutions, by `flops.KINDS`.
+
+        Those of cuDNN and cuBLAS are of the kind "library": a call of cuDNN does not say how precise it is.
+        """
         totals: dict[str, float] = collections.defaultdict(float)
         shapes: dict[str, dict[str, str]] = {}
         for name, instruction, times in self._executed():
-            if instruction.opcode not in ("dot", "convolution"):
+            library = instruction.library
+            if instruction.opcode not in ("dot", "convolution") and not library:
                 continue
             known = shapes.setdefault(name, {i.name: i.shape for i in self.computations[name]})
             left, right = (_array(known[operand]) for operand in instruction.operands[:2])
-            count = _dot if instruction.opcode == "dot" else _convolution
-            multiplications = count(instruction, left[1], right[1], _array(instruction.shape)[1])
+            out = _array(instruction.shape)
+            if library.startswith("__cudnn$convBackward"):  # written with the window of the forward convolution
+                left, right, out = (left, out, right) if library.endswith("Filter") else (out, right, left)
+            count = _convolution if "conv" in (instruction.opcode + library) else _dot
+            multiplications = count(instruction, left[1], right[1], out[1])
             is_complex = left[0].startswith("c")
             itemsize = max(_SIZES.get(dtype, 1) for dtype, _ in (left, right)) // (2 if is_complex else 1)
-            kind = _kind(instruction.rest, itemsize)
+            kind = "library" if library else _kind(instruction.rest, itemsize)
             totals[kind] += 2.0 * times * multiplications * (4 if is_complex else 1)
         return dict(totals)
+
+    def kernels(self) -> dict[str, int]:
+        """Kernels that a GPU starts at least in one run: "library" calls, "triton" products, "collective", "other".
+
+        A call of a library may start several; copies count as one each.
+        """
+        totals: dict[str, int] = collections.Counter()
+        started: dict[str, int] = {}
+
+        def walk(name: str, times: int) -> None:
+            started[name] = started.get(name, 0) + times
+            for i in self.computations.get(name, ()):
+                if i.opcode in ("while", "conditional", "call", "async-start"):
+                    repeats = times * ((self._length(i) or 1) if i.opcode == "while" else 1)
+                    for _, called in _CALLED.findall(i.rest):
+                        for callee in called.strip("{}").split(","):
+                            walk(callee.strip(" %"), repeats)
+
+        walk(self.entry, 1)
+        for name, times in started.items():
+            for i in self.computations.get(name, ()):
+                if i.opcode in _NO_KERNEL or i.opcode.endswith("-done"):
+                    continue
+                kind = "other"
+                if i.opcode.removesuffix("-start") in COLLECTIVES:
+                    kind = "collective"
+                elif i.opcode == "custom-call":
+                    kind = "library"
+                elif i.opcode == "fusion" and "__triton" in i.rest:
+                    kind = "triton"
+                totals[kind] += times
+        return dict(totals)
+
+    def unwanted(self) -> list[str]:
+        """Things that a step on accelerators should not do and does: float64, Fourier transforms, calls of the host."""
+        found = set()
+        for name in self.times:
+            for i in self.computations[name]:
+                if re.search(r"\b(f64|c128)\[", i.shape):
+                    found.add("float64")
+                if i.opcode == "fft" or "fft" in "".join(re.findall(r'custom_call_target="([^"]*)"', i.rest)).lower():
+                    found.add("a Fourier transform")
+                if i.opcode in _HOST or re.search(r'custom_call_target="[^"]*callback', i.rest):
+                    found.add("a call of the host")
+        return sorted(found)
 
 
 def _kind(attributes: str, itemsize: int) -> str:
@@ -242,8 +307,8 @@ def _group(kind: str, rest: str, num_devices: int) -> int:
 
 
 def _dot(instruction: Instruction, left, right, out) -> int:
-    found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
-    contracted = [int(axis) for axis in found[1].split(",") if axis] if found else []
+    found = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)[\]}]', instruction.rest)  # cuBLAS: in JSON
+    contracted = [int(axis.strip('"')) for axis in found[1].split(",") if axis] if found else []
     return math.prod(left[axis] for axis in contracted) * math.prod(out)
 
 

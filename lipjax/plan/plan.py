@@ -1,7 +1,8 @@
 """python -m lipjax plan: memory, operations, traffic and time of a config's training step on chips that are not here.
 
-The step that training would run is compiled ahead of time: by libtpu for a TPU topology, else for as many devices of
-this machine's processor, whose collectives and operations stand in for those of the chips.
+The step that training would run is compiled ahead of time: by libtpu for a TPU topology and by XLA's GPU compiler for
+GPUs, where they are installed; else for as many devices of this machine's processor, whose collectives and operations
+stand in for those of the chips.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import importlib.util
 import math
 import re
 import time
+from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -19,6 +21,7 @@ from lipjax.errors import UserError
 from lipjax.plan import flops as flop_counts
 from lipjax.plan import hlo
 from lipjax.plan.chips import Topology
+from lipjax.plan.gpus import target_config
 from lipjax.training import objective, sharding
 from lipjax.training import step as steps
 from lipjax.training.config import validate
@@ -28,13 +31,16 @@ from lipjax.training.data.load import IMAGENET_SIZE
 from lipjax.training.data.prepared import PREPARED
 from lipjax.training.loop import Run
 
-# libtpu asks the network what TPU it runs on unless it is told.
-_NO_TPU = {
+# libtpu asks the network what TPU it runs on unless it is told; JAX does not load XLA's GPU compiler without a driver.
+_NO_HARDWARE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no hardware is used: several plans may be made at a time
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
 }
+# No algorithms can be timed where there is no GPU.
+_GPU_OPTIONS: dict[str, Any] = {"xla_gpu_autotune_level": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +68,13 @@ class Plan:
       batch: images of a step, on all chips. parameters: numbers that are trained. num_steps: of the whole run.
       compile_seconds: on this machine.
       memory: None where the step does not fit; overflow: then what the compiler says.
-      traced: floating-point operations of a step on all chips together, as JAX traced it, by `_flops.KINDS`; uncounted:
+      traced: floating-point operations of a step on all chips together, as JAX traced it, by `flops.KINDS`; uncounted:
         what is missing there.
-      flops: the same of one chip, as compiled. xla_flops, xla_bytes: of one chip by XLA's own count, of operations
-        (elementwise ones too, loops once) and of bytes read and written (on-chip memory too).
-      collectives: of one chip. unknown_loops: in the compiled program, counted once.
+      flops: the same of one chip, as compiled, "library" being a kind of its own (`hlo.Program.flops`). xla_flops,
+        xla_bytes: of one chip by XLA's own count, of operations (elementwise ones too, loops once) and of bytes read
+        and written (on-chip memory too); 0.0: not counted.
+      collectives: of one chip. unknown_loops: in the compiled program, counted once. kernels: that a GPU starts in a
+        step, at least, by `hlo.Program.kernels`; {} for other chips.
     """
 
     topology: Topology
@@ -86,6 +94,7 @@ class Plan:
     xla_bytes: float
     collectives: list[hlo.Collective]
     unknown_loops: int
+    kernels: dict[str, int]
 
     @property
     def fits(self) -> bool:
@@ -96,14 +105,15 @@ class Plan:
     def work(self) -> dict[str, float]:
         """Operations of one chip by kind: as compiled, or its share of what was traced where some are out of sight.
 
-        XLA leaves out what nobody uses, which is little; an operation of a library is out of sight. A stand-in widens
-        bfloat16 numbers, so that there the kinds are those that were traced.
+        XLA leaves out what nobody uses, which is little; an operation of a library may be out of sight. A stand-in
+        widens bfloat16 numbers and a GPU's library does not say how precise it is: there the kinds are those that were
+        traced.
         """
         share = {kind: operations / self.topology.count for kind, operations in self.traced.items()}
         total, compiled = sum(share.values()), sum(self.flops.values())
         if compiled < 0.9 * total:
             return share
-        if not self.stand_in:
+        if not self.stand_in and "library" not in self.flops:
             return self.flops
         return {kind: operations / total * compiled for kind, operations in share.items()} if total else self.flops
 
@@ -186,6 +196,12 @@ class _NoRecords:
         raise ValueError("A plan has no images.")
 
 
+def planned_run(config: Any, devices: list) -> Run:
+    """The run of a config's first seed on devices that need not be here, with images of zeros."""
+    mesh = sharding.make_mesh(**config.mesh, batch_size=config.batch_size, devices=devices)
+    return Run(config, config.seeds[0], mesh, planned_dataset(config.data, config.seeds[0]))
+
+
 def traced_step(run: Run, platform: str | None = None) -> Any:
     """The step that a run would jit, traced (`jax.stages.Traced`) for arrays that need not exist.
 
@@ -211,26 +227,35 @@ def traced_step(run: Run, platform: str | None = None) -> Any:
         return jitted.trace(run.abstract_state, *arrays(run.num_images, everywhere), order, 0, schedule, generated)
 
 
+def compiled_step(run: Run, traced: jax.stages.Traced) -> jax.stages.Compiled:
+    """The program of a run's `traced_step`, for the devices of its mesh.
+
+    Raises: jax.errors.JaxRuntimeError if it does not compile.
+    """
+    on_gpu = run.mesh.devices.flat[0].platform == "gpu"
+    with jax.default_matmul_precision(run.config.matmul_precision):
+        return traced.lower().compile(compiler_options=_GPU_OPTIONS if on_gpu else None)
+
+
 def make_plan(config: Any, topology: Topology, devices: list | None = None) -> Plan:
-    """Compiles a config's training step for a topology. devices: what to compile for; None: the topology's own, if
-    libtpu is here, else those of the host.
+    """Compiles a config's training step for a topology. devices: what to compile for; None: those of
+    `topology_devices`.
 
     Raises: UserError if the config does not suit the topology (a batch that does not divide, ...) or itself.
     """
     validate(config)
     if devices is None:
         devices = topology_devices(topology)
-    stand_in = devices[0].platform != "tpu" and topology.chip is not None
-    mesh = sharding.make_mesh(**config.mesh, batch_size=config.batch_size, devices=devices)
-    run = Run(config, config.seeds[0], mesh, planned_dataset(config.data, config.seeds[0]))
+    platform = devices[0].platform
+    stand_in = platform == "cpu" and topology.chip is not None
+    run = planned_run(config, devices)
     traced = traced_step(run)
     # A stand-in cannot multiply as the chips do.
     counted = traced_step(run, "gpu") if stand_in and not topology.is_tpu else traced
     operations, uncounted = flop_counts.count(counted.jaxpr)
     start, overflow, memory, program, costs = time.perf_counter(), "", None, hlo.Program(""), {}
     try:
-        with jax.default_matmul_precision(config.matmul_precision):
-            compiled = traced.lower().compile()
+        compiled = compiled_step(run, traced)
     except jax.errors.JaxRuntimeError as error:
         overflow = _overflow(str(error))
         if not overflow:
@@ -239,13 +264,13 @@ def make_plan(config: Any, topology: Topology, devices: list | None = None) -> P
         stats = compiled.memory_analysis()
         names = ("argument", "output", "temp", "alias", "generated_code")
         memory = Memory(*(getattr(stats, f"{name}_size_in_bytes") for name in names))
-        costs, program = compiled.cost_analysis(), hlo.Program(compiled.as_text())
+        costs, program = compiled.cost_analysis() or {}, hlo.Program(compiled.as_text() or "")
     per_host = topology.chip.chips_per_host if topology.chip else topology.count
     processes = len({device.process_index for device in devices})
     return Plan(
-        topology=dataclasses.replace(topology, count=mesh.devices.size),
-        hosts=math.ceil(mesh.devices.size / per_host) if devices[0].platform != "tpu" else processes,
-        compiler=_compiler(devices),
+        topology=dataclasses.replace(topology, count=run.mesh.devices.size),
+        hosts=math.ceil(run.mesh.devices.size / per_host) if platform != "tpu" else processes,
+        compiler=_compiler(devices) + (", a stand-in" if stand_in else ""),
         stand_in=stand_in,
         batch=config.batch_size,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(run.abstract_state.params)),
@@ -260,6 +285,7 @@ def make_plan(config: Any, topology: Topology, devices: list | None = None) -> P
         xla_bytes=costs.get("bytes accessed", 0.0),
         collectives=program.collectives(),
         unknown_loops=program.unknown_loops,
+        kernels=program.kernels() if platform == "gpu" else {},
     )
 
 
@@ -272,27 +298,44 @@ def _overflow(message: str) -> str:
 
 
 def _compiler(devices: list) -> str:
-    if devices[0].platform != "tpu":
+    if devices[0].platform == "cpu":
         return "XLA for the CPU"
-    from importlib.metadata import version
-
+    if devices[0].platform == "gpu":
+        plugin = cuda_plugin()
+        return f"XLA for GPUs ({plugin} {version(plugin)})"
     return f"libtpu {version('libtpu')}"
 
 
-def topology_devices(topology: Topology) -> list:
-    """Devices to compile for: of the TPU topology itself if libtpu is installed, else as many of the host's."""
-    if topology.is_tpu and importlib.util.find_spec("libtpu") is not None:
-        from jax.experimental import topologies
-
-        # The two cores of these chips are one device, as JAX has them by default.
-        options = {"chip_config_name": "megacore"} if topology.name.startswith(("v4", "v5p")) else {}
+def cuda_plugin() -> str:
+    """The package of JAX that holds XLA's GPU compiler, "jax-cuda13-plugin" for one; "" if there is none."""
+    for cuda in ("cuda13", "cuda12"):
         try:
-            found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
-            return list(found.devices)
-        except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+            if importlib.util.find_spec(f"jax_plugins.xla_{cuda}") is not None:
+                return f"jax-{cuda}-plugin"
+        except ModuleNotFoundError:  # no plugin at all
+            return ""
+    return ""
+
+
+def topology_devices(topology: Topology) -> list:
+    """Devices to compile for: the chips themselves if their compiler is installed, else as many of the host's.
+
+    Raises: UserError for a topology that its compiler does not know, or too few devices of the host.
+    """
+    if topology.is_tpu and importlib.util.find_spec("libtpu") is not None:
+        # The two cores of these chips are one device, as JAX has them by default.
+        options = {"chip_config_name": "megacore"} if topology.kind in ("v4", "v5p") else {}
+        return _described(topology, "libtpu", "tpu", {"topology_name": topology.name, **options})
+    if topology.is_gpu and cuda_plugin():
+        assert topology.chip is not None
+        hosts, rest = divmod(topology.count, topology.chip.chips_per_host)
+        if hosts and rest:
             raise UserError(
-                f"--topology={topology.name}: libtpu cannot make this slice ({str(error).splitlines()[0][:200]})."
-            ) from error
+                f"--topology={topology.name}: expected up to {topology.chip.chips_per_host} GPUs, or a multiple."
+            )
+        shape = f"1x{hosts}x{topology.chip.chips_per_host}" if hosts else f"1x1x{rest}"
+        options = {"target_config": target_config(topology.kind), "topology": shape}
+        return _described(topology, cuda_plugin(), "cuda", options)
     devices = jax.devices("cpu")
     if len(devices) < topology.count:
         raise UserError(
@@ -301,3 +344,14 @@ def topology_devices(topology: Topology) -> list:
             f"--xla_force_host_platform_device_count={topology.count}."
         )
     return devices[: topology.count]
+
+
+def _described(topology: Topology, compiler: str, platform: str, options: dict[str, str]) -> list:
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform=platform, **options).devices)
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        raise UserError(
+            f"--topology={topology.name}: {compiler} cannot make it ({str(error).splitlines()[0][:200]})."
+        ) from error

@@ -6,6 +6,7 @@ from lipjax.plan.flops import KINDS
 from lipjax.plan.plan import Plan
 
 GIB, MIB = 2**30, 2**20
+_KERNELS = ("library", "triton", "collective", "other")
 
 
 def table(plans: list[Plan]) -> str:
@@ -44,8 +45,14 @@ def _rows(plan: Plan) -> dict[str, str]:
         rows |= {
             "operations per step and chip, compiled": f"{_flop(compiled)} ({_kinds(plan.flops)})",
             "… times chips, over those traced": f"{compiled * count / sum(plan.traced.values()):.3f}",
-            "… by XLA's own count": _flop(plan.xla_flops),
-            "bytes accessed per step and chip, XLA's count": _bytes(plan.xla_bytes),
+        }
+        if plan.xla_flops:
+            rows["… by XLA's own count"] = _flop(plan.xla_flops)
+            rows["bytes accessed per step and chip, XLA's count"] = _bytes(plan.xla_bytes)
+        if plan.kernels:
+            kinds = ", ".join(f"{kind} {plan.kernels[kind]:,}" for kind in _KERNELS if kind in plan.kernels)
+            rows["kernels per step and chip, at least"] = f"{sum(plan.kernels.values()):,} ({kinds})"
+        rows |= {
             **{f"{kind} per step": _bytes(size) for kind, size in _by_kind(plan).items()},
             "bytes over a chip's links, at least": _bytes(plan.link_bytes),
         }
@@ -85,7 +92,7 @@ def _by_kind(plan: Plan) -> dict[str, float]:
 
 def _kinds(operations: dict[str, float]) -> str:
     total = sum(operations.values()) or 1.0
-    shares = [(kind, operations.get(kind, 0.0) / total) for kind in KINDS]
+    shares = [(kind, operations.get(kind, 0.0) / total) for kind in (*KINDS, "library")]
     return ", ".join(f"{kind} {share:.1%}" for kind, share in shares if share)
 
 
@@ -106,6 +113,12 @@ def _notes(plans: list[Plan]) -> list[str]:
         notes.append(
             "A stand-in compiled for the host's processor: memory, collectives and bytes accessed on the chips named "
             "will differ, and its temporaries count in no bound."
+        )
+    if any(plan.kernels for plan in plans):
+        notes.append(
+            "XLA compiled for GPUs that are not here, so nothing was timed: its choice of algorithms may differ, and "
+            "what cuDNN and cuBLAS need besides is not in the temporaries. Library: calls of them, whose operations "
+            "are counted at the precision that was traced."
         )
     uncounted = sorted({what for plan in plans for what in plan.uncounted})
     if uncounted:

@@ -117,7 +117,7 @@ INSIDE = {
         ("evaluate", "predict"),
         ("attack_command",),
     ),
-    "plan": (("chips", "flops"), ("hlo",), ("plan",), ("table",), ("command",)),
+    "plan": (("chips", "flops", "gpus"), ("hlo",), ("plan",), ("table",), ("command",)),
 }
 RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 INSIDE_RANK = {room: {name: rank for rank, row in enumerate(rows) for name in row} for room, rows in INSIDE.items()}

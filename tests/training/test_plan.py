@@ -31,7 +31,15 @@ def test_topologies_by_name():
     pod = chips.parse_topology("v5e:16x16")
     assert (pod.count, pod.is_tpu, pod.chip) == (256, True, chips.CHIPS["v5e"])
     assert chips.parse_topology("v4:2x2x4").count == 16 and chips.parse_topology("H200:8").chip is chips.CHIPS["h200"]
-    assert chips.parse_topology("cpu:8") == chips.Topology("cpu:8", None, 8, False)
+    assert chips.parse_topology("cpu:8") == chips.Topology("cpu:8", None, 8)
+    kinds = {
+        kind: chips.parse_topology(f"{kind}:{shape}") for kind, shape in (("b200", 8), ("v4", "2x2x1"), ("cpu", 2))
+    }
+    assert {kind: (found.kind, found.is_tpu, found.is_gpu) for kind, found in kinds.items()} == {
+        "b200": ("b200", False, True),
+        "v4": ("v4", True, False),
+        "cpu": ("cpu", False, False),
+    }
     for name in ("v5e", "v5e:16", "v5e:4x4x4", "h100:2x4", "tpu:4", "cpu:0", "v5e:0x4", "v5e:4x", ""):
         with pytest.raises(UserError, match="expected a chip and a shape"):
             chips.parse_topology(name)
@@ -40,7 +48,7 @@ def test_topologies_by_name():
 def example(**changes):
     chip = dataclasses.replace(chips.CHIPS["v5e"], memory=1000.0, bandwidth=100.0, links=10.0)
     fields = {
-        "topology": chips.Topology("v5e:2x2", chip, 4, True),
+        "topology": chips.Topology("v5e:2x2", chip, 4),
         "hosts": 2,
         "compiler": "a compiler",
         "stand_in": False,
@@ -57,6 +65,7 @@ def example(**changes):
         "xla_bytes": 0.0,
         "collectives": [hlo.Collective("all-reduce", 4, 40, 2)],
         "unknown_loops": 0,
+        "kernels": {},
     }
     return plan.Plan(**fields | changes)
 
@@ -73,6 +82,9 @@ def test_bounds_follow_from_peak_figures():
     # Nor are its kinds those of the chip: it widens bfloat16.
     widened = example(stand_in=True, traced={"bfloat16": 3e12, "highest": 1e12}, flops={"default": 0.98e12}).work
     assert widened == pytest.approx({"bfloat16": 0.735e12, "highest": 0.245e12})
+    # Nor does a GPU's library say how precise it is.
+    called = example(traced={"default": 3e12, "highest": 1e12}, flops={"library": 0.9e12, "highest": 0.08e12}).work
+    assert called == pytest.approx({"default": 0.735e12, "highest": 0.245e12})
     assert not example(memory=dataclasses.replace(found.memory, temporaries=700)).fits
     assert example(topology=chips.parse_topology("cpu:4")).seconds == {}
 
