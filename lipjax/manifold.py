@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from lipjax import linalg
+from lipjax import _spread, linalg
 from lipjax.errors import UserError, require_extra
 from lipjax.linalg.orthogonal_steps import ORDERS, polar_step
 
@@ -122,6 +122,8 @@ def skew_adam(
         retract = count % retract_every == 0
 
         def of_leaf(g, x, mu, nu, slow=None, travelled=None):
+            # Whole, since products divide stacks among devices otherwise than a mesh on which they are stored in parts.
+            g, x, mu, nu, slow, travelled = _spread.gathered((g, x, mu, nu, slow, travelled))
             g = linalg.tangent(x, g.astype(x.dtype)) if on_skew else g.astype(x.dtype)
             mu, nu = b1 * mu + (1 - b1) * g, b2 * nu + (1 - b2) * g**2
             step = jnp.asarray(-rate, x.dtype) * _unbiased(mu, b1, count)
@@ -145,7 +147,7 @@ def skew_adam(
                 slow = jnp.where(retract, x + moved, slow)
             if on_skew:
                 mu, nu = (jnp.where(retract, _symmetric_part(m, x, s), m) for m, s in ((mu, -1), (nu, 1)))
-            return moved, mu, nu, slow, travelled
+            return _spread.gathered((moved, mu, nu, slow, travelled))
 
         leaves, structure = jax.tree.flatten(updates)
         trees = [params, state.mu, state.nu, *([state.slow, state.travelled] if lookahead_period else [])]
