@@ -15,6 +15,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import contextlib
 import functools
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +124,10 @@ def departures(name: str, kind: str, w: np.ndarray) -> tuple[float, float]:
     def gram(q):
         return np.swapaxes(q, -1, -2) @ q
 
-    return tuple(float(np.linalg.norm(d, 2, (-2, -1)).max()) for d in (found - exact, gram(found) - gram(exact)))
+    def largest(difference):
+        return float(np.linalg.norm(difference, 2, (-2, -1)).max())
+
+    return largest(found - exact), largest(gram(found) - gram(exact))
 
 
 def matrices() -> None:
@@ -170,7 +174,8 @@ def digits(epochs: int, only: str, kinds: list[str]) -> None:
                 state = train(run)
             params, lip = jax.device_get((state.params, state.lip))
             frozen = freeze(run.model, {"params": params, COLLECTION: lip})
-            part = run.dataset.split("test")
+            dataset: Any = run.dataset
+            part = dataset.split("test")
             certificate = frozen.certify(part.images / np.float64(run.pixel_max))
             right = certificate.predictions == part.labels
             shares = [right.mean(), *((right & (certificate.radii >= r)).mean() for r in radii)]

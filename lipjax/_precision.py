@@ -39,8 +39,8 @@ def precise(dtype: Any) -> Any:
 
     Args: dtype: of the matrices. Algorithms are for float32.
     """
-    highest = lax.Precision.HIGHEST
-    return _ALGORITHMS.get(str(jax.config.jax_default_matmul_precision), highest) if dtype == "float32" else highest
+    asked = str(jax.config.jax_default_matmul_precision)  # pyright: ignore[reportAttributeAccessIssue]
+    return _ALGORITHMS.get(asked, lax.Precision.HIGHEST) if dtype == "float32" else lax.Precision.HIGHEST
 
 
 def product(x: Array, y: Array) -> Array:

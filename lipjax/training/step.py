@@ -228,7 +228,7 @@ def make_train_step(
     the place of metrics a step returns `guard.step_flags`, which say where that was; it takes such a state as well.
     platform: of the devices that `config.build_precision` is for; None: those of the mesh.
     """
-    platform = mesh.devices.flat[0].platform if platform is None else platform
+    multiplied_by = mesh.devices.flat[0].platform if platform is None else platform
 
     build, application = make_build(model, config, mesh), Application(config.precision, config.remat, config.scan)
 
@@ -242,7 +242,7 @@ def make_train_step(
         class_counts = losses.class_counts(labels, model.num_classes)
 
         # Parametrised once, applied to one micro-batch after the other, differentiated once.
-        with products_for(config, platform):
+        with products_for(config, multiplied_by):
             built, pull_back, lip = jax.vjp(lambda params: build(params, state.lip), state.params, has_aux=True)
 
         def objective(built, pixels, labels):
@@ -261,7 +261,7 @@ def make_train_step(
         (loss, (logits, radii, means)), cotangents = accumulate(
             jax.value_and_grad(objective, has_aux=True), built, (pixels, labels), config, mesh
         )
-        with products_for(config, platform):
+        with products_for(config, multiplied_by):
             grads = sharding.stored(pull_back(cotangents)[0], mesh)
         constants, lip = built[1], advance_means(lip, means)
         norm = optax.tree.norm(grads)

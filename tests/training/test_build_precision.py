@@ -59,7 +59,7 @@ def test_simulated_products_and_their_derivatives_err_as_derived(kind):
     x, y, g = (rng.standard_normal(s).astype(np.float32) for s in ((3, 5, inner), (inner, 7), (3, 5, 7)))
 
     def error(found, left, right):
-        exact, size = np.float64(left) @ np.float64(right), np.abs(left) @ np.abs(right)
+        exact, size = left.astype(np.float64) @ right.astype(np.float64), np.abs(left) @ np.abs(right)
         return np.max(np.abs(np.asarray(found, np.float64) - exact) / size)
 
     def limit(terms):  # sums of that many exact products, and of six sums, of which all but one are small
