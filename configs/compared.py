@@ -17,8 +17,10 @@ that is known by power iteration only (CPL).
     CPL, 1x1, XS: 72.0/59.1/45.4/33.2/4.1
 
 Learning rate, weight decay and epochs of the variants with a layer's name are those of that layer's published run for
-XS, which were drawn at random and selected; the other variants have those of SOC's. Ours: a linear warm-up of 30 % of
-the epochs in the place of their one-cycle schedule's, crops and flips, and 2 % of the training images for validation.
+XS (3x3), which were drawn at random and selected; the other variants have those of SOC's. Layers that were not in
+that comparison take those of one that was: soc_frequency SOC's, aoc BCOP's, bro LOT's, cholesky and sandwich Cayley's,
+plain SOC's; n_activation is AOC with learned activations in the place of MaxMin. Ours: a linear warm-up of 30 % of the
+epochs in the place of their one-cycle schedule's, crops and flips, and 2 % of the training images for validation.
 """
 
 from lipjax.training.config import default_config
@@ -34,6 +36,11 @@ RUNS = {
     "sll": (0.0907, 1.99e-5, 8820),
     "soc": (0.0508, 7.23e-6, 4452),
 }
+# Layers that were not in that comparison, and whose rates they take.
+ALIKE = {"soc_frequency": "soc", "aoc": "bcop", "bro": "lot"} | dict.fromkeys(("cholesky", "sandwich"), "cayley")
+ALIKE["plain"] = "soc"
+LAYERS = (*RUNS, *ALIKE)
+ACTIVATIONS = {"n_activation": "aoc"}
 MILLIONS = {3: (1.57, 6.28, 25.1, 100.5), 1: (0.70, 2.8, 11.2, 44.8)}
 
 VARIANTS = {
@@ -44,14 +51,21 @@ VARIANTS |= {
     f"{name},1x1": f"width {width}, kernels of 1x1, {MILLIONS[1][i]} M parameters; SOC"
     for i, (name, width) in enumerate(WIDTHS.items())
 }
-VARIANTS |= {f"xs,{layer}": f"width 16, kernels of 3x3, {layer.upper()}" for layer in RUNS}
+VARIANTS |= {
+    f"xs{kernel},{name}": f"width 16, kernels of {kernel[1:] or '3x3'}, {ACTIVATIONS.get(name, name)}"
+    + (f", {name}" if name in ACTIVATIONS else "")
+    for kernel in ("", ",1x1")
+    for name in (*LAYERS, *ACTIVATIONS)
+}
 
 
 def get_config(variant):
     size, *kind = variant.split(",")
-    layer = next((name for name in kind if name in RUNS), "soc")
+    activation = next((name for name in kind if name in ACTIVATIONS), "maxmin")
+    layer = ACTIVATIONS.get(activation) or next((name for name in kind if name in LAYERS), "soc")
     config = default_config("compared", "offset_cross_entropy", "sgd", layer=layer)
-    rate, decay, epochs = RUNS[layer]
+    config.model.activation = activation
+    rate, decay, epochs = RUNS[ALIKE.get(layer, layer)]
     config.num_epochs = epochs
 
     config.data.name = "cifar10"

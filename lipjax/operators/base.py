@@ -193,13 +193,18 @@ class Linear(Operator, Estimated):
         Args: v: (*in_shape), start vector. num_iters: steps of power iteration.
         Returns: (sigma, v): sigma = |A v| for the v reached, a constant under differentiation.
         """
-        sigma, v = spectral.power_iteration(
-            lambda u: self._map(u[None], jax.lax.Precision.HIGHEST)[0],
-            lambda u: self._adjoint(u[None], jax.lax.Precision.HIGHEST)[0],
-            v,
-            num_iters,
-        )
+        sigma, v = spectral.power_iteration(*self._exactly(), v, num_iters)
         return sigma, v
+
+    def converge(self, v):
+        """`estimate` where it has converged (`spectral.largest_vector`): for norms outside of training steps."""
+        constant = jax.lax.stop_gradient(self)
+        return self.estimate(spectral.largest_vector(*constant._exactly(), v), 0)
+
+    def _exactly(self):
+        """The map and its adjoint, of one vector each."""
+        highest = jax.lax.Precision.HIGHEST
+        return lambda u: self._map(u[None], highest)[0], lambda u: self._adjoint(u[None], highest)[0]
 
     def __call__(self, x):
         check_input(self, x)

@@ -38,26 +38,63 @@ class Circulants(Estimated):
 
         Returns: (sigma, v): the least of the variants' estimates; v without gradient.
         """
+        sigmas, vectors = self._each(v, num_iters)
+        return jnp.min(sigmas), vectors
+
+    def _each(self, v, num_iters: int):
+        """The estimate of each variant, (v,), and the vectors reached."""
         sigmas, vectors = [], jnp.zeros_like(v)
         for grid in dict.fromkeys(grid for grid, _ in self.variants):
             rows = np.array([i for i, (other, _) in enumerate(self.variants) if other == grid])
-            twists = jnp.asarray([self.variants[i][1] for i in rows])
-            size = tuple(n * s for n, s in zip(grid, self.strides, strict=True))
-            found, reached = jax.vmap(lambda u, twist: self._estimate(u, twist, num_iters))(
-                v[rows, : size[0], : size[1]], twists
-            )
+            h, w = self._size(grid)
+            estimate = jax.vmap(lambda u, twist: spectral.power_iteration(*self._both(u, twist), u, num_iters))
+            found, reached = estimate(v[rows, :h, :w], self._twists[rows])
             sigmas.append(found)
-            vectors = vectors.at[rows, : size[0], : size[1]].set(reached)
-        return jnp.min(jnp.concatenate(sigmas)), vectors
+            vectors = vectors.at[rows, :h, :w].set(reached)
+        return jnp.concatenate(sigmas), vectors
 
-    def _estimate(self, v, twist, num_iters: int):
+    def converge(self, v):
+        """`estimate` where it has converged, of the one variant that is least at v: for norms outside of training.
+
+        Returns: (sigma, v): the least norm of all variants, or a larger one if v is far from what is largest.
+        """
+        constant = jax.lax.stop_gradient(self)
+        sigmas, _ = constant._each(v, 0)
+        grids = tuple(dict.fromkeys(grid for grid, _ in self.variants))
+
+        def of_grid(grid):
+            h, w = self._size(grid)
+
+            def converged(row):
+                start, twist = v[row, :h, :w], self._twists[row]
+                u = spectral.largest_vector(*constant._both(start, twist), start)
+                sigma, u = spectral.power_iteration(*self._both(u, twist), u, 0)
+                return sigma, v.at[row, :h, :w].set(u)
+
+            return converged
+
+        row = jnp.argmin(sigmas)
+        which = jnp.asarray([grids.index(grid) for grid, _ in self.variants])[row]
+        return jax.lax.switch(which, [of_grid(grid) for grid in grids], row)
+
+    def _size(self, grid) -> tuple[int, int]:
+        h, w = (n * s for n, s in zip(grid, self.strides, strict=True))
+        return h, w
+
+    @property
+    def _twists(self):
+        return jnp.asarray([twist for _, twist in self.variants])
+
+    def _both(self, v, twist):
+        """The map of one variant and its adjoint. v: a vector, for its shape alone."""
+
         def apply(x):
             return self._map(x, twist)
 
         def adjoint(y):
             return jax.linear_transpose(apply, v)(y)[0]
 
-        return spectral.power_iteration(apply, adjoint, v, num_iters)
+        return apply, adjoint
 
     def _map(self, x, twist):
         """The convolution of (h, w, c) with period (h, w), up to the sign; how taps are aligned changes no norm."""

@@ -17,9 +17,6 @@ EPSILON = 1e-4
 MARGIN = 1 + 2.0**-10
 """A factor of converged estimates, which are low: the norm of what is frozen is then proved to be at most 1."""
 
-# A power iteration has converged when so many steps gain less than a part in 10^6, a thousandth of MARGIN.
-_STEPS, _GAIN, _MOST = 10, 1e-6, 500
-
 
 def contracted(
     weight: Float[Array, "..."], sigma: Float[Array, ""], *, epsilon: float = EPSILON, room: float = BELOW_ONE
@@ -48,31 +45,18 @@ def contracted(
 
 
 def converged(operator: Any, v: Float[Array, "..."]) -> Float[Array, ""]:
-    """The norm of an operator by power iteration until it hardly changes, times MARGIN: for evaluation and freezing.
+    """The norm of an operator where its estimate has converged, times MARGIN: for evaluation and freezing.
 
-    Not a proof: a start that is orthogonal to what is largest, or a gain too slow to be seen, gives less. What is
-    frozen is bounded as it is.
+    Not a proof (`spectral.largest_vector`). What is frozen is bounded as it is.
 
     Args:
-      operator: one with `estimate`, such as `operators.grid.on_grid` makes.
+      operator: one with `converge`, such as `operators.grid.on_grid` makes.
       v: the vector to start from.
     Returns: a scalar, differentiable with the vector that is reached as a constant.
-    Source: Meunier et al. 2022, arXiv:2110.12690, whose code makes 100 steps and adds nothing.
+    Source: Meunier et al. 2022, arXiv:2110.12690, whose code makes 100 steps of power iteration and adds nothing.
     Example:
       >>> operator = lipjax.operators.Dense(jnp.diag(jnp.array([3.0, 4.0])))
       >>> f"{lipjax.parametrize.cpl.converged(operator, jnp.ones(2)):.4f}"
       '4.0039'
     """
-
-    constant = lax.stop_gradient(operator)
-
-    def further(state):
-        return (state[2] > (1 + _GAIN) * state[1]) & (state[0] < _MOST)
-
-    def step(state):
-        rounds, _, sigma, v = state
-        return rounds + 1, sigma, *constant.estimate(v, _STEPS)
-
-    sigma, v = constant.estimate(v, _STEPS)
-    v = lax.while_loop(further, step, (jnp.zeros((), jnp.int32), jnp.zeros_like(sigma), sigma, v))[3]
-    return MARGIN * operator.estimate(v, 0)[0]
+    return MARGIN * operator.converge(v)[0]

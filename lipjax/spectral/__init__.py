@@ -3,7 +3,7 @@
 An estimate may be low and is for training; only a bound reaches a certificate. The proofs are in docs/soundness.md.
 """
 
-from lipjax.spectral.estimates import norm_estimate, power_iteration
+from lipjax.spectral.estimates import largest_vector, norm_estimate, power_iteration
 from lipjax.spectral.norms import (
     EVERYWHERE,
     GROUPS,
@@ -31,6 +31,7 @@ __all__ = [
     "conv_norm_bound",
     "embeddings",
     "largest_of_groups",
+    "largest_vector",
     "matrix_norm_bound",
     "norm_bound",
     "norm_estimate",

@@ -1,0 +1,386 @@
+"""Configs compared at equal cost: trains, certifies and attacks one after the other, and keeps every number.
+
+Run: python benchmarks/compare.py layers --workdir=DIR --budget="20 minutes"
+     python benchmarks/compare.py losses --workdir=DIR --budget="10 epochs" --seeds=0,1 --only=emma,crm
+     python benchmarks/compare.py layers --costs
+          what each config costs, without training it: benchmarks/results/layers_costs.json
+     python benchmarks/compare.py --page
+          writes the tables and pictures of docs/layers.md and docs/losses.md from benchmarks/results/
+     Other configs: --configs compared:xs,aoc digits, with --results=FILE.json. Fields of all: --config.field=value
+
+A budget is of training steps alone, the same for each config: so many "epochs", "minutes" of the clock, or "processor
+minutes", which a busy machine changes less. Minutes are turned into whole epochs, at least one, by timing some steps
+first. What a config gives in epochs (warm-up, the start of CRM's weight) becomes the same part of the run.
+
+What was done is skipped: a row of the results for each config, fields, seed and budget. The same command goes on with
+what was interrupted, from its last checkpoint: Ctrl-C, SIGTERM, or a kill. A run that fails has a row that says why;
+--again tries it again.
+"""
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lipjax.errors import UserError, run_command
+from lipjax.evaluation import records
+from lipjax.evaluation.compare import read_compared
+from lipjax.files import write_json
+from lipjax.training.config_file import read_config
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+LAYERS = "plain aoc n_activation cholesky bcop cayley soc_frequency aol sll cpl sandwich lot bro soc"
+LOSSES = "emma emma_small margin logit_annealing offset_36 offset_108 offset_255 cll_low cll_high crm hkr"
+STUDIES = {
+    "layers": [f"compared:xs,1x1,{name}" for name in LAYERS.split()],
+    "layers_3x3": [f"compared:xs,{name}" for name in LAYERS.split()],
+    "losses": [f"losses:{name}" for name in LOSSES.split()],
+}
+"""Lists of configs by name; the results of each are benchmarks/results/<name>.json."""
+
+PAGES = ("docs/layers.md", "docs/losses.md")
+WORK_LEFT, INTERRUPTED = os.EX_TEMPFAIL, 130
+# Fields that are counted in epochs.
+_IN_EPOCHS = {"optimizer.warmup_epochs": float, "loss.weight_start_epoch": round}
+_UNITS = ("epochs", "minutes", "processor minutes")
+_SECTION = re.compile(r"(<!-- table: (?P<file>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+class Stopped(BaseException):
+    """A signal or a child that a signal has stopped ends the comparison; code: the exit code."""
+
+    def __init__(self, code: int):
+        super().__init__(code)
+        self.code = code
+
+
+def parse_budget(text: str) -> tuple[float, str]:
+    """(amount, unit) of "10 epochs", "20 minutes" or "4 processor minutes". Raises: UserError for anything else."""
+    amount, _, unit = text.strip().partition(" ")
+    unit = unit.strip() if unit.endswith("s") else f"{unit.strip()}s"
+    try:
+        value = float(amount)
+    except ValueError:
+        value = 0.0
+    if unit not in _UNITS or not 0 < value < float("inf") or (unit == "epochs" and value != int(value)):
+        raise UserError(f'--budget: expected "10 epochs", "20 minutes" or "4 processor minutes", got {text!r}.')
+    return value, unit
+
+
+def budget_text(amount: float, unit: str) -> str:
+    return f"{amount:g} {unit[:-1] if amount == 1 else unit}"
+
+
+def epochs_within(amount: float, unit: str, step: dict[str, float] | None) -> int:
+    """Whole epochs, at least one. step: seconds and processor_seconds of one, and steps_per_epoch; for minutes."""
+    if step is None or unit == "epochs":
+        return int(amount)
+    each = step["seconds"] if unit == "minutes" else step["processor_seconds"]
+    return max(1, int(amount * 60 / (each * step["steps_per_epoch"])))
+
+
+def fields_of_budget(config: Any, epochs: int) -> list[str]:
+    """Arguments that make a config as long as the budget; validations at twenty places, and saves in between."""
+    found = {"num_epochs": epochs, "checkpoint.every_epochs": max(1, epochs // 20), "checkpoint.every_steps": 50}
+    for name, kind in _IN_EPOCHS.items():
+        group, field = name.split(".")
+        if field in config[group]:
+            found[name] = kind(config[group][field] * epochs / config.num_epochs)
+    return [f"--config.{name}={value}" for name, value in found.items()]
+
+
+def run_child(command: Sequence[str]) -> tuple[int, str]:
+    """Runs a command in the repository. Returns: its exit code, and what it printed at the end.
+
+    A signal that ends this process is handed on, and waited for: what is trained is saved.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **options) as child:
+        try:
+            output = ""
+            for line in child.stdout or ():
+                print(line, end="", flush=True)
+                output = (output + line)[-4000:]
+        except BaseException:
+            child.send_signal(signal.SIGTERM)
+            child.wait()
+            raise
+    return child.returncode, output
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, hardware, and how busy the machine is: the mean number of processes that want to run, in a minute."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "lipjax", "configs", "benchmarks/*.py")
+    model = platform.processor() or platform.machine()
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        names = re.findall(r"^model name\s*:\s*(.*)$", info.read_text(), re.MULTILINE)
+        model = names[0] if names else model
+    return {
+        "commit": git("rev-parse", "--short=7", "HEAD") + (" and changes" if changed else ""),
+        "hardware": f"{os.cpu_count()} cores, {model}",
+        "load": round(os.getloadavg()[0], 1),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+class Results:
+    """The rows of a results file, which is written anew after each row.
+
+    A row is `records.record`, with config, fields, budget, costs and `provenance`; or "failed" in the place of numbers.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        try:
+            self.rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        except FileNotFoundError:
+            self.rows = []
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}): take it from the repository again.") from error
+
+    def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
+        return next((row for row in self.rows if all(row.get(name) == value for name, value in key.items())), None)
+
+    def put(self, key: dict[str, Any], row: dict[str, Any]) -> None:
+        """Writes a row in the place of the one with the same key."""
+        self.rows = [other for other in self.rows if other is not self.find(key)] + [row]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, {"rows": self.rows})
+
+
+def fields_for_key(fields: Iterable[str]) -> list[str]:
+    """The fields that say what is measured: not where data lies."""
+    elsewhere = ("--config.data.data_dir=", "--config.data.download", "--config.checkpoint.")
+    return sorted(field for field in fields if not field.startswith(elsewhere))
+
+
+def compare(
+    configs: Sequence[str],
+    budget: tuple[float, str],
+    seeds: Sequence[int],
+    fields: Sequence[str],
+    results: Results,
+    workdir: pathlib.Path,
+    again: bool = False,
+    child=run_child,
+) -> list[str]:
+    """Runs what has no row yet, one after the other, the first seed of all configs first.
+
+    Args: fields: --config.field=value, for all configs. child: `run_child`.
+    Returns: names of the runs that failed. Raises: Stopped if a run was stopped by a signal.
+    """
+    failed = []
+    for seed in seeds:
+        for config in configs:
+            key = {"config": config, "fields": fields_for_key(fields), "seed": seed, "budget": budget_text(*budget)}
+            found = results.find(key)
+            name = f"{config}, seed {seed}, {key['budget']}"
+            if found is not None and not (again and "failed" in found):
+                print(f"{name}: done already.", flush=True)
+                continue
+            print(f"{name}: begins.", flush=True)
+            slug = re.sub(r"[^\w]+", "_", config)
+            digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
+            row = one_run(key, budget, fields, workdir / f"{slug}-{digest}", child)
+            results.put(key, {**key, **row})
+            if "failed" in row:
+                failed.append(f"{name}: {row['failed']}")
+    return failed
+
+
+def measure_costs(
+    configs: Sequence[str], fields: Sequence[str], results: Results, again: bool = False, child=run_child
+) -> list[str]:
+    """Measures what has no row yet, as `compare` does, by benchmarks/costs.py. Returns: names of what failed."""
+    failed = []
+    for config in configs:
+        key = {"config": config, "fields": fields_for_key(fields)}
+        found = results.find(key)
+        if found is not None and not (again and "failed" in found):
+            print(f"{config}: measured already.", flush=True)
+            continue
+        about = provenance()
+        code, output = child([sys.executable, "benchmarks/costs.py", f"--config={config}", *fields])
+        row = _failed(code, output, about) if code else {"costs": _last_json(output), **about}
+        results.put(key, {**key, "name": variant_of(config), **row})
+        if "failed" in row:
+            failed.append(f"{config}: {row['failed']}")
+    return failed
+
+
+def variant_of(config: str) -> str:
+    return config.partition(":")[2] or config
+
+
+def _last_json(output: str) -> dict[str, Any]:
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def one_run(key: dict[str, Any], budget, fields: Sequence[str], directory: pathlib.Path, child) -> dict[str, Any]:
+    """Trains, certifies and measures one run, or goes on with it. Returns: its row without the key."""
+    about = provenance()
+    python, wanted = sys.executable, f"--config={key['config']}"
+    config, _ = read_config(key["config"], list(fields))
+    plan_file = directory / "plan.json"
+    if plan_file.exists():
+        plan = json.loads(plan_file.read_text())
+    else:
+        step = None
+        if budget[1] != "epochs":
+            code, output = child([python, "benchmarks/costs.py", "--steps", wanted, *fields])
+            if code:
+                return _failed(code, output, about)
+            step = _last_json(output)
+        plan = {"epochs": epochs_within(*budget, step), "step": step}
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(plan_file, plan)
+    arguments = [wanted, *fields, *fields_of_budget(config, plan["epochs"]), f"--config.seeds=({key['seed']},)"]
+    code, output = child([python, "-m", "lipjax", "train", *arguments, f"--workdir={directory}"])
+    if code:
+        return _failed(code, output, about)
+    code, output = child([python, "benchmarks/costs.py", str(directory)])
+    if code:
+        return _failed(code, output, about)
+    run = read_compared(directory)
+    row = records.record(variant_of(key["config"]), run.seed, run.config["loss.epsilon"], run.report, directory)
+    command = " ".join(["lipjax train", *(a for a in arguments if not a.startswith("--config.data.data_dir="))])
+    costs = json.loads((directory / "costs.json").read_text())
+    return {**row, "costs": costs, "epochs": plan["epochs"], "command": command, **about}
+
+
+def _failed(code: int, output: str, about: dict[str, Any]) -> dict[str, Any]:
+    """The row of a run that failed. Raises: Stopped if it did not fail, but was stopped."""
+    if code in (WORK_LEFT, INTERRUPTED) or code < 0:
+        raise Stopped(code if code > 0 else 128 - code)
+    last = (output.strip().splitlines() or [f"exit code {code}"])[-1]
+    return {"failed": last.removeprefix("Error: "), **about}
+
+
+def write_pages(pages: Iterable[pathlib.Path]) -> None:
+    """Writes the tables of pages anew, with their pictures beside them."""
+    for page in pages:
+        page.write_text(with_tables(page, page.read_text(encoding="utf-8")), encoding="utf-8")
+        print(f"Written to {page}")
+
+
+def with_tables(page: pathlib.Path, text: str) -> str:
+    """The text of a page with its tables written anew."""
+    return _SECTION.sub(lambda found: f"{found[1]}{section(page, found['file'])}{found[3]}", text)
+
+
+def section(page: pathlib.Path, file: str) -> str:
+    """Tables and pictures of a results file, of each budget, and what is missing. file: from the repository's root."""
+    study = pathlib.Path(file).stem
+    rows = Results(ROOT / file).rows
+    if study.endswith("_costs"):
+        return _costs_section(study.removesuffix("_costs"), rows)
+    parts = []
+    groups = list(dict.fromkeys((row["budget"], tuple(row["fields"])) for row in rows))
+    for number, (budget, fields) in enumerate(groups):
+        here = [row for row in rows if (row["budget"], tuple(row["fields"])) == (budget, fields)]
+        good = [row for row in here if "failed" not in row]
+        good.sort(key=lambda row: -row["proved"][0])
+        changed = f", {', '.join(f'`{field}`' for field in fields)}" if fields else ""
+        parts.append(f"**{budget} of training each{changed}.** {_where(here)}\n\n")
+        parts.append(records.markdown(good))
+        bad = [row for row in here if "failed" in row]
+        parts += [f"\nFailed: {row['config']}, seed {row['seed']}: {row['failed']}\n" for row in bad]
+        if good:
+            stem = f"{study}_{number}"
+            records.plot_radii(page.parent / f"{stem}_radii.png", good)
+            parts.append(f"\n![Certified accuracy over the radius]({stem}_radii.png)\n")
+            if len({row["epsilon"] for row in good}) == 1:
+                records.plot_minutes(page.parent / f"{stem}_minutes.png", good)
+                parts.append(f"\n![Certified accuracy over the minutes of training]({stem}_minutes.png)\n")
+        parts.append(_missing(study, here) + "\n")
+    if not groups:
+        parts.append(records.markdown([]) + _missing(study, []) + "\n")
+    return "\n" + "".join(parts)
+
+
+def _costs_section(study: str, rows: Sequence[dict[str, Any]]) -> str:
+    good = [row for row in rows if "failed" not in row]
+    parts = [f"{_where(rows)}\n\n" if rows else "", records.markdown(good, records.COSTS)]
+    parts += [f"\nFailed: {row['config']}: {row['failed']}\n" for row in rows if "failed" in row]
+    return "\n" + "".join(parts) + _missing(study, rows) + "\n"
+
+
+def _missing(study: str, rows: Sequence[dict[str, Any]]) -> str:
+    missing = [config for config in STUDIES.get(study, []) if config not in {row["config"] for row in rows}]
+    return f"\nNot measured yet: {', '.join(f'`{config}`' for config in missing)}.\n" if missing else ""
+
+
+def _where(rows: Sequence[dict[str, Any]]) -> str:
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    hardware = "; ".join(dict.fromkeys(row["hardware"] for row in rows))
+    loads = sorted(row["load"] for row in rows)
+    return (
+        f"Commit {commits}; {hardware}; load average when a run began: {loads[0]:g} to {loads[-1]:g}; the command of "
+        "each run is in the results file."
+    )
+
+
+def _stop(number: int, frame: Any) -> None:
+    del frame
+    raise Stopped(128 + number)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", nargs="?", choices=tuple(STUDIES), help="a list of configs by name")
+    parser.add_argument("--configs", nargs="+", default=[], help="configs in the place of a study's, or beside them")
+    parser.add_argument("--only", default="", help="names of variants, by commas: the others are left out")
+    parser.add_argument("--results", type=pathlib.Path, help="default: benchmarks/results/STUDY.json")
+    parser.add_argument("--workdir", type=pathlib.Path, help="where runs lie; kept until they are done, at least")
+    parser.add_argument("--budget", default="10 epochs", help='"10 epochs", "20 minutes" or "4 processor minutes"')
+    parser.add_argument("--seeds", default="0", help="by commas")
+    parser.add_argument("--costs", action="store_true", help="of a training step, freezing, proof and inference alone")
+    parser.add_argument("--again", action="store_true", help="runs that failed are tried again")
+    parser.add_argument("--page", action="store_true", help="write the tables and pictures of docs/, and run nothing")
+    arguments, fields = parser.parse_known_args(argv)
+    unknown = [field for field in fields if not field.startswith("--config.")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if arguments.page:
+        write_pages(ROOT / page for page in PAGES)
+        return
+    configs = STUDIES.get(arguments.study, []) + arguments.configs
+    only = [name for name in arguments.only.split(",") if name]
+    configs = [c for c in configs if not only or re.split("[:,]", c)[-1] in only]
+    study = arguments.study and f"{arguments.study}{'_costs' if arguments.costs else ''}"
+    path = arguments.results or (study and ROOT / "benchmarks" / "results" / f"{study}.json")
+    if not configs or not path or not (arguments.costs or arguments.workdir):
+        parser.error("give a study, or --configs with --results, and --workdir")
+    signal.signal(signal.SIGTERM, _stop)
+    results, again = Results(path), arguments.again
+    if arguments.costs:
+        failed = measure_costs(configs, fields, results, again)
+    else:
+        seeds = [int(seed) for seed in arguments.seeds.split(",")]
+        workdir = arguments.workdir.expanduser().absolute()
+        failed = compare(configs, parse_budget(arguments.budget), seeds, fields, results, workdir, again)
+    if failed:
+        raise UserError("these runs failed:\n  " + "\n  ".join(failed))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(run_command(lambda: main(sys.argv[1:]), "Interrupted. The same command goes on."))
+    except Stopped as stopped:
+        print("Stopped. The same command goes on.", file=sys.stderr)
+        sys.exit(stopped.code)

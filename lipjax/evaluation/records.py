@@ -1,0 +1,263 @@
+"""The numbers of a run in one record, from the files that it wrote; tables and pictures of many records."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lipjax.certify.radius import radius_label
+from lipjax.errors import UserError
+from lipjax.files import replacing
+from lipjax.training.clock import read_clock
+from lipjax.training.metrics import FILE_NAME
+
+NOT_MEASURED = "–"
+"""The cell of a table for what is not known."""
+
+Record = Mapping[str, Any]
+"""As `record` makes it. A benchmark may add fields, of which a table shows those that `columns` knows."""
+
+
+def record(name: str, seed: int, epsilon: float | None, report: Mapping[str, Any], directory: pathlib.Path) -> dict:
+    """The record of a certified run, for JSON.
+
+    Args: name: for tables. epsilon: config.loss.epsilon, the radius that validation certifies at. report: report.json.
+      directory: of the run, with metrics.jsonl and clock.jsonl, which may be missing.
+    Returns: name, seed, step; radii; clean, proved, float32, attacked: fractions of images, the latter three as lists
+      over the radii or None; images, of, attacked_images; training: minutes, processor_minutes, epochs, and the
+      seconds of one epoch, or None; curve: of each validation [step, minutes, processor minutes, accuracy, certified
+      accuracy by estimates]; epsilon.
+    Raises: UserError if the report lacks a number.
+    """
+    try:
+        radii = [float(radius) for radius in report["radii"]]
+        found = {
+            "name": name,
+            "seed": seed,
+            "step": report["step"],
+            "radii": radii,
+            "clean": report["clean_accuracy"],
+            "proved": _over(report["certified_accuracy"], radii),
+            "float32": _over(report.get("float32_certified_accuracy"), radii),
+            "attacked": _over(report.get("attacked_accuracy"), radii),
+            "images": report["num_images"],
+            "of": report.get("of"),
+            "attacked_images": report.get("num_attacked_images", 0),
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{directory}/report.json is damaged ({error!r}). Certify the run again.") from error
+    clock = read_clock(directory)
+    return found | {"training": training_time(clock), "curve": curve(directory, clock), "epsilon": epsilon}
+
+
+def _over(by_radius: Mapping[str, float] | None, radii: Sequence[float]) -> list[float] | None:
+    """The values of a map of report.json, whose keys are in the order of the radii; None where there is none."""
+    if not by_radius:
+        return None
+    if len(by_radius) != len(radii):
+        raise ValueError(f"{len(by_radius)} values for {len(radii)} radii")
+    return [float(value) for value in by_radius.values()]
+
+
+def training_time(clock: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
+    """The time of all training steps: the mean of those that were measured, in each epoch, for all of its steps.
+
+    Args: clock: lines of clock.jsonl. Returns: minutes, processor_minutes; epochs; epoch_seconds and
+      epoch_processor_seconds, means over the epochs; None without a line.
+    """
+    times = _times(clock)
+    if not times:
+        return None
+    _, seconds, processor = times[-1]
+    return {
+        "minutes": seconds / 60,
+        "processor_minutes": processor / 60,
+        "epochs": len(times),
+        "epoch_seconds": seconds / len(times),
+        "epoch_processor_seconds": processor / len(times),
+    }
+
+
+def _times(clock: Sequence[Mapping[str, float]]) -> list[tuple[float, float, float]]:
+    """(step, seconds, processor seconds) from the start to the end of each epoch that has a line."""
+    before, spent, found = 0.0, (0.0, 0.0), []
+    for row in clock:
+        share = (row["step"] - before) / row["steps"]
+        spent = spent[0] + share * row["seconds"], spent[1] + share * row["processor_seconds"]
+        before = row["step"]
+        found.append((before, *spent))
+    return found
+
+
+def curve(directory: str | os.PathLike[str], clock: Sequence[Mapping[str, float]]) -> list[list[float]]:
+    """[step, minutes, processor minutes, accuracy, certified accuracy by estimates] of each validation."""
+    times = {step: (seconds / 60, processor / 60) for step, seconds, processor in _times(clock)}
+    try:
+        lines = (pathlib.Path(directory) / FILE_NAME).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+            if row["split"] == "validation" and row["step"] in times:
+                numbers = row["accuracy"], row["certified_accuracy_estimate"]
+                found.append([row["step"], *times[row["step"]], *map(float, numbers)])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of a table: its title, and the text of a record's cell."""
+
+    title: str
+    cell: Any  # Record -> str
+
+
+def percent(value: float | None) -> str:
+    return NOT_MEASURED if value is None else f"{100 * value:.2f}"
+
+
+def _list(name: str):
+    def cell(row: Record) -> str:
+        values = row.get(name)
+        return NOT_MEASURED if not values else " / ".join(percent(value) for value in values)
+
+    return cell
+
+
+def number(name: str, digits: int = 3, group: str | None = None):
+    """The cell of a number: `digits` that count; a field of a record, or of a group in it."""
+
+    def cell(row: Record) -> str:
+        value = (row.get(group) or {}).get(name) if group else row.get(name)
+        if not isinstance(value, int | float):
+            return NOT_MEASURED
+        rounded = float(f"{value:.{digits}g}")
+        return f"{rounded:,.0f}" if abs(rounded) >= 10 ** (digits - 1) else f"{rounded:g}"
+
+    return cell
+
+
+def radii_title(records: Sequence[Record]) -> str:
+    """The radii of the records, which must be the same. Raises: UserError if they are not."""
+    found = {tuple(row["radii"]) for row in records}
+    if len(found) > 1:
+        raise UserError(
+            f"The runs are certified at different radii, {sorted(found)}: set config.certify.radii to the same ones "
+            "and certify them again."
+        )
+    return ", ".join(radius_label(radius) for radius in next(iter(found), ()))
+
+
+def _share(row: Record) -> str:
+    value = (row.get("costs") or {}).get("parametrisation_share")
+    return NOT_MEASURED if value is None else f"{100 * value:.0f}"
+
+
+RUN = Column("run", lambda row: str(row["name"]))
+COSTS = (
+    RUN,
+    Column("parameters", number("parameters", 9, "costs")),
+    Column("processor s / epoch", number("epoch_processor_seconds", 3, "costs")),
+    Column("parametrisation, % of a step", _share),
+    Column("frozen: images / processor s", number("images_per_processor_second", 3, "costs")),
+    Column("freezing, processor s", number("freezing_seconds", 2, "costs")),
+    Column("proof of the norms, processor s", number("proof_seconds", 2, "costs")),
+)
+"""The columns of `benchmarks/costs.py`, in the group "costs" of a record."""
+
+
+def columns(records: Sequence[Record]) -> list[Column]:
+    """The columns of what runs reached, and of the time of their training."""
+    radii = radii_title(records)
+    known = [
+        RUN,
+        Column("seed", lambda row: str(row["seed"])),
+        Column("clean, %", lambda row: percent(row["clean"])),
+        Column(f"proved at {radii}", _list("proved")),
+        Column("float32, too", _list("float32")),
+        Column("attacked", _list("attacked")),
+        Column("test images (attacked)", lambda row: f"{row['images']:,} ({row['attacked_images']:,})"),
+        Column("epochs", number("epochs", 4, "training")),
+        Column("processor min", number("processor_minutes", 3, "training")),
+        Column("min", number("minutes", 3, "training")),
+        Column("processor s / epoch", number("epoch_processor_seconds", 3, "training")),
+    ]
+    return known
+
+
+def markdown(records: Sequence[Record], shown: Sequence[Column] | None = None) -> str:
+    """The records as a table in Markdown, in their order; of no records, a sentence that says so.
+
+    shown: the columns, of which those without any number are left out; default: `columns`.
+    """
+    if not records:
+        return "Nothing is measured yet.\n"
+    known = columns(records) if shown is None else shown
+    shown = [c for c in known if any(c.cell(row) != NOT_MEASURED for row in records)]
+    rows = [[c.title for c in shown], ["---"] * 1 + ["---:"] * (len(shown) - 1)]
+    rows += [[c.cell(row) for c in shown] for row in records]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n" for row in rows)
+
+
+def plot_radii(path: pathlib.Path, records: Sequence[Record], title: str = "") -> None:
+    """Certified accuracy over the radius, a line for each record, and clean accuracy at radius 0, as a PNG."""
+    figure, axes = _figure()
+    for row in records:
+        if row.get("proved"):
+            accuracies = [row["clean"], *row["proved"]]
+            axes.plot([0.0, *row["radii"]], [100 * a for a in accuracies], "o-", markersize=3, label=_label(row))
+    axes.set(xlabel="l2 radius, pixels in [0, 1]", ylabel="certified accuracy, test images (%)", title=title)
+    _save(figure, axes, path)
+
+
+def plot_minutes(path: pathlib.Path, records: Sequence[Record], title: str = "", processor: bool = True) -> None:
+    """Certified accuracy of the validation images, by estimates, over the minutes of training, as a PNG.
+
+    processor: minutes of the processor; else of the clock. Raises: UserError if validations certified at other radii.
+    """
+    found = sorted({row["epsilon"] for row in records if row["curve"] and row.get("epsilon") is not None})
+    if len(found) > 1:
+        raise UserError(
+            f"The runs validated at different radii, {found}, so that their curves cannot be compared: choose runs "
+            "with the same config.loss.epsilon."
+        )
+    figure, axes = _figure()
+    for row in records:
+        if row["curve"]:
+            minutes = [point[2 if processor else 1] for point in row["curve"]]
+            axes.plot(minutes, [100 * point[4] for point in row["curve"]], "o-", markersize=3, label=_label(row))
+    radius = f" at {radius_label(found[0])}" if found else ""
+    unit = "processor minutes" if processor else "minutes"
+    axes.set(xlabel=f"{unit} of training steps", ylabel=f"certified{radius}, validation, by estimates (%)", title=title)
+    _save(figure, axes, path)
+
+
+def _label(row: Record) -> str:
+    return f"{row['name']}, seed {row['seed']}"
+
+
+def _figure():
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    # Twenty colours, then other dashes, so that no two of forty lines are alike.
+    axes.set_prop_cycle(
+        linestyle=[style for style in ("-", "--") for _ in range(10)], color=2 * [f"C{i}" for i in range(10)]
+    )
+    return figure, axes
+
+
+def _save(figure, axes, path: pathlib.Path) -> None:
+    axes.set_ylim(bottom=0)
+    axes.grid(color="0.9")
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside right upper", fontsize="x-small")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
