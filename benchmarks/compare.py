@@ -76,10 +76,6 @@ def parse_budget(text: str) -> tuple[float, str]:
     return value, unit
 
 
-def budget_text(amount: float, unit: str) -> str:
-    return f"{amount:g} {unit[:-1] if amount == 1 else unit}"
-
-
 def epochs_within(amount: float, unit: str, step: dict[str, float] | None) -> int:
     """Whole epochs, at least one. step: seconds and processor_seconds of one, and steps_per_epoch; for minutes."""
     if step is None or unit == "epochs":
@@ -125,11 +121,9 @@ def provenance() -> dict[str, Any]:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "lipjax", "configs", "benchmarks/*.py")
-    model = platform.processor() or platform.machine()
     info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        names = re.findall(r"^model name\s*:\s*(.*)$", info.read_text(), re.MULTILINE)
-        model = names[0] if names else model
+    names = re.findall(r"^model name\s*:\s*(.*)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    model = next(iter(names), platform.processor() or platform.machine())
     return {
         "commit": git("rev-parse", "--short=7", "HEAD") + (" and changes" if changed else ""),
         "hardware": f"{os.cpu_count()} cores, {model}",
@@ -187,7 +181,8 @@ def compare(
     failed = []
     for seed in seeds:
         for config in configs:
-            key = {"config": config, "fields": fields_for_key(fields), "seed": seed, "budget": budget_text(*budget)}
+            key = {"config": config, "fields": fields_for_key(fields), "seed": seed}
+            key["budget"] = "{:g} {}".format(*budget)
             found = results.find(key)
             name = f"{config}, seed {seed}, {key['budget']}"
             if found is not None and not (again and "failed" in found):
@@ -274,42 +269,58 @@ def _failed(code: int, output: str, about: dict[str, Any]) -> dict[str, Any]:
 def write_pages(pages: Iterable[pathlib.Path]) -> None:
     """Writes the tables of pages anew, with their pictures beside them."""
     for page in pages:
-        page.write_text(with_tables(page, page.read_text(encoding="utf-8")), encoding="utf-8")
+        text = page.read_text(encoding="utf-8")
+        page.write_text(with_tables(text), encoding="utf-8")
+        for found in _SECTION.finditer(text):
+            write_pictures(page.parent, ROOT / found["file"])
         print(f"Written to {page}")
 
 
-def with_tables(page: pathlib.Path, text: str) -> str:
-    """The text of a page with its tables written anew."""
-    return _SECTION.sub(lambda found: f"{found[1]}{section(page, found['file'])}{found[3]}", text)
+def with_tables(text: str, root: pathlib.Path = ROOT) -> str:
+    """The text of a page with its tables written anew. root: what the names of results files are relative to."""
+    return _SECTION.sub(lambda found: f"{found[1]}{section(root / found['file'])}{found[3]}", text)
 
 
-def section(page: pathlib.Path, file: str) -> str:
-    """Tables and pictures of a results file, of each budget, and what is missing. file: from the repository's root."""
-    study = pathlib.Path(file).stem
-    rows = Results(ROOT / file).rows
-    if study.endswith("_costs"):
-        return _costs_section(study.removesuffix("_costs"), rows)
-    parts = []
-    groups = list(dict.fromkeys((row["budget"], tuple(row["fields"])) for row in rows))
-    for number, (budget, fields) in enumerate(groups):
-        here = [row for row in rows if (row["budget"], tuple(row["fields"])) == (budget, fields)]
-        good = [row for row in here if "failed" not in row]
-        good.sort(key=lambda row: -row["proved"][0])
+def _groups(results: Results) -> list[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]]:
+    """(what is equal, in words; rows; those that did not fail, the best one first) for each budget."""
+    found = []
+    for budget, fields in dict.fromkeys((row["budget"], tuple(row["fields"])) for row in results.rows):
+        rows = [row for row in results.rows if (row["budget"], tuple(row["fields"])) == (budget, fields)]
+        good = sorted((row for row in rows if "failed" not in row), key=lambda row: -row["proved"][0])
         changed = f", {', '.join(f'`{field}`' for field in fields)}" if fields else ""
-        parts.append(f"**{budget} of training each{changed}.** {_where(here)}\n\n")
-        parts.append(records.markdown(good))
-        bad = [row for row in here if "failed" in row]
-        parts += [f"\nFailed: {row['config']}, seed {row['seed']}: {row['failed']}\n" for row in bad]
+        found.append((f"{budget} of training each{changed}", rows, good))
+    return found
+
+
+def write_pictures(folder: pathlib.Path, path: pathlib.Path) -> None:
+    """Writes the pictures that the section of a results file shows."""
+    if path.stem.endswith("_costs"):
+        return
+    for number, (_, _, good) in enumerate(_groups(Results(path))):
         if good:
-            stem = f"{study}_{number}"
-            records.plot_radii(page.parent / f"{stem}_radii.png", good)
+            records.plot_radii(folder / f"{path.stem}_{number}_radii.png", good)
+        if len({row["epsilon"] for row in good}) == 1:
+            records.plot_minutes(folder / f"{path.stem}_{number}_minutes.png", good)
+
+
+def section(path: pathlib.Path) -> str:
+    """Tables and pictures of a results file, a table for each budget, and what is missing."""
+    results = Results(path)
+    if path.stem.endswith("_costs"):
+        return _costs_section(path.stem.removesuffix("_costs"), results.rows)
+    parts = []
+    for number, (words, rows, good) in enumerate(_groups(results)):
+        parts.append(f"**{words}.** {_where(rows)}\n\n{records.markdown(good)}")
+        bad = [row for row in rows if "failed" in row]
+        parts += [f"\nFailed: {row['config']}, seed {row['seed']}: {row['failed']}\n" for row in bad]
+        stem = f"{path.stem}_{number}"
+        if good:
             parts.append(f"\n![Certified accuracy over the radius]({stem}_radii.png)\n")
-            if len({row["epsilon"] for row in good}) == 1:
-                records.plot_minutes(page.parent / f"{stem}_minutes.png", good)
-                parts.append(f"\n![Certified accuracy over the minutes of training]({stem}_minutes.png)\n")
-        parts.append(_missing(study, here) + "\n")
-    if not groups:
-        parts.append(records.markdown([]) + _missing(study, []) + "\n")
+        if len({row["epsilon"] for row in good}) == 1:
+            parts.append(f"\n![Certified accuracy over the minutes of training]({stem}_minutes.png)\n")
+        parts.append(_missing(path.stem, rows) + "\n")
+    if not parts:
+        parts.append(records.markdown([]) + _missing(path.stem, []) + "\n")
     return "\n" + "".join(parts)
 
 

@@ -128,12 +128,15 @@ def predict(arguments) -> None:
 
 
 def compare(arguments) -> None:
-    """Prints a table of runs."""
-    from lipjax.evaluation.compare import print_comparison, read_compared
+    """Prints a table of runs, or writes it, with pictures."""
+    from lipjax.evaluation.compare import print_comparison, read_compared, write_comparison
 
     workdirs = map(zoo.located, arguments.workdirs)
     runs = [read_compared(directory) for workdir in workdirs for directory in run_directories(workdir)]
     print_comparison(runs, _console(soft_wrap=False))
+    if arguments.write is not None:
+        for path in write_comparison(runs, pathlib.Path(os.path.expanduser(arguments.write))):
+            _console().print(f"Written to {path}", markup=False)
 
 
 def train(arguments: list[str]) -> int:
@@ -214,6 +217,9 @@ def _main(argv: list[str]) -> int:
     command.set_defaults(run=predict)
     command = commands.add_parser("compare", help="a table of runs: config differences, validation and test numbers")
     command.add_argument("workdirs", nargs="+", help="runs, or directories of several seeds")
+    command.add_argument(
+        "--write", metavar="STEM", help="writes STEM.md, STEM.json, STEM_radii.png, STEM_minutes.png, too"
+    )
     command.set_defaults(run=compare)
     command = commands.add_parser("zoo", help="certified networks to take home: list, card, add, fetch, retrain")
     zoo_command.add_arguments(command)

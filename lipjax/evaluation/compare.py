@@ -1,4 +1,7 @@
-"""lipjax compare: runs side by side: by what their configs differ, what validation and what test images say."""
+"""lipjax compare: runs side by side: by what their configs differ, what validation and what test images say.
+
+What it writes is made by `records`, as the tables of benchmarks/compare.py are.
+"""
 
 import dataclasses
 import json
@@ -12,6 +15,8 @@ from rich.text import Text
 
 from lipjax.certify.radius import radius_label
 from lipjax.errors import UserError
+from lipjax.evaluation import records
+from lipjax.files import replacing, write_json
 from lipjax.training.config import load_config
 from lipjax.training.metrics import validation_metrics
 from lipjax.training.same_run import flat, plain
@@ -122,3 +127,28 @@ def print_comparison(runs: Sequence[ComparedRun], console: Console) -> None:
         console.width = max(console.width, 40 + 30 * len(runs))
     console.print(table)
     console.print(ADVICE)
+
+
+def write_comparison(runs: Sequence[ComparedRun], stem: pathlib.Path) -> list[pathlib.Path]:
+    """Writes STEM.md, STEM.json, STEM_radii.png and, if all runs validated at one radius, STEM_minutes.png.
+
+    Returns: the paths. Raises: UserError if a run is not certified, or they are certified at different radii.
+    """
+    missing = [run.name for run in runs if not run.report]
+    if missing:
+        raise UserError(f"{missing[0]} is not certified, which --write needs: lipjax certify {missing[0]}")
+    found = []
+    for run in runs:
+        row = records.record(run.name, run.seed, run.config["loss.epsilon"], run.report, pathlib.Path(run.name))
+        found.append(row)
+    table = records.markdown(found)
+    paths = [stem.with_name(f"{stem.name}{end}") for end in (".md", ".json", "_radii.png", "_minutes.png")]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    with replacing(paths[0]) as temporary:
+        temporary.write_text(table, encoding="utf-8")
+    write_json(paths[1], {"rows": found})
+    records.plot_radii(paths[2], found)
+    if len({row["epsilon"] for row in found}) > 1:
+        return paths[:3]
+    records.plot_minutes(paths[3], found)
+    return paths

@@ -61,7 +61,7 @@ def _over(by_radius: Mapping[str, float] | None, radii: Sequence[float]) -> list
     return [float(value) for value in by_radius.values()]
 
 
-def training_time(clock: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
+def training_time(clock: Sequence[Record]) -> dict[str, Any] | None:
     """The time of all training steps: the mean of those that were measured, in each epoch, for all of its steps.
 
     Args: clock: lines of clock.jsonl. Returns: minutes, processor_minutes; epochs; epoch_seconds and
@@ -80,9 +80,9 @@ def training_time(clock: Sequence[Mapping[str, float]]) -> dict[str, float] | No
     }
 
 
-def _times(clock: Sequence[Mapping[str, float]]) -> list[tuple[float, float, float]]:
+def _times(clock: Sequence[Record]) -> list[tuple[Any, Any, Any]]:
     """(step, seconds, processor seconds) from the start to the end of each epoch that has a line."""
-    before, spent, found = 0.0, (0.0, 0.0), []
+    before, spent, found = 0, (0.0, 0.0), []
     for row in clock:
         share = (row["step"] - before) / row["steps"]
         spent = spent[0] + share * row["seconds"], spent[1] + share * row["processor_seconds"]
@@ -91,7 +91,7 @@ def _times(clock: Sequence[Mapping[str, float]]) -> list[tuple[float, float, flo
     return found
 
 
-def curve(directory: str | os.PathLike[str], clock: Sequence[Mapping[str, float]]) -> list[list[float]]:
+def curve(directory: str | os.PathLike[str], clock: Sequence[Record]) -> list[list]:
     """[step, minutes, processor minutes, accuracy, certified accuracy by estimates] of each validation."""
     times = {step: (seconds / 60, processor / 60) for step, seconds, processor in _times(clock)}
     try:

@@ -175,6 +175,16 @@ def test_compare_shows_what_differs_and_what_to_select_by(lipjax_command, certif
     table = out[out.index("validation images (select by these)") :]
     assert "test images" in table and "Choose by the rows" in table
 
+    code, out, err = lipjax_command("compare", certified, other, "--write", tmp_path / "both" / "table")
+    assert (code, err) == (0, "") and out.count("Written to") == 3  # other epsilons: no curves of one radius
+    written = (tmp_path / "both" / "table.md").read_text()
+    assert len(written.splitlines()) == 4 and "12.50" in written
+    rows = json.loads((tmp_path / "both" / "table.json").read_text())["rows"]
+    reported = json.loads((certified / "report.json").read_text())["certified_accuracy"]
+    assert [row["proved"] for row in rows] == [[reported["0.1"], reported["0.25"]], [reported["0.1"], 0.125]]
+    code, _, err = lipjax_command("compare", certified, uncertified, "--write", tmp_path / "table")
+    assert code == 2 and "is not certified, which --write needs" in err
+
     (other / "report.json").write_text("{")
     code, _, err = lipjax_command("compare", other)
     assert code == 2 and "report.json is damaged" in err

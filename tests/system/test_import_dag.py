@@ -99,7 +99,7 @@ INSIDE = {
     "training": (
         ("augment", "compile_alarm", "compile_cache", "damage", "randaugment", "setting"),
         ("sharding", "stopping", "terminal"),
-        ("accumulate", "cluster", "metrics", "objective", "optimizer"),
+        ("accumulate", "clock", "cluster", "metrics", "objective", "optimizer"),
         ("checkpoint", "choices", "guard", "lock"),
         ("step",),
         ("data",),
@@ -110,8 +110,8 @@ INSIDE = {
         ("trained",),
     ),
     "evaluation": (
-        ("classes", "compare", "falsify", "progress"),
-        ("table",),
+        ("classes", "falsify", "progress", "records"),
+        ("compare", "table"),
         ("attack_files",),
         ("html",),
         ("evaluate", "predict"),

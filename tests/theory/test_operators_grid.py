@@ -158,3 +158,18 @@ def test_shapes_of_embeddings_follow_from_the_kernel():
     assert used.all() and found[0] == ((6, 5), (0, 0)) and found[-1] == ((7, 6), (1, 1))
     used, _ = spectral.embeddings((5, 3, 2, 2), (2, 6, 2), 1, ((4, 0), (1, 1)))
     assert not used.all()
+
+
+def test_converged_estimates_are_those_of_the_least_variant():
+    op = make("3x3")
+    grid = on_grid(op)
+    start = grid.estimate(jnp.asarray(np.random.default_rng(0).normal(size=grid.in_shape)), 30)[1]
+    (sigma, vectors), gradient = jax.jit(jax.value_and_grad(lambda g: g.converge(start), has_aux=True, allow_int=True))(
+        grid
+    )
+    least = min(float(norm_of(op, size, twist)) for size, twist in grid.variants)
+    assert least * (1 - 1e-6) < sigma <= least * (1 + 1e-12)
+    moved = np.flatnonzero(np.any(np.asarray(vectors != start), axis=(1, 2, 3)))
+    assert len(moved) == 1 and float(norm_of(op, *grid.variants[moved[0]])) == pytest.approx(least, rel=1e-12)
+    # The norm is homogeneous: its derivative along the kernel is itself.
+    np.testing.assert_allclose(jnp.vdot(gradient.kernel, op.kernel), sigma, rtol=1e-12)

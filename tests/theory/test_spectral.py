@@ -359,3 +359,20 @@ def test_norm_bound_and_estimate_dispatch():
     assert sigma == 14 and v.shape == (2,)
     with pytest.raises(NotCertifiable, match="SimpleNamespace has no bound"):
         spectral.norm_bound(types.SimpleNamespace())
+
+
+def test_conjugate_directions_converge_where_a_power_iteration_has_not():
+    values = jnp.linspace(0.5, 1.0, 300)  # close to each other
+    rng = np.random.default_rng(0)
+    start = jnp.asarray(rng.normal(size=300))
+
+    def apply(v):
+        return values * v
+
+    found = jax.jit(lambda v: spectral.largest_vector(apply, apply, v))(start)
+    assert jnp.linalg.norm(found) == pytest.approx(1.0, abs=1e-12)
+    assert 1 - 1e-5 < jnp.linalg.norm(apply(found)) <= 1 + 1e-12
+    sigma, _ = spectral.power_iteration(apply, apply, start, 200)
+    assert sigma < 1 - 1e-4  # the control: more steps than those took
+    kept = spectral.largest_vector(jnp.zeros_like, jnp.zeros_like, start)
+    np.testing.assert_allclose(kept, start / jnp.linalg.norm(start), rtol=1e-12)

@@ -1,0 +1,238 @@
+"""Comparisons: records of runs, tables and pictures of them, and the benchmark that makes and resumes many runs."""
+
+import json
+
+import pytest
+from training_helpers import trained
+
+from benchmarks import compare
+from lipjax.errors import UserError
+from lipjax.evaluation import records
+from lipjax.training import clock
+from lipjax.training.config_file import read_config
+
+REPORT = {
+    "radii": [36 / 255, 1.0],
+    "clean_accuracy": 0.75,
+    "certified_accuracy": {"0.141176": 0.5, "1": 0.125},
+    "float32_certified_accuracy": None,
+    "attacked_accuracy": {"0.141176": 0.625, "1": 0.25},
+    "num_images": 1000,
+    "of": 10_000,
+    "num_attacked_images": 8,
+    "step": 8,
+}
+CLOCK = [  # the second epoch was interrupted, and half of its steps not measured
+    {"step": 4, "steps": 3, "seconds": 30.0, "processor_seconds": 60.0},
+    {"step": 8, "steps": 2, "seconds": 60.0, "processor_seconds": 90.0},
+]
+
+
+def write_run(directory, report=REPORT, lines=CLOCK):
+    """The files of a run of two epochs of four steps."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config, _ = read_config("digits", [])
+    (directory / "config.json").write_text(json.dumps({"config": json.loads(config.to_json_best_effort()), "seed": 0}))
+    (directory / "report.json").write_text(json.dumps(report))
+    (directory / "clock.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = [{"step": 4, "split": "validation", "accuracy": 0.5, "certified_accuracy_estimate": 0.25}]
+    rows += [{"step": 8, "split": "train", "accuracy": 0.9, "certified_accuracy_estimate": 0.8}]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 8, "spl')
+
+
+def test_a_record_has_the_time_of_all_steps_by_those_that_were_measured(tmp_path):
+    write_run(tmp_path)
+    found = records.record("net", 3, 36 / 255, REPORT, tmp_path)
+    # 4 steps of 10 and 20 s, and 4 of 30 and 45 s.
+    assert found["training"] == {
+        "minutes": 160 / 60,
+        "processor_minutes": 260 / 60,
+        "epochs": 2,
+        "epoch_seconds": 80.0,
+        "epoch_processor_seconds": 130.0,
+    }
+    assert found["curve"] == [[4, 40 / 60, 80 / 60, 0.5, 0.25]]
+    assert (found["proved"], found["float32"], found["attacked"]) == ([0.5, 0.125], None, [0.625, 0.25])
+    json.dumps(found, allow_nan=False)
+    with pytest.raises(UserError, match="report.json is damaged"):
+        records.record("net", 3, None, {**REPORT, "certified_accuracy": {"1": 0.5}}, tmp_path)
+    assert records.training_time(clock.read_clock(tmp_path / "nothing")) is None
+
+
+def test_tables_and_pictures_of_records(tmp_path):
+    write_run(tmp_path)
+    first = records.record("net", 0, 36 / 255, REPORT, tmp_path)
+    second = {**first, "name": "a|b", "training": None, "curve": [], "attacked": None}
+    table = records.markdown([first, second]).splitlines()
+    assert len(table) == 4 and len({line.count("|") for line in table}) == 1
+    cells = [cell.strip() for cell in table[2].split("|")]
+    assert {"net", "75.00", "50.00 / 12.50", "62.50 / 25.00", "1,000 (8)", "4.33", "130"} <= set(cells)
+    assert "proved at 36/255, 1" in table[0] and "float32" not in table[0]  # no run has that number
+    assert records.markdown([]) == "Nothing is measured yet.\n"
+    with pytest.raises(UserError, match="different radii"):
+        records.markdown([first, {**second, "radii": [0.1, 0.2]}])
+    records.plot_radii(tmp_path / "radii.png", [first, second])
+    records.plot_minutes(tmp_path / "minutes.png", [first, second])
+    for name in ("radii.png", "minutes.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="validated at different radii"):
+        records.plot_minutes(tmp_path / "minutes.png", [first, {**first, "epsilon": 1.0}])
+
+
+def test_the_clock_counts_steps_alone(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(clock.time, "process_time", lambda: 2 * now[0])
+    found = clock.Clock(tmp_path)
+
+    def pass_time(seconds):
+        now[0] += seconds
+
+    pass_time(100.0)  # compilation, and the first step
+    found.step()
+    pass_time(3.0)
+    found.step()
+    found.stop()
+    pass_time(50.0)  # a save
+    found.start()
+    pass_time(4.0)
+    found.step()
+    found.epoch(3)
+    found.epoch(6)  # none of its steps was measured
+    (line,) = clock.read_clock(tmp_path)
+    assert line == {"step": 3, "steps": 2, "seconds": 7.0, "processor_seconds": 14.0}
+    with (tmp_path / "clock.jsonl").open("a") as file:
+        file.write('{"step": 9, "steps": 3, "seconds": 1.0, "processor_seconds": 1.0}\n{"step": 12')
+    clock.Clock(tmp_path, resume_step=3)  # what a later step wrote comes again
+    assert clock.read_clock(tmp_path) == [line]
+    clock.Clock(tmp_path)
+    assert clock.read_clock(tmp_path) == []
+
+
+@pytest.mark.x64_off
+def test_training_keeps_the_time_of_its_steps():
+    lines = clock.read_clock(trained())
+    per_epoch = lines[0]["step"]
+    assert [line["step"] for line in lines] == [per_epoch * (i + 1) for i in range(len(lines))]
+    assert [line["steps"] for line in lines] == [per_epoch - 1] + [per_epoch] * (len(lines) - 1)
+    assert all(line["seconds"] > 0 and line["processor_seconds"] > 0 for line in lines)
+
+
+def test_budgets():
+    assert compare.parse_budget("10 epochs") == (10.0, "epochs")
+    assert compare.parse_budget("1 minute") == (1.0, "minutes")
+    assert compare.parse_budget("2.5 processor minutes") == (2.5, "processor minutes")
+    for text in ("10", "epochs", "2.5 epochs", "-1 minutes", "nan minutes", "3 hours"):
+        with pytest.raises(UserError, match="--budget: expected"):
+            compare.parse_budget(text)
+    step = {"seconds": 0.5, "processor_seconds": 0.75, "steps_per_epoch": 40}
+    assert compare.epochs_within(2.0, "minutes", step) == 6  # of 20 s
+    assert compare.epochs_within(2.0, "processor minutes", step) == 4  # of 30 s
+    assert compare.epochs_within(0.1, "minutes", step) == 1
+    config, _ = read_config("losses:crm", [])
+    fields = compare.fields_of_budget(config, 40)
+    assert "--config.optimizer.warmup_epochs=4.0" in fields and "--config.loss.weight_start_epoch=12" in fields
+    assert "--config.num_epochs=40" in fields and "--config.checkpoint.every_epochs=2" in fields
+
+
+def child_of(log, codes):
+    """Stands for `run_child`: notes commands, writes what the real ones write, ends with the next of the codes."""
+
+    def child(command):
+        log.append(command)
+        if "train" in command:
+            code = codes.pop(0) if codes else 0
+            if not code:
+                write_run(directory_of(command))
+            return code, "Error: the loss is NaN\n"
+        if "--steps" in command:
+            return 0, '...\n{"seconds": 1.0, "processor_seconds": 2.0, "steps_per_epoch": 6}\n'
+        if command[-1].startswith("--config"):
+            return 0, '{"parameters": 7}\n'
+        (compare.pathlib.Path(command[-1]) / "costs.json").write_text('{"parameters": 7}')
+        return 0, ""
+
+    return child
+
+
+def directory_of(command):
+    return compare.pathlib.Path(next(a for a in command if a.startswith("--workdir=")).partition("=")[2])
+
+
+def test_a_comparison_skips_what_is_done_and_goes_on_with_what_was_stopped(tmp_path):
+    path, log, fields = (
+        tmp_path / "results" / "found.json",
+        [],
+        ["--config.data.data_dir=/data", "--config.batch_size=64"],
+    )
+
+    def go(configs=("digits", "digits_lipnext"), codes=(), **options):
+        log.clear()
+        child, results = child_of(log, list(codes)), compare.Results(path)
+        budget = (1.0, "processor minutes")
+        return compare.compare(configs, budget, [0, 1], fields, results, tmp_path / "runs", child=child, **options)
+
+    with pytest.raises(compare.Stopped) as stopped:  # in the second run
+        go(codes=[0, compare.WORK_LEFT])
+    assert stopped.value.code == compare.WORK_LEFT
+    assert [(row["config"], row["seed"]) for row in compare.Results(path).rows] == [("digits", 0)]
+    row = compare.Results(path).rows[0]
+    assert row["epochs"] == 5 and row["costs"] == {"parameters": 7} and row["proved"] == [0.5, 0.125]
+    assert row["fields"] == ["--config.batch_size=64"] and "/data" not in json.dumps(row)
+    assert row["commit"] and row["hardware"] and "--config.num_epochs=5" in row["command"]
+    interrupted = directory_of(log[-1])
+
+    assert go(codes=[0, 2]) == ["digits, seed 1, 1 processor minutes: the loss is NaN"]
+    assert directory_of(log[0]) == interrupted  # the same directory, without timing steps again
+    assert "train" in log[0] and len(compare.Results(path).rows) == 4
+    assert go() == [] and log == []
+    assert go(again=True) == [] and len(log) == 2 and all("failed" not in row for row in compare.Results(path).rows)
+    assert len({directory_of(command) for command in log if "train" in command}) == 1
+
+    log.clear()
+    results = compare.Results(tmp_path / "found_costs.json")
+    assert compare.measure_costs(["digits", "compared:xs"], [], results, child=child_of(log, [])) == []
+    assert compare.measure_costs(["compared:xs"], [], results, child=child_of(log, [])) == [] and len(log) == 2
+    assert "| xs | 7 |" in compare.section(results.path)
+
+    path.write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        compare.Results(path)
+
+
+def test_a_signal_reaches_the_child_which_ends_before_its_parent(tmp_path):
+    code, output = compare.run_child([compare.sys.executable, "-c", "print('a'); raise SystemExit(3)"])
+    assert (code, output) == (3, "a\n")
+    script = (
+        "import signal, sys, time\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: (open({str(tmp_path / 'saved')!r}, 'w').close(), sys.exit(75)))\n"
+        "print('ready', flush=True)\ntime.sleep(60)"
+    )
+
+    def stop_when_ready(text, **options):
+        raise compare.Stopped(143)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.print", stop_when_ready)
+        with pytest.raises(compare.Stopped):
+            compare.run_child([compare.sys.executable, "-c", script])
+    assert (tmp_path / "saved").exists()
+
+
+def test_pages_are_what_the_results_say():
+    """Run `python benchmarks/compare.py --page` after new results."""
+    for name in compare.PAGES:
+        page = compare.ROOT / name
+        text = page.read_text(encoding="utf-8")
+        assert compare.with_tables(text) == text
+        for picture in compare.re.findall(r"\((\S+\.png)\)", text):
+            assert (page.parent / picture).exists()
+    text = text.replace("<!-- end of table -->", "changed\n<!-- end of table -->", 1)
+    assert "changed" in text and "changed" not in compare.with_tables(text)
+
+
+def test_studies_name_configs_that_there_are():
+    for configs in compare.STUDIES.values():
+        assert len(set(configs)) == len(configs)
+        for config in configs:
+            read_config(config, [])
