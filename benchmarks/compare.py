@@ -192,7 +192,7 @@ def compare(
             slug = re.sub(r"[^\w]+", "_", config)
             digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
             row = one_run(key, budget, fields, workdir / f"{slug}-{digest}", child)
-            results.put(key, {**key, **row})
+            results.put(key, {**row, **key})
             if "failed" in row:
                 failed.append(f"{name}: {row['failed']}")
     return failed

@@ -7,6 +7,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib
+from matplotlib.figure import Figure
+
 from lipjax.certify.radius import radius_label
 from lipjax.errors import UserError
 from lipjax.files import replacing
@@ -243,14 +246,11 @@ def _label(row: Record) -> str:
 
 
 def _figure():
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7.6, 4.8), layout="constrained")
     axes = figure.add_subplot()
-    # Twenty colours, then other dashes, so that no two of forty lines are alike.
-    axes.set_prop_cycle(
-        linestyle=[style for style in ("-", "--") for _ in range(10)], color=2 * [f"C{i}" for i in range(10)]
-    )
+    # Ten colours, then dashed, so that no two of twenty lines are alike.
+    ten = matplotlib.colormaps["tab10"](range(10))
+    axes.set_prop_cycle(linestyle=10 * ["-"] + 10 * ["--"], color=[*ten, *ten])
     return figure, axes
 
 

@@ -6,6 +6,7 @@ import math
 import types
 from fractions import Fraction
 
+import jax
 import jax.numpy as jnp
 import mpmath
 import numpy as np

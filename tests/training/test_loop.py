@@ -21,7 +21,7 @@ from training_helpers import (  # noqa: F401  quick_compiles is a fixture
 )
 
 from lipjax.errors import UserError
-from lipjax.training import loop
+from lipjax.training import clock, loop
 from lipjax.training.loop import METRIC, Run, train
 from lipjax.training.same_run import check_same_run, plain
 
@@ -182,3 +182,12 @@ def test_bad_data_stop_before_anything_is_written(tmp_path):
         with pytest.raises(UserError, match=message):
             train(config, tmp_path / "run", 0)
         assert not (tmp_path / "run").exists()
+
+
+def test_training_keeps_the_time_of_its_steps():
+    """clock.jsonl: all but the first step of a process, which is compiled."""
+    lines = clock.read_clock(trained())
+    per_epoch = lines[0]["step"]
+    assert [line["step"] for line in lines] == [per_epoch * (i + 1) for i in range(len(lines))]
+    assert [line["steps"] for line in lines] == [per_epoch - 1] + [per_epoch] * (len(lines) - 1)
+    assert all(line["seconds"] > 0 and line["processor_seconds"] > 0 for line in lines)
