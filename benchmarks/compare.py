@@ -226,7 +226,9 @@ def _last_json(output: str) -> dict[str, Any]:
     return json.loads(output.strip().splitlines()[-1])
 
 
-def one_run(key: dict[str, Any], budget, fields: Sequence[str], directory: pathlib.Path, child) -> dict[str, Any]:
+def one_run(
+    key: dict[str, Any], budget: tuple[float, str], fields: Sequence[str], directory: pathlib.Path, child
+) -> dict[str, Any]:
     """Trains, certifies and measures one run, or goes on with it. Returns: its row without the key."""
     about = provenance()
     python, wanted = sys.executable, f"--config={key['config']}"

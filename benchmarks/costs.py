@@ -1,4 +1,4 @@
-"""What a config costs: a training step and its parametrisation's part, the frozen network, the proof of its norms.
+"""Costs of a config: a training step and its parametrisation's part, the frozen network, the proof of its norms.
 
 Run: python benchmarks/costs.py --config=compared:xs,1x1,aoc [--config.field=value ...]
           of the network as it is initialised; with --steps of a training step alone
@@ -22,10 +22,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import lipjax
 from lipjax.certify.float64 import float64_on_cpu, host_float64
 from lipjax.errors import UserError, run_command
+from lipjax.evaluation.evaluate import test_images
 from lipjax.files import write_json
 from lipjax.nn import COLLECTION
 from lipjax.training import objective, sharding, step
@@ -95,7 +97,8 @@ def costs(run: Run, variables, frozen: lipjax.FrozenNetwork) -> dict[str, Any]:
     frozen.lipschitz_report()
     proof = time.process_time() - start
     deployed = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), frozen.network)
-    pixels = jnp.asarray(run.dataset.split("test").images[:BATCH] / run.dataset.pixel_max, jnp.float32)
+    images, _ = test_images(run.dataset, np.arange(min(BATCH, run.dataset.size("test"))), BATCH)
+    pixels = jnp.asarray(images / run.dataset.pixel_max, jnp.float32)
     inference = median_time(jax.jit(lambda network, x: network(x)), deployed, pixels)[1]
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(run.abstract_state.params)),

@@ -6,6 +6,8 @@ import pathlib
 import time
 from typing import Any
 
+import jax
+
 from lipjax.errors import UserError
 
 FILE_NAME = "clock.jsonl"
@@ -17,32 +19,34 @@ class Clock:
     The first step of a process is left out, since it is compiled; so are steps of an epoch that an earlier process
     did not finish. What counts is therefore the mean of the steps that were measured.
 
-    workdir: of the run; None: nothing is written. resume_step: lines of later steps are dropped, since they come again.
+    workdir: of the run; of several processes, process 0 writes. resume_step: lines of later steps are dropped, since
+    they come again.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str] | None, resume_step: int | None = None):
-        self._path = None if workdir is None else pathlib.Path(workdir) / FILE_NAME
+    def __init__(self, workdir: str | os.PathLike[str], resume_step: int | None = None):
+        self._path = pathlib.Path(workdir) / FILE_NAME if jax.process_index() == 0 else None
         if self._path is not None and self._path.exists():
-            kept = [row for row in read_clock(self._path.parent) if row["step"] <= (resume_step or 0)]
+            kept = [row for row in read_clock(workdir) if row["step"] <= (resume_step or 0)]
             _write(self._path, kept, "w")
         self._mark: tuple[float, float] | None = None
-        self._steps, self._spent = 0, [0.0, 0.0]
+        self._warm, self._steps, self._spent = False, 0, (0.0, 0.0)
 
-    def start(self) -> None:
-        """Begins to measure: nothing is running that was begun before."""
-        self._mark = time.perf_counter(), time.process_time()
+    def begin(self) -> None:
+        """Must be called before each step: begins to measure, if nothing is measured yet."""
+        if self._warm and self._mark is None:
+            self._mark = _now()
 
     def stop(self) -> None:
-        """Leaves out what follows, until the next `start`."""
+        """Leaves out what follows, until the next `begin`. All steps have ended."""
         self._mark = None
 
     def step(self) -> None:
         """A step has ended, and the next one runs already."""
-        now = time.perf_counter(), time.process_time()
+        now = _now()
         if self._mark is not None:
             self._steps += 1
-            self._spent = [spent + end - begin for spent, end, begin in zip(self._spent, now, self._mark, strict=True)]
-        self._mark = now
+            self._spent = self._spent[0] + now[0] - self._mark[0], self._spent[1] + now[1] - self._mark[1]
+        self._warm, self._mark = True, now
 
     def epoch(self, step: int) -> None:
         """Writes the line of an epoch that ends with this step, if one of its steps was measured."""
@@ -50,7 +54,11 @@ class Clock:
             seconds, processor = self._spent
             row = {"step": step, "steps": self._steps, "seconds": seconds, "processor_seconds": processor}
             _write(self._path, [row], "a")
-        self._steps, self._spent = 0, [0.0, 0.0]
+        self._steps, self._spent = 0, (0.0, 0.0)
+
+
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
 def _write(path: pathlib.Path, rows: list[dict[str, Any]], mode: str) -> None:

@@ -87,13 +87,15 @@ def test_the_clock_counts_steps_alone(tmp_path, monkeypatch):
     def pass_time(seconds):
         now[0] += seconds
 
+    found.begin()
     pass_time(100.0)  # compilation, and the first step
+    found.begin()
     found.step()
     pass_time(3.0)
     found.step()
     found.stop()
     pass_time(50.0)  # a save
-    found.start()
+    found.begin()
     pass_time(4.0)
     found.step()
     found.epoch(3)
