@@ -1,12 +1,10 @@
-"""The time that training steps take, without compilation, validation and saving: clock.jsonl, a line an epoch."""
+"""The time that training steps take, without compilation and validation: clock.jsonl, a line an epoch."""
 
 import json
 import os
 import pathlib
 import time
 from typing import Any
-
-import jax
 
 from lipjax.errors import UserError
 
@@ -16,29 +14,25 @@ FILE_NAME = "clock.jsonl"
 class Clock:
     """Measures the steps of one process, from the end of one to the end of the next, and writes a line an epoch.
 
-    The first step of a process is left out, since it is compiled; so are steps of an epoch that an earlier process
-    did not finish. What counts is therefore the mean of the steps that were measured.
+    Saves within an epoch, which go on beside the steps, count with them. The first step of a process is left out, since
+    it is compiled; so are steps of an epoch that an earlier process did not finish. What counts is therefore the mean
+    of the steps that were measured.
 
-    workdir: of the run; of several processes, process 0 writes. resume_step: lines of later steps are dropped, since
-    they come again.
+    workdir: of the run; None: nothing is written. resume_step: lines of later steps are dropped, since they come again.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], resume_step: int | None = None):
-        self._path = pathlib.Path(workdir) / FILE_NAME if jax.process_index() == 0 else None
+    def __init__(self, workdir: str | os.PathLike[str] | None, resume_step: int | None = None):
+        self._path = None if workdir is None else pathlib.Path(workdir) / FILE_NAME
         if self._path is not None and self._path.exists():
-            kept = [row for row in read_clock(workdir) if row["step"] <= (resume_step or 0)]
+            kept = [row for row in read_clock(self._path.parent) if row["step"] <= (resume_step or 0)]
             _write(self._path, kept, "w")
         self._mark: tuple[float, float] | None = None
         self._warm, self._steps, self._spent = False, 0, (0.0, 0.0)
 
     def begin(self) -> None:
-        """Must be called before each step: begins to measure, if nothing is measured yet."""
+        """Must be called before each step: begins to measure, if nothing is measured since the end of an epoch."""
         if self._warm and self._mark is None:
             self._mark = _now()
-
-    def stop(self) -> None:
-        """Leaves out what follows, until the next `begin`. All steps have ended."""
-        self._mark = None
 
     def step(self) -> None:
         """A step has ended, and the next one runs already."""
@@ -49,12 +43,15 @@ class Clock:
         self._warm, self._mark = True, now
 
     def epoch(self, step: int) -> None:
-        """Writes the line of an epoch that ends with this step, if one of its steps was measured."""
+        """Writes the line of an epoch that has ended with this step, if one of its steps was measured.
+
+        What follows counts again from the next `begin` on: validation and saving do not.
+        """
         if self._steps and self._path is not None:
             seconds, processor = self._spent
             row = {"step": step, "steps": self._steps, "seconds": seconds, "processor_seconds": processor}
             _write(self._path, [row], "a")
-        self._steps, self._spent = 0, (0.0, 0.0)
+        self._mark, self._steps, self._spent = None, 0, (0.0, 0.0)
 
 
 def _now() -> tuple[float, float]:

@@ -1,6 +1,5 @@
 """One training run: batches in, checkpoints and metrics out. Resumes by itself from its directory."""
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -330,7 +329,7 @@ def _train_epochs(run: Run, state, checkpointer: Checkpointer, writer: MetricWri
         for step in range(first, run.total_steps):
             epoch, done = step // run.steps_per_epoch, step + 1
             schedule = objective.loss_schedule(config.loss, epoch, config.num_epochs)
-            with progress.compiling("the training step") if step == first else contextlib.nullcontext():
+            with progress.training(first=step == first):
                 state, metrics = train_batch(state, step, schedule)
             # One step behind, so that the device always has work while the host looks at numbers.
             if pending is not None:

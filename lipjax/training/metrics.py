@@ -21,6 +21,7 @@ from tensorboardX.summary import scalar as scalar_summary
 from lipjax.errors import UserError
 from lipjax.files import replacing
 from lipjax.training import damage
+from lipjax.training.clock import Clock
 from lipjax.training.terminal import progress_of
 
 FILE_NAME = "metrics.jsonl"
@@ -46,6 +47,7 @@ class MetricWriter:
         Raises: UserError if the files cannot be written.
         """
         self._active = jax.process_index() == 0
+        self._clock = Clock(workdir if self._active else None, resume_step)
         self._console = Console() if console is None else console
         if not self._active:
             return
@@ -68,6 +70,8 @@ class MetricWriter:
         reserved = {"step", "split"} & set(scalars)
         if reserved:
             raise ValueError(f"{sorted(reserved)[0]!r} is a field of every line and cannot name a metric")
+        if split == "train":
+            self._clock.epoch(step)
         if not self._active:
             return
         values = {name: float(value) for name, value in scalars.items()}
@@ -86,7 +90,7 @@ class MetricWriter:
         """Shows a bar while training if the output is a terminal; elsewhere `TrainingProgress.epoch` prints lines."""
         console = progress_of(self._console)
         if not (self._active and console.is_terminal):
-            yield TrainingProgress(console if self._active else None, None, None)
+            yield TrainingProgress(console if self._active else None, None, None, self._clock)
             return
         columns = (
             TextColumn("{task.description}"),
@@ -97,7 +101,7 @@ class MetricWriter:
         numbers = TextColumn("{task.fields[shown]}"), TextColumn("{task.fields[epoch]}")
         with Progress(*columns, *numbers, console=console) as bar:
             task = bar.add_task("training", total=total_steps, completed=first_step, shown="", epoch="")
-            yield TrainingProgress(console, bar, task)
+            yield TrainingProgress(console, bar, task, self._clock)
 
     def close(self) -> None:
         """Flushes and closes the files."""
@@ -141,16 +145,26 @@ class MetricWriter:
 class TrainingProgress:
     """The terminal's view of one training; `MetricWriter.progress` makes it."""
 
-    def __init__(self, console: Console | None, bar: Progress | None, task: TaskID | None):
+    def __init__(self, console: Console | None, bar: Progress | None, task: TaskID | None, clock: Clock | None = None):
         self._console, self._bar, self._task = console, bar, task
+        self._clock = Clock(None) if clock is None else clock
         self._epochs = 0
 
     def step(self, step: int, **shown: float) -> None:
-        """Moves the bar to `step` optimizer steps and shows the given numbers beside it, e.g. loss and accuracy."""
+        """Moves the bar to `step` optimizer steps and shows the given numbers beside it, e.g. loss and accuracy.
+
+        Must be called when that step has ended, for the clock.
+        """
+        self._clock.step()
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step)
             if shown:
                 self._bar.update(self._task, shown=_numbers(shown))
+
+    def training(self, first: bool) -> contextlib.AbstractContextManager[None]:
+        """The context in which a step begins; the first one of a process says that it is compiled."""
+        self._clock.begin()
+        return self.compiling("the training step") if first else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def compiling(self, what: str) -> Iterator[None]:

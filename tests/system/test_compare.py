@@ -93,19 +93,20 @@ def test_the_clock_counts_steps_alone(tmp_path, monkeypatch):
     found.step()
     pass_time(3.0)
     found.step()
-    found.stop()
-    pass_time(50.0)  # a save
+    found.epoch(2)
+    pass_time(50.0)  # validation
     found.begin()
     pass_time(4.0)
     found.step()
     found.epoch(3)
     found.epoch(6)  # none of its steps was measured
-    (line,) = clock.read_clock(tmp_path)
-    assert line == {"step": 3, "steps": 2, "seconds": 7.0, "processor_seconds": 14.0}
+    before, line = clock.read_clock(tmp_path)
+    assert before == {"step": 2, "steps": 1, "seconds": 3.0, "processor_seconds": 6.0}
+    assert line == {"step": 3, "steps": 1, "seconds": 4.0, "processor_seconds": 8.0}
     with (tmp_path / "clock.jsonl").open("a") as file:
         file.write('{"step": 9, "steps": 3, "seconds": 1.0, "processor_seconds": 1.0}\n{"step": 12')
     clock.Clock(tmp_path, resume_step=3)  # what a later step wrote comes again
-    assert clock.read_clock(tmp_path) == [line]
+    assert clock.read_clock(tmp_path) == [before, line]
     clock.Clock(tmp_path)
     assert clock.read_clock(tmp_path) == []
 

@@ -97,9 +97,9 @@ INSIDE = {
         ("onnx_graphs",),
     ),
     "training": (
-        ("augment", "compile_alarm", "compile_cache", "damage", "randaugment", "setting"),
+        ("augment", "clock", "compile_alarm", "compile_cache", "damage", "randaugment", "setting"),
         ("sharding", "stopping", "terminal"),
-        ("accumulate", "clock", "cluster", "metrics", "objective", "optimizer"),
+        ("accumulate", "cluster", "metrics", "objective", "optimizer"),
         ("checkpoint", "choices", "guard", "lock"),
         ("step",),
         ("data",),
