@@ -32,10 +32,19 @@ MODELS = {
 def get_model(config, *, input_shape: tuple[int, int, int], num_classes: int, batch_size: int = 128) -> LipschitzModel:
     """The model that a config names.
 
-    Args: config: `name` and the model's attributes, such as depth and width, and beside `layer` the fields that the
-      layer brings. input_shape: (h, w, c).
+    Args:
+      config: a dict or ConfigDict: `name` and the model's attributes, such as depth and width, and beside `layer` the
+        fields that the layer brings.
+      input_shape: (h, w, c).
+      num_classes: of the logits.
       batch_size: images per training step and device, by which layers choose how to compute.
+    Returns: the Flax module; `lipjax.freeze(model, variables)` takes it.
     Raises: UserError for an unknown name or attribute, or sizes that the model cannot take.
+    Example:
+      >>> sizes = {"depth": 2, "width": 16, "stem_kernel": 2, "stem_strides": 2, "stem_padding": 0}
+      >>> model = lipjax.models.get_model({"name": "liresnet", **sizes}, input_shape=(8, 8, 1), num_classes=10)
+      >>> type(model).__name__, model.width
+      ('LiResNet', 16)
     """
     options = dict(config)
     name = options.pop("name")

@@ -31,8 +31,16 @@ ORDERS = ("aoc", "scfac")
 def compose(first: Kernel, second: Float[Array, "lh lw o p"]) -> Float[Array, "mh mw i p"]:
     """The kernel of `first`, then `second`, both of stride 1 (or `second` strided: the result has its stride).
 
-    Taps (0, 0) aligned: out[t] = sum_u first[t - u] second[u], of kh + lh - 1 by kw + lw - 1 taps. Exact on an infinite
-    map and with circular padding, up to a shift.
+    Taps (0, 0) aligned: out[t] = sum_u first[t - u] second[u]. Exact on an infinite map and with circular padding, up
+    to a shift.
+
+    Args:
+      first: HWIO.
+      second: HWIO, its inputs the outputs of `first`.
+    Returns: HWIO, of kh + lh - 1 by kw + lw - 1 taps.
+    Example:
+      >>> lipjax.parametrize.aoc.compose(jnp.ones((3, 3, 2, 4)), jnp.ones((2, 2, 4, 8))).shape
+      (4, 4, 2, 8)
     """
     lh, lw = second.shape[:2]
 
@@ -45,7 +53,15 @@ def compose(first: Kernel, second: Float[Array, "lh lw o p"]) -> Float[Array, "m
 
 
 def projectors(columns: Float[Array, "*batch c r"]) -> Float[Array, "*batch c c"]:
-    """Q Q^T, symmetric up to rounding."""
+    """The projectors Q Q^T, symmetric up to rounding.
+
+    Args:
+      columns: Q, (..., c, r), with orthonormal columns.
+    Returns: (..., c, c).
+    Example:
+      >>> lipjax.parametrize.aoc.projectors(jnp.array([[1.0], [0.0]])).tolist()
+      [[1.0, 0.0], [0.0, 0.0]]
+    """
     return _spread.gathered(_spread.product(columns, jnp.swapaxes(columns, -1, -2)))
 
 
@@ -68,7 +84,14 @@ def through(
 def check_rank(channels: int, rank: int | None) -> int:
     """The rank of projectors: rank, or half of the channels, rounded down, for None.
 
+    Args:
+      channels: that the projectors act on.
+      rank: wanted, or None.
+    Returns: the rank.
     Raises: ValueError unless 1 <= rank < channels.
+    Example:
+      >>> lipjax.parametrize.aoc.check_rank(9, None)
+      4
     """
     rank = channels // 2 if rank is None else rank
     if channels < 2:
@@ -106,10 +129,17 @@ def raw_shapes(
     With groups > 1 these of in / groups and out / groups channels, for each group: a further axis in front.
 
     Args:
+      in_channels, out_channels: of the layer.
+      kernel_size, strides: k and s, of both axes.
       rank: of the projectors; None for half of the channels that they act on, rounded down.
+      order: "aoc" or "scfac".
       groups, dilation: as of `operators.Conv`.
+    Returns: name -> shape.
     Raises: ValueError for channels, k or s below 1, k < s, a rank that does not fit, another order; with "scfac" if s
       does not divide k; for groups that do not divide the channels, and a dilation that has a factor with s.
+    Example:
+      >>> lipjax.parametrize.aoc.raw_shapes(16, 32, 3)
+      {'columns': (6, 32, 16)}
     """
     if groups < 1 or in_channels % groups or out_channels % groups:
         raise ValueError(

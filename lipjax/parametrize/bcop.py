@@ -13,9 +13,16 @@ NUM_ITERS = 20
 
 
 def raw_shape(in_channels: int, out_channels: int, kernel_size: int) -> tuple[int, int, int]:
-    """(2 k - 1, m, m), m = max(in_channels, out_channels): one matrix for the channels, two for each further tap.
+    """The shape of the raw matrices: one for the channels, two for each further tap.
 
+    Args:
+      in_channels, out_channels: of the layer.
+      kernel_size: k, of both axes.
+    Returns: (2 k - 1, m, m), m = max(in_channels, out_channels).
     Raises: ValueError for numbers below 1.
+    Example:
+      >>> lipjax.parametrize.bcop.raw_shape(16, 32, 3)
+      (5, 32, 32)
     """
     if min(in_channels, out_channels, kernel_size) < 1:
         raise ValueError(

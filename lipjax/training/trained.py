@@ -21,10 +21,13 @@ def load_trained(workdir: str | os.PathLike) -> tuple[LipschitzModel, dict[str, 
     `model.apply(variables, pixels)` gives logits of pixels (b, h, w, c) in [0, 1], `lipjax.freeze(model, variables)` a
     network that certifies. The data set is not needed, but for runs of a lipjax that did not save the size of images.
 
-    Args: workdir: of one run, so of several seeds WORKDIR/seed_0.
+    Args:
+      workdir: of one run, so of several seeds WORKDIR/seed_0.
     Returns: (model, variables): a Flax module, and {"params": ..., "lip": ...} of JAX arrays in training's precision.
     Raises: UserError if there is no usable run.
-    Example: model, variables = lipjax.training.load_trained("runs/digits")
+    Example:
+      >>> model, variables = lipjax.training.load_trained("runs/digits")  # doctest: +SKIP
+      >>> lipjax.freeze(model, variables).certify(images).radii  # doctest: +SKIP
     """
     workdir = pathlib.Path(workdir).expanduser()
     seeds = sorted(folder.parent.name for folder in workdir.glob("seed_*/config.json"))

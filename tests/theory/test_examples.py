@@ -18,6 +18,7 @@ from tiers import everyday
 
 import lipjax
 import lipjax.interop
+import lipjax.models
 import lipjax.nn
 
 FUNCTIONS = (
@@ -52,6 +53,8 @@ FUNCTIONS = (
     *(f"zoo.{name}" for name in ("list", "load", "card", "directory", "located", "add", "fetch")),
     *(f"attacks.{name}" for name in ("apgd_l2", "lipschitz_lower_bound")),
     *("parametrize.aoc.kernel", "parametrize.bcop.kernel", "interop.from_torch", "interop.from_sequential"),
+    *("models.get_model", "parametrize.bcop.raw_shape"),
+    *(f"parametrize.aoc.{name}" for name in ("compose", "projectors", "check_rank", "raw_shapes")),
     *(f"curvature.{name}" for name in ("estimate", "estimate_table", "top_rivals", "bound")),
 )
 CLASSES = (
