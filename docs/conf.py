@@ -4,6 +4,7 @@
 """
 
 import pathlib
+import re
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -61,6 +62,12 @@ def _plain_text(app, what, name, obj, options, lines):
     lines[:] = reference.as_rst(lines)
 
 
+def _short_types(app, what, name, obj, options, signature, result):
+    """Float[Array, "n m"] instead of Float[jaxlib._jax.Array, "n m"]."""
+    module = re.compile(r"\b(?:jaxlib\._jax|jax|numpy)\.(?=\w*[Aa]rray)")
+    return module.sub("", signature or "") or None, module.sub("", result or "") or None
+
+
 def _all_names_are_there(app, exception):
     """Fails the build if a public name has no entry in the API reference."""
     if exception is None and app.builder.name == "html":
@@ -74,4 +81,5 @@ def setup(app):
     reference.write_pages(HERE / "api")
     app.connect("source-read", _files_elsewhere)
     app.connect("autodoc-process-docstring", _plain_text, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", _short_types)
     app.connect("build-finished", _all_names_are_there)
