@@ -65,7 +65,7 @@ lock: $(VENV)/.lipjax
 	@head -n 1 requirements.txt > $(VENV)/lock && $(COMPILE) --extra train --upgrade >> $(VENV)/lock && mv $(VENV)/lock requirements.txt
 	@for extra in dev docs cuda cuda12 tpu; do \
 	  { head -n 2 requirements-$$extra.txt; \
-	    $(COMPILE) --extra $$extra --constraints requirements.txt | grep -vxFf requirements.txt; } > $(VENV)/lock \
+	    $(COMPILE) --extra $$extra --constraints requirements.txt $$(test $$extra = dev || echo --constraints requirements-dev.txt) | grep -vxFf requirements.txt; } > $(VENV)/lock \
 	  && mv $(VENV)/lock requirements-$$extra.txt || exit 1; \
 	done
 

@@ -47,7 +47,12 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 
 # Pages of the site that show a file from outside of docs/.
-SHOWN = {"contributing": "CONTRIBUTING.md", "golden": "tests/golden/README.md", "changelog": "CHANGELOG.md"}
+SHOWN = {
+    "contributing": "CONTRIBUTING.md",
+    "golden": "tests/golden/README.md",
+    "changelog": "CHANGELOG.md",
+    "security": "SECURITY.md",
+}
 
 
 def _files_elsewhere(app, docname, source):

@@ -13,9 +13,7 @@ from lipjax.network import Network
 from lipjax.spectral.arithmetic import exact_float64
 
 
-def freeze(
-    model, variables=None, class_names: Sequence[str] | None = None, dtype: str = "float64"
-) -> FrozenNetwork:
+def freeze(model, variables=None, class_names: Sequence[str] | None = None, dtype: str = "float64") -> FrozenNetwork:
     """Builds the model's network in float64 and takes it to the host; or takes a network as it is.
 
     Args:

@@ -2,10 +2,10 @@
 
 from lipjax.zoo.adding import add
 from lipjax.zoo.fetching import fetch
-from lipjax.zoo.library import card, directory, load, located
+from lipjax.zoo.library import card, directory, images, load, located
 from lipjax.zoo.library import names as list
 
-__all__ = ["add", "card", "directory", "fetch", "list", "load", "located"]
+__all__ = ["add", "card", "directory", "fetch", "images", "list", "load", "located"]
 
 
 def __dir__():

@@ -6,6 +6,9 @@ import os
 import pathlib
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import load_file
+
 from lipjax.certify import FrozenNetwork
 from lipjax.errors import UserError
 
@@ -129,6 +132,25 @@ def load(name: str | os.PathLike, root: str | os.PathLike | None = None) -> Froz
     if {certified, manifest.get("frozen_sha256")} != {frozen.sha256()}:
         raise UserError(f"{folder}: the certificate is about another network than the one beside it.")
     return frozen
+
+
+def images(name: str | os.PathLike, root: str | os.PathLike | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The test images that lie beside a network's certificate: all of up to 1,000, otherwise 1,000 drawn by hash.
+
+    Args:
+      name, root: as of `load`.
+    Returns: (n, h, w, c) float64 in [0, 1], and their labels (n,), integers.
+    Raises: UserError for an unknown name, and for files that are missing, damaged or other ones.
+    Example:
+      >>> pixels, labels = lipjax.zoo.images("digits_liresnet")
+      >>> pixels.shape, float(pixels.max())
+      ((359, 8, 8, 1), 1.0)
+    """
+    folder = directory(name, root)
+    verified(folder)
+    certificate = json.loads((folder / "certificate.json").read_text(encoding="utf-8"))
+    arrays = load_file(folder / certificate["sample"]["file"])
+    return arrays["pixels"] / np.float64(certificate["data"]["pixel_max"]), arrays["labels"]
 
 
 def card(name: str | os.PathLike, root: str | os.PathLike | None = None) -> str:

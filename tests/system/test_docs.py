@@ -47,7 +47,7 @@ def test_theory(tmp_path):
 
 
 @pytest.mark.x64_off
-@pytest.mark.parametrize("page", ["break_a_certificate.md", "ship_it.md"])
+@pytest.mark.parametrize("page", ["break_a_certificate.md", "first_certificate.md", "ship_it.md"])
 def test_a_page_that_does_not_train(page, tmp_path):
     cells = run(DOCS / page, tmp_path)
     assert sum(bool(cell.expected) for cell in cells) >= 3
@@ -74,7 +74,14 @@ def test_no_other_page_is_meant_to_be_executed():
     said = ("test_docs.py` executes it", "test_docs.py` executes this page", "test_docs.py`\nexecutes it")
     meant = {page.name for page in DOCS.glob("*.md") if any(text in page.read_text() for text in said)}
     assert meant == {
-        *("add_a_layer.md", "break_a_certificate.md", "laptop_to_pod.md", "own_images.md", "ship_it.md"),
+        *(
+            "add_a_layer.md",
+            "break_a_certificate.md",
+            "first_certificate.md",
+            "laptop_to_pod.md",
+            "own_images.md",
+            "ship_it.md",
+        ),
         *("your_network.md", *SHORT),
     }
 

@@ -128,6 +128,7 @@ THEORY_PACKAGES = {"jax", "numpy", "scipy", "jaxtyping", "threadpoolctl"}
 PACKAGES = dict.fromkeys(THEORY, THEORY_PACKAGES) | {
     "files": THEORY_PACKAGES | {"safetensors"},
     "certify": THEORY_PACKAGES | {"safetensors"},
+    "zoo": THEORY_PACKAGES | {"safetensors"},
     "manifold": THEORY_PACKAGES | {"optax"},
     "shipping": THEORY_PACKAGES | {"onnx"},
     "nn": THEORY_PACKAGES | {"flax"},

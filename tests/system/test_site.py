@@ -4,14 +4,16 @@
 """
 
 import importlib
+import json
 import pathlib
 import pkgutil
 import re
 
+import numpy as np
 import pytest
 
 import lipjax
-from docs import reference
+from docs import pictures, reference
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
@@ -61,3 +63,13 @@ def test_every_page_is_in_the_contents():
 )
 def test_a_docstring_becomes_restructured_text(text, expected):
     assert reference.as_rst(text.split("\n")) == expected
+
+
+def test_pictures_are_those_of_what_lies_here():
+    assert (DOCS / "_static" / "discs.png").read_bytes() == pictures.discs()
+    drawn = (DOCS / "_static" / "zoo.svg").read_text()
+    found = pictures.curves(np.array([0.0, 0.1, 10.0]))
+    assert set(found) == set(lipjax.zoo.list()) and all(f"<!-- {name} -->" in drawn for name in found)
+    for name, accuracy in found.items():
+        report = json.loads((lipjax.zoo.directory(name) / "report.json").read_text())
+        assert accuracy[0] == pytest.approx(report["clean_accuracy"]) and accuracy[2] == 0 < accuracy[1] < accuracy[0]

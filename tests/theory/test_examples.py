@@ -50,7 +50,7 @@ FUNCTIONS = (
     *(f"FrozenNetwork.{name}" for name in ("__call__", "certify", "predict", "margin_lipschitz", "lipschitz_report")),
     *(f"FrozenNetwork.{name}" for name in ("save", "load", "margins", "norm_estimates", "export")),
     *("FrozenNetwork.to_onnx", "FrozenNetwork.to_torch_state", "nn.from_nnx"),
-    *(f"zoo.{name}" for name in ("list", "load", "card", "directory", "located", "add", "fetch")),
+    *(f"zoo.{name}" for name in ("list", "load", "images", "card", "directory", "located", "add", "fetch")),
     *(f"attacks.{name}" for name in ("apgd_l2", "lipschitz_lower_bound")),
     *("parametrize.aoc.kernel", "parametrize.bcop.kernel", "interop.from_torch", "interop.from_sequential"),
     *("models.get_model", "parametrize.bcop.raw_shape"),
