@@ -12,7 +12,7 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=64")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=256")
 
 import collections
 import re
@@ -113,6 +113,6 @@ def main(argv):
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
     flags.DEFINE_list("cases", [], f"Which of {', '.join(CASES)}; all if none is named.")
-    flags.DEFINE_integer("devices", 8, "How many devices to compare with one, at most 64.")
+    flags.DEFINE_integer("devices", 8, "How many devices to compare with one, at most 256.")
     flags.DEFINE_integer("model", 1, "Along how many of them what is trained is stored in parts.")
     app.run(main)

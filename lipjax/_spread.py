@@ -1,12 +1,16 @@
 """Shards batch-independent work (matrix functions, norm estimates) over the devices of the ambient mesh.
 
-Under `jax.set_mesh(mesh)`, or within what `training.sharding.spread_over` decorates, batches of matrices are divided
-by matrices, too few large ones by columns, and lists of equal tasks by tasks. Without a mesh, on one device, and inside
-`jax.shard_map`, everything here does nothing.
+Under `jax.set_mesh(mesh)`, or within what `training.sharding.spread_over` decorates, batches of matrices are divided in
+two dimensions, over groups of devices that are made of whole axes of the mesh: each group takes some of the matrices,
+and each of its devices some columns of them. Lists of equal tasks are divided likewise: each group takes some tasks,
+and each of its devices some channels. What takes less time than to send it about is not divided. Without a mesh, on
+one device, and inside `jax.shard_map` over all axes, everything here does nothing.
 """
 
+import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,50 +20,119 @@ from jaxtyping import Array
 
 from lipjax import _precision
 
-# Columns that a device holds at least, and by multiples of which it does: what eliminations take at a time.
-PANEL = 32
-# Matrices are divided by matrices while the busiest device has at most so many times its share.
+# Columns that a device holds at least, and that eliminations take at a time at least and at most.
+PANEL, _WIDEST_PANEL = 32, 128
+# Channels of an operator that a device holds at least.
+_CHANNELS = 16
+# Groups of fewer devices are taken while the busiest device has at most so many times what it has at best.
 _IMBALANCE = 1.25
+# Operations of one product of all matrices (or one application of all tasks' maps) below which nothing is divided, and
+# of a group's below which it does not divide them by columns or channels: every product then waits for a collective
+# operation of some ten microseconds, in which an accelerator makes 3e8 to 1e9 at the highest precision.
+SMALL, SMALL_IN_COLUMNS = 2**24, 2**28
 
 
-def _mesh_axes() -> tuple[tuple[str, ...], int]:
-    """The axes to divide over, and the number of devices; ((), 1) where there is nothing to divide over."""
+class _Groups(NamedTuple):
+    """A division: the axes of the mesh over which matrices are divided, and those over which columns are.
+
+    count, parts: of devices along them.
+    """
+
+    over: tuple[str, ...] = ()
+    across: tuple[str, ...] = ()
+    count: int = 1
+    parts: int = 1
+
+
+_WHOLE = _Groups()
+
+
+def _mesh_axes() -> tuple[tuple[str, int], ...]:
+    """(name, size) of the axes to divide over; () where there is nothing to divide over."""
     mesh = jax.sharding.get_abstract_mesh()
     # Explicit axes are for users who place every array themselves.
-    if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
-        return (), 1
-    return mesh.axis_names, mesh.size
+    if mesh.empty or any(kind == AxisType.Explicit for kind in mesh.axis_types):
+        return ()
+    sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return tuple((name, size) for name, size, kind in sizes if kind == AxisType.Auto and size > 1)
 
 
 def num_devices() -> int:
     """The number of devices that share the work; 1 if it is not divided."""
-    return _mesh_axes()[1]
+    return math.prod(size for _, size in _mesh_axes())
+
+
+def panel(width: int) -> int:
+    """The number of a device's columns that eliminations take at a time: divides their number."""
+    return max(size for size in range(1, min(width, _WIDEST_PANEL) + 1) if width % size == 0)
+
+
+@functools.lru_cache(maxsize=4096)
+def _groups(
+    axes: tuple[tuple[str, int], ...], count: int, columns: int, work: float, least: int, even: bool, limits: tuple
+) -> _Groups:
+    """How `count` tasks of so many columns are divided. work: operations of one product; least: columns of a device."""
+    small, small_in_columns = limits
+    found: list[tuple[float, _Groups]] = []
+    for i in range(len(axes) + 1):
+        groups = math.prod(size for _, size in axes[:i])
+        share = -(-count // groups) / count
+        for j in range(i, len(axes) + 1):
+            parts = math.prod(size for _, size in axes[i:j])
+            width = -(-columns // parts)
+            if parts > 1:
+                if width < least or share * work < small_in_columns:
+                    continue
+                if even and (columns % parts or panel(width) < least):
+                    continue
+            over, across = (tuple(name for name, _ in part) for part in (axes[:i], axes[i:j]))
+            found.append((share * width / columns, _Groups(over, across, groups, parts)))
+    best = min(share for share, _ in found)
+    if work < small or best == 1:
+        return _WHOLE
+    good = [groups for share, groups in found if share <= _IMBALANCE * best]
+    return min(good, key=lambda groups: (groups.parts, groups.count))
+
+
+def _groups_of(shape: tuple[int, ...], even: bool = False) -> _Groups:
+    """How matrices (b, ..., m, n) are divided. even: all devices of a group get equally many columns, in whole panels.
+
+    The axes between the first and the last two count as one: their matrices stay together.
+    """
+    axes = _mesh_axes()
+    if not axes or 0 in shape or len(shape) < 2:
+        return _WHOLE
+    count, (m, n) = shape[0] if len(shape) > 2 else 1, shape[-2:]
+    return _groups(axes, count, n, 2.0 * count * m * n * max(m, n), PANEL, even, (SMALL, SMALL_IN_COLUMNS))
 
 
 def by_columns(shape: tuple[int, ...]) -> bool:
-    """True if matrices (b, ..., m, n) are divided by columns: there are too few, and n is large enough."""
-    devices = num_devices()
-    if devices == 1 or 0 in shape or shape[-1] % (PANEL * devices):
-        return False
-    return _busiest(shape, devices) > _IMBALANCE
+    """True if eliminations of matrices (b, ..., m, n) divide them by columns: there are too few, and they are large."""
+    return _groups_of(shape, even=True).parts > 1
 
 
-def _busiest(shape: tuple[int, ...], devices: int) -> float:
-    """The largest share of the matrices that a device has, in units of the mean share."""
-    count = shape[0] if len(shape) > 2 else 1
-    return -(-count // devices) * devices / count
+def _spec(ndim: int, groups: _Groups) -> PartitionSpec:
+    if ndim == 2:
+        return PartitionSpec(None, groups.across or None)
+    return PartitionSpec(groups.over or None, *[None] * (ndim - 2), groups.across or None)
+
+
+def _constrained(x: Array, spec: PartitionSpec) -> Array:
+    return lax.with_sharding_constraint(x, spec)
 
 
 def matrices(x: Array) -> Array:
-    """Matrices (b, ..., m, n), divided over the devices: by the first axis, or by columns."""
-    axes, devices = _mesh_axes()
-    if devices == 1 or 0 in x.shape:
+    """Matrices (b, ..., m, n), divided over groups of devices by the first axis, and in a group by columns."""
+    groups = _groups_of(x.shape)
+    return x if groups == _WHOLE else _constrained(x, _spec(x.ndim, groups))
+
+
+def in_groups(x: Array) -> Array:
+    """Matrices whole on every device of the group that has them: of which several products need more than a part."""
+    groups = _groups_of(x.shape)
+    if groups.parts == 1:
         return x
-    if by_columns(x.shape):
-        return lax.with_sharding_constraint(x, PartitionSpec(*[None] * (x.ndim - 1), axes))
-    if x.ndim > 2 and x.shape[0] > 1:
-        return lax.with_sharding_constraint(x, PartitionSpec(axes))
-    return x
+    return _constrained(x, _spec(x.ndim, groups._replace(across=(), parts=1)))
 
 
 def product(x: Array, y: Array) -> Array:
@@ -68,10 +141,18 @@ def product(x: Array, y: Array) -> Array:
 
 
 def gathered(tree: Any) -> Any:
-    """Arrays whole on every device."""
+    """Matrices whole on every device. Each has the sum of their gradients for its own share alone."""
     if num_devices() == 1:
         return tree
-    return jax.tree.map(lambda x: lax.with_sharding_constraint(x, PartitionSpec()), tree)
+    return jax.tree.map(_gathered, tree)
+
+
+@jax.custom_vjp
+def _gathered(x: Array) -> Array:
+    return _constrained(x, PartitionSpec())
+
+
+_gathered.defvjp(lambda x: (_gathered(x), None), lambda _, g: (matrices(g),))
 
 
 class Columns:
@@ -114,63 +195,83 @@ class Columns:
 
 
 def with_columns(function: Callable, *arrays: Array) -> Any:
-    """function(columns, *arrays), which returns matrices, with `columns` to access their columns by.
+    """function(columns, *arrays), which returns matrices like the first, with `columns` to access their columns by.
 
     Where matrices of these shapes are divided by columns, the function is called with those of each device.
     """
-    if not by_columns(arrays[0].shape):
+    groups = _groups_of(arrays[0].shape, even=True)
+    if groups.parts == 1:
         return function(Columns(), *arrays)
-    axes, devices = _mesh_axes()
-    spec = PartitionSpec(*[None] * (arrays[0].ndim - 1), axes)
-    # Neither input is whole on any device: gradients, were there any, would have nothing to sum.
+    count = arrays[0].shape[0] if arrays[0].ndim > 2 else 1
+    missing = -count % groups.count
+    if missing:  # what is computed for them is thrown away
+        arrays = tuple(jnp.concatenate([x, *[x[-1:]] * missing]) for x in arrays)
+    spec = _spec(arrays[0].ndim, groups)
+    # No input is whole on any device: gradients, were there any, would have nothing to sum.
     divided = jax.shard_map(
-        lambda *parts: function(Columns(axes, devices), *parts), in_specs=spec, out_specs=spec, check_vma=False
+        lambda *parts: function(Columns(groups.across, groups.parts), *parts),
+        in_specs=spec,
+        out_specs=spec,
+        axis_names=frozenset(groups.over + groups.across),
+        check_vma=False,
     )
-    return divided(*arrays)
+    found = divided(*arrays)
+    return jax.tree.map(lambda x: x[:count], found) if missing else found
 
 
-def each(function: Callable, items: Sequence[Any]) -> list:
+def each(function: Callable, items: Sequence[Any], *, work: float = math.inf, channels: int = 1) -> list:
     """[function(item) for item in items] for pytrees of the same structure and shapes, divided over the devices.
 
-    A device calls the function for its items in turn. Results, and gradients of the items, are gathered; or, on so
-    many devices that less is sent, summed over those that have none and those that have one. Differentiable.
+    A group of devices calls the function for its items in turn. Where there are fewer items than devices, each of a
+    group's has a part of the items' arrays, by their last axes, and XLA divides what is made of them likewise.
+    Results, and gradients of the items, are gathered. Differentiable.
+
+    Args: work: operations of one application of all items' maps. channels: along the last axes of their large arrays.
     """
-    axes, devices = _mesh_axes()
     count = len(items)
-    if devices == 1 or count < 2:
+    groups = _groups(_mesh_axes(), count, channels, work, _CHANNELS, False, (SMALL, SMALL_IN_COLUMNS))
+    if groups == _WHOLE:
         return [function(item) for item in items]
-    if devices > 2 * count:  # a sum sends everything twice
-        return _each_summed(function, items, axes)
-    share = -(-count // devices)
-    padded = [*items, *[items[-1]] * (share * devices - count)]
-    stacked = gathered(_stack(padded))
+
+    def part_of(leaf: Array) -> Array:
+        if groups.parts == 1 or leaf.ndim < 2 or leaf.shape[-1] < _CHANNELS * groups.parts:
+            return leaf
+        return _constrained(leaf, _spec(leaf.ndim, groups._replace(over=(), count=1)))
+
+    def of_item(item):
+        return function(jax.tree.map(part_of, item))
+
+    if groups.count == 1:
+        return [_whole(of_item(item)) for item in items]
+    share = -(-count // groups.count)
+    padded = [*items, *[items[-1]] * (share * groups.count - count)]
 
     def of_share(part):
-        return _stack([function(_at(part, i)) for i in range(share)])
+        return _stack([of_item(_at(part, i)) for i in range(share)])
 
-    spec = PartitionSpec(axes)
-    found = gathered(jax.shard_map(of_share, in_specs=spec, out_specs=spec, check_vma=False)(stacked))
+    spec = PartitionSpec(groups.over)
+    # Over the other axes XLA divides.
+    divided = jax.shard_map(
+        of_share, in_specs=spec, out_specs=spec, axis_names=frozenset(groups.over), check_vma=False
+    )
+    found = _whole(divided(_whole(_stack(padded))))
     return [_at(found, i) for i in range(count)]
 
 
-def _each_summed(function: Callable, items: Sequence[Any], axes: tuple[str, ...]) -> list:
-    """`each` on more devices than items."""
-    count = len(items)
+def operations(operator: Any) -> tuple[float, int]:
+    """Operations of one application of a linear operator, roughly, and the length of its largest array's last axis."""
+    largest = max(jax.tree.leaves(operator), key=jnp.size, default=jnp.zeros(()))
+    if jnp.ndim(largest) < 2:
+        return 0.0, 1
+    positions = math.prod(operator.out_shape[:-1])
+    # An array with a matrix for each position, or frequency, is applied once.
+    applied = 1 if jnp.size(largest) >= positions * operator.in_shape[-1] * operator.out_shape[-1] else positions
+    return 2.0 * jnp.size(largest) * applied, jnp.shape(largest)[-1]
 
-    def of_one(stacked):
-        device = lax.axis_index(axes)
-        item = jnp.minimum(device, count - 1)
-        found = function(jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, item, keepdims=False), stacked))
 
-        def among_all(leaf):
-            first = jnp.arange(count).reshape(-1, *[1] * jnp.ndim(leaf)) == device
-            return lax.psum(jnp.where(first, leaf, 0), axes)
-
-        return jax.tree.map(among_all, found)
-
-    spec = PartitionSpec()
-    found = jax.shard_map(of_one, in_specs=spec, out_specs=spec, check_vma=False)(gathered(_stack(items)))
-    return [_at(found, i) for i in range(count)]
+def _whole(tree: Any) -> Any:
+    """Arrays whole on every device, as are their gradients."""
+    return jax.tree.map(lambda leaf: _constrained(leaf, PartitionSpec()), tree)
 
 
 def _stack(trees: Sequence[Any]) -> Any:

@@ -80,7 +80,14 @@ def norm_estimates(network: Network, vectors: Vectors, num_iters: int) -> tuple[
     tasks = {label: (part, vectors[label]) for label, part in itertools.chain(*parts)}
     results = {}
     for labels in _alike(tasks):
-        of_labels = _spread.each(lambda task: task[0].estimate(task[1], num_iters), [tasks[label] for label in labels])
+        alike = [tasks[label] for label in labels]
+        operations, channels = _spread.operations(alike[0][0])
+        of_labels = _spread.each(
+            lambda task: task[0].estimate(task[1], num_iters),
+            alike,
+            work=len(alike) * operations,
+            channels=channels,
+        )
         results |= dict(zip(labels, of_labels, strict=True))
     sigmas = {}
     for name, op, estimated in zip(network.names, network.ops, parts, strict=True):

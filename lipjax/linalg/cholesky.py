@@ -21,12 +21,15 @@ Matrices = Float[Array, "*batch n n"]
 def factor(s: Matrices, method: str) -> tuple[Matrices, Matrices]:
     """(L, L^-1) with L L^T = s, L lower triangular; NaN where s is not positive definite.
 
-    Args: s: symmetric. method: "products", "lapack", or "auto": products on the CPU, the library of other devices.
+    Args: s: symmetric. method: "products", "lapack", or "auto": products on the CPU, and for matrices that are divided
+      by columns over devices, which no library does; otherwise the library of other devices.
     """
     if method == "products":
         return _by_products(s)
     if method == "lapack":
         return _by_library(s)
+    if _spread.by_columns(s.shape):
+        return _by_products(s)
     return lax.platform_dependent(s, cpu=_by_products, default=_by_library)
 
 
@@ -62,7 +65,7 @@ def _by_blocks(s: Parts, least: float | None) -> tuple[Parts, Parts]:
 
         def of_share(columns: _spread.Columns, *parts: Array):
             whole: Any = (*parts, None)
-            found = _panels(columns, whole[:2], least, _spread.PANEL)
+            found = _panels(columns, whole[:2], least, _spread.panel(whole[0].shape[-1]))
             return tuple(part for half in found for part in half if part is not None)
 
         found = _spread.with_columns(of_share, *[part for part in s if part is not None])
@@ -170,7 +173,7 @@ def _backward(ridge: float, method: str, residuals, g: Array):
     # XLA for CPU leaves products with a transposed first factor to a slower library: half the speed at 512 x 512.
     upper, upper_inverse = lax.optimization_barrier((transpose(lower), transpose(inverse)))
     of_lower = -jnp.tril(matmul(upper_inverse, matmul(g, transpose(w))))
-    of_gram = jnp.tril(matmul(upper, of_lower))
+    of_gram = _spread.in_groups(jnp.tril(matmul(upper, of_lower)))  # turned, and a factor
     of_gram = of_gram + transpose(jnp.tril(of_gram, -1))
     return (matmul(upper_inverse, matmul(of_gram, w) + g),)
 

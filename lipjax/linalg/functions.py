@@ -293,10 +293,11 @@ def _eliminate(m: Parts) -> Parts:
 
 def _eliminate_columns(m: Parts) -> Parts:
     """`_eliminate` on devices that hold some columns each and send each other those of the pivot blocks."""
-    n, size = m[0].shape[-1], _spread.PANEL
+    n = m[0].shape[-1]
 
     def eliminate(columns: _spread.Columns, *parts: Array) -> tuple:
         m: Any = (*parts, None)[:2]
+        size = _spread.panel(m[0].shape[-1])
         for start in range(0, n, size):
             block = slice(start, start + size)
             column = jax.tree.map(lambda part, start=start: columns.take(part, start, size), m)

@@ -30,7 +30,7 @@ def run_plans(config: Any, topologies: Iterable[str], images_per_chip: int | Non
     Args: images_per_chip: sets config.batch_size to so many times the chips, for weak scaling; None: as configured.
     Raises: UserError if a step does not fit, when all is printed; see also `make_plan`.
     """
-    from lipjax.plan.table import advice, table  # here, because it is made of plans
+    from lipjax.plan.table import advice, table, warning  # here, because it is made of plans
 
     parsed = [parse_topology(name) for name in topologies]
     os.environ.update({name: value for name, value in _NO_HARDWARE.items() if name not in os.environ})
@@ -48,6 +48,9 @@ def run_plans(config: Any, topologies: Iterable[str], images_per_chip: int | Non
         plans.append(make_plan(config, topology))
         console.print(f"... {plans[-1].compile_seconds:.0f} s", markup=False)
     console.print(table(plans), markup=False)
+    for plan in plans:
+        if text := warning(plan):
+            console.print(text, markup=False)
     problems = [advice(plan, config) for plan in plans if not plan.fits]
     if problems:
         raise UserError("\n".join(problems))

@@ -101,6 +101,12 @@ class Plan:
         chip = self.topology.chip
         return self.memory is not None and (chip is None or self.memory.total <= chip.memory)
 
+    @property
+    def repeated(self) -> float:
+        """Operations that all chips make in the compiled program, over those traced: above 1 they repeat work."""
+        total = sum(self.traced.values())
+        return sum(self.flops.values()) * self.topology.count / total if total else 1.0
+
     @functools.cached_property
     def work(self) -> dict[str, float]:
         """Operations of one chip by kind: as compiled, or its share of what was traced where some are out of sight.

@@ -7,6 +7,8 @@ from lipjax.plan.plan import Plan
 
 GIB, MIB = 2**30, 2**20
 _KERNELS = ("library", "triton", "collective", "other")
+# How many times what was traced all chips together may compute before a plan warns.
+_REPEATED = 1.1
 
 
 def table(plans: list[Plan]) -> str:
@@ -41,10 +43,9 @@ def _rows(plan: Plan) -> dict[str, str]:
         "… per image": _flop(sum(plan.traced.values()) / plan.batch),
     }
     if plan.memory is not None:
-        compiled = sum(plan.flops.values())
         rows |= {
-            "operations per step and chip, compiled": f"{_flop(compiled)} ({_kinds(plan.flops)})",
-            "… times chips, over those traced": f"{compiled * count / sum(plan.traced.values()):.3f}",
+            "operations per step and chip, compiled": f"{_flop(sum(plan.flops.values()))} ({_kinds(plan.flops)})",
+            "… times chips, over those traced": f"{plan.repeated:.3f}",
         }
         if plan.xla_flops:
             rows["… by XLA's own count"] = _flop(plan.xla_flops)
@@ -145,6 +146,17 @@ def advice(plan: Plan, config) -> str:
     mostly_state = plan.memory is not None and plan.memory.arguments > plan.memory.temporaries
     settings = [*state, *images] if mostly_state else [*images, *state]
     return f"The step does not fit {plan.topology.name} ({need}). Change, in this order: {'; '.join(settings)}."
+
+
+def warning(plan: Plan) -> str:
+    """A sentence about work that chips repeat instead of dividing it; "" where that is at most a tenth."""
+    if plan.memory is None or plan.repeated <= _REPEATED:
+        return ""
+    return (
+        f"Warning: on {plan.topology.name} all chips together compute {plan.repeated:.2f} times what was traced: they "
+        "repeat work that is too small, or made of too few or too narrow matrices, to be divided over so many "
+        "(docs/scale.md, sharded parametrisation). Take fewer chips, or more images for each."
+    )
 
 
 def _bytes(size: int | float) -> str:

@@ -15,6 +15,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lipjax.errors import UserError
 
+# What the names of the mesh's axes begin with. Each is as many axes as its number of devices has prime factors: of
+# whole axes any group of devices can be made whose number divides theirs, over which `lipjax._spread` divides work.
 DATA, MODEL = "data", "model"
 
 # Arrays with fewer entries are stored whole on every device: fetching their parts would take longer than it saves.
@@ -53,7 +55,33 @@ def make_mesh(data: int, batch_size: int, model: int = 1, devices: list | None =
         )
     # In JAX's order, process by process, not by jax.make_mesh, which may permute a TPU's: the i-th part of a batch is
     # then the i-th process's, and what is drawn for an image does not depend on the topology.
-    return Mesh(np.array(devices[:count]).reshape(data, model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
+    sizes, names = [], []
+    for name, number in ((DATA, data), (MODEL, model)):
+        factors = _prime_factors(number) or ((1,) if name == DATA else ())
+        sizes += factors
+        names += [f"{name}{i}" for i in range(len(factors))]
+    return Mesh(np.array(devices[:count]).reshape(sizes), names, axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _prime_factors(n: int) -> tuple[int, ...]:
+    """In descending order."""
+    found, factor = [], 2
+    while n > 1:
+        while n % factor == 0:
+            found.append(factor)
+            n //= factor
+        factor += 1
+    return tuple(reversed(found))
+
+
+def axes(mesh: Mesh, name: str) -> tuple[str, ...]:
+    """The axes of the mesh that are DATA's or MODEL's."""
+    return tuple(axis for axis in mesh.axis_names if axis.startswith(name))
+
+
+def size(mesh: Mesh, name: str) -> int:
+    """The number of devices along DATA or MODEL."""
+    return math.prod(mesh.shape[axis] for axis in axes(mesh, name))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -63,7 +91,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharded(mesh: Mesh) -> NamedSharding:
     """The leading axis divided over all devices."""
-    return NamedSharding(mesh, PartitionSpec((DATA, MODEL)))
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def spec_of(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -71,12 +99,12 @@ def spec_of(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
     Parameters and what optimizers keep for them have the same shapes, hence the same parts.
     """
-    parts = mesh.shape[MODEL]
-    axes = [axis for axis, side in enumerate(shape) if side % parts == 0]
-    if parts == 1 or math.prod(shape) < MIN_SIZE or not axes:
+    parts = size(mesh, MODEL)
+    divisible = [axis for axis, side in enumerate(shape) if side % parts == 0]
+    if parts == 1 or math.prod(shape) < MIN_SIZE or not divisible:
         return PartitionSpec()
-    largest = max(axes, key=lambda axis: shape[axis])
-    return PartitionSpec(*[MODEL if axis == largest else None for axis in range(len(shape))])
+    largest = max(divisible, key=lambda axis: shape[axis])
+    return PartitionSpec(*[axes(mesh, MODEL) if axis == largest else None for axis in range(len(shape))])
 
 
 def state_shardings(abstract_state, mesh: Mesh) -> Any:

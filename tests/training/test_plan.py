@@ -103,6 +103,14 @@ def test_advice_names_the_settings_that_help_first():
     assert plan._overflow("INTERNAL: something else") == ""
 
 
+def test_a_plan_warns_of_work_that_chips_repeat():
+    text = table.warning(example())  # 1 and 1/6 of what was traced
+    assert text.startswith("Warning: on v5e:2x2") and " 1.17 times " in text and "docs/scale.md" in text
+    assert table.warning(example(flops={"default": 1.09 * 197e12})) == ""
+    assert table.warning(example(flops={"default": 1.11 * 197e12})) != ""
+    assert table.warning(example(memory=None)) == ""  # not compiled
+
+
 def load(name, *overrides):
     return read_config(name, list(overrides))
 

@@ -92,7 +92,7 @@ def test_the_compiled_program_of_one_device_has_its_operations():
 def test_collectives_of_a_compiled_program():
     mesh = sharding.make_mesh(4, 8, model=2)
     everywhere, split = sharding.replicated(mesh), sharding.batch_sharded(mesh)
-    parts = NamedSharding(mesh, PartitionSpec(sharding.MODEL))
+    parts = NamedSharding(mesh, PartitionSpec(sharding.axes(mesh, sharding.MODEL)))
     x = jax.device_put(jnp.ones((16, 32), jnp.float32), split)
     w = jax.device_put(jnp.ones((32, 32), jnp.float32), parts)
     found = compiled(lambda x, w: x.sum(0) + w[0], x, w, out_shardings=everywhere)
@@ -100,15 +100,13 @@ def test_collectives_of_a_compiled_program():
     reduced = [c for c in found.collectives() if c.kind == "all-reduce"]
     assert (8, 32 * 4, 1) in [(c.group, c.bytes, c.times) for c in reduced]
 
-    gather = lambda w: jax.lax.all_gather(w, sharding.MODEL)  # noqa: E731
+    gather = lambda w: jax.lax.all_gather(w, sharding.axes(mesh, sharding.MODEL))  # noqa: E731
     gather = jax.shard_map(gather, mesh=mesh, in_specs=parts.spec, out_specs=PartitionSpec(), check_vma=False)
     assert [(c.kind, c.group, c.bytes) for c in compiled(gather, w).collectives()] == [("all-gather", 2, 32 * 32 * 4)]
 
     def often(x):
-        step = lambda a: jax.lax.psum(jnp.sin(a), (sharding.DATA, sharding.MODEL))  # noqa: E731
-        return jax.lax.fori_loop(
-            0, 5, lambda _, a: jax.lax.pcast(step(a), (sharding.DATA, sharding.MODEL), to="varying"), x
-        )
+        step = lambda a: jax.lax.psum(jnp.sin(a), mesh.axis_names)  # noqa: E731
+        return jax.lax.fori_loop(0, 5, lambda _, a: jax.lax.pcast(step(a), mesh.axis_names, to="varying"), x)
 
     looped = jax.shard_map(often, mesh=mesh, in_specs=split.spec, out_specs=split.spec)
     found = compiled(looped, x)
@@ -116,7 +114,7 @@ def test_collectives_of_a_compiled_program():
     assert found.collectives()[0].link_bytes() == 5 * 2 * 7 / 8 * 256
     assert found.collectives()[0].link_bytes(reduces_in_network=True) == 5 * 7 / 8 * 256
 
-    axes = (sharding.DATA, sharding.MODEL)
+    axes = mesh.axis_names
     twice = jax.shard_map(lambda x: jax.lax.psum(jnp.sin(jax.lax.psum(x, axes)), axes), in_specs=split.spec,
                           out_specs=PartitionSpec(), mesh=mesh, check_vma=False)  # fmt: skip
     assert [(c.kind, c.bytes) for c in compiled(twice, x).collectives()] == [("all-reduce", 2 * 32 * 4)] * 2

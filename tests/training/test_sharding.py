@@ -7,15 +7,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
-from tiers import everyday
+from jax.sharding import PartitionSpec
 from training_helpers import differing, quick_compiles, tiny_config  # noqa: F401  quick_compiles is a fixture
 
 import lipjax
-from benchmarks.sharding import compiled_build, describe
-from lipjax import _spread, linalg
 from lipjax.errors import UserError
-from lipjax.parametrize import soc_frequency
 from lipjax.plan.hlo import Program
 from lipjax.training import loop, sharding
 from lipjax.training import step as steps
@@ -53,9 +49,14 @@ def small_parts(monkeypatch):
 
 
 def test_the_mesh_of_a_config():
-    assert dict(sharding.make_mesh(-1, 16).shape) == {"data": 8, "model": 1}
-    assert dict(sharding.make_mesh(-1, 16, 4).shape) == {"data": 2, "model": 4}
-    assert dict(sharding.make_mesh(2, 16, 2).shape) == {"data": 2, "model": 2}
+    assert dict(sharding.make_mesh(-1, 16).shape) == {"data0": 2, "data1": 2, "data2": 2}
+    assert dict(sharding.make_mesh(-1, 16, 4).shape) == {"data0": 2, "model0": 2, "model1": 2}
+    assert dict(sharding.make_mesh(6, 12).shape) == {"data0": 3, "data1": 2}
+    assert dict(sharding.make_mesh(1, 12).shape) == {"data0": 1}
+    mesh = sharding.make_mesh(2, 16, 4)
+    assert [sharding.size(mesh, name) for name in (sharding.DATA, sharding.MODEL)] == [2, 4]
+    assert list(mesh.devices.flat) == jax.devices()
+    assert sharding.batch_sharded(mesh).shard_shape((16, 3)) == (2, 3)
     one = sharding.make_mesh(1, 5)
     assert one.size == 1 and one.devices.flat[0] == jax.devices()[0]
     for arguments, message in (
@@ -75,16 +76,16 @@ def test_several_processes_leave_no_device_out(monkeypatch):
 
 
 def test_large_arrays_are_stored_by_their_largest_axis_that_divides():
-    mesh = eight(2, 4)
+    mesh, model = eight(2, 4), ("model0", "model1")
     for shape, expected in (
-        ((3, 3, 64, 128), (None, None, None, "model")),
-        ((5, 5, 3, 512), (None, None, None, "model")),
-        ((2048, 512), ("model", None)),
-        ((10, 8192), (None, "model")),
-        ((514, 512), (None, "model")),  # the larger one does not divide
+        ((3, 3, 64, 128), (None, None, None, model)),
+        ((5, 5, 3, 512), (None, None, None, model)),
+        ((2048, 512), (model, None)),
+        ((10, 8192), (None, model)),
+        ((514, 512), (None, model)),  # the larger one does not divide
         ((129, 131), ()),
         ((2**14 - 4,), ()),  # too small
-        ((2**14,), ("model",)),
+        ((2**14,), (model,)),
         ((), ()),
     ):
         assert sharding.spec_of(shape, mesh) == PartitionSpec(*expected), shape
@@ -96,8 +97,8 @@ def test_large_arrays_are_stored_by_their_largest_axis_that_divides():
 def test_a_state_lies_as_described_before_and_after_a_step():
     run = Run(config_of(data=4, model=2, **{"optimizer.name": "nadam"}), 0)
     state, described = run.fresh_state(), sharding.describe(run.abstract_state, run.mesh)
-    assert described[".params['block_01']['weight']"] == PartitionSpec(None, None, "model", None)
-    assert described[".params['neck_dense']['matrix']"] == PartitionSpec("model", None)
+    assert described[".params['block_01']['weight']"] == PartitionSpec(None, None, ("model0",), None)
+    assert described[".params['neck_dense']['matrix']"] == PartitionSpec(("model0",), None)
     assert described[".params['stem']['bias']"] == described[".step"] == described[".key"] == PartitionSpec()
     parts = {path: spec for path, spec in described.items() if spec != PartitionSpec()}
     weights = [path for path in parts if path.endswith("['weight']") and path.startswith(".params")]
@@ -210,144 +211,7 @@ def lip_of(state):
     return {"lip": state.lip}
 
 
-# ---- work without images, divided ----------------------------------------------------------------------------------
-
-
-def draw(*shape):
-    return jnp.asarray(np.random.default_rng(len(shape)).normal(size=shape) / np.sqrt(shape[-1]))
-
-
-def both_ways(function, mesh):
-    """Jitted on the mesh: arrays -> (values, gradient for some cotangent)."""
-
-    @jax.jit
-    @sharding.spread_over(mesh)
-    def value_and_gradient(*arrays):
-        found, pull_back = jax.vjp(function, *arrays)
-        waves = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), found)
-        return found, pull_back(waves)
-
-    return lambda *arrays: value_and_gradient(*jax.device_put(arrays, sharding.replicated(mesh)))
-
-
-def skew(a):
-    return a - jnp.swapaxes(a, -1, -2)
-
-
-MATRIX_FUNCTIONS = {
-    "cayley": lambda w: linalg.cayley(w),
-    "complex cayley": lambda w: linalg.cayley_split(w, 0.3 * w**2),
-    "expm": lambda w: linalg.expm_skew_split(skew(w), w + jnp.swapaxes(w, -1, -2)),
-    "cholesky": lambda w: linalg.cholesky_orthogonalize(w),
-    "reflector": lambda w: linalg.block_reflector_split(w, 0.3 * w**2, 1e-3),
-    "series": lambda w: soc_frequency._series((skew(w), jnp.stack([skew(w)] * 2, 1)), 5, w.shape[-1]),
-}
-
-
-COLUMNS = (1, 256, 256)
-
-
-# 11 matrices are divided by matrices, not evenly, and a single large one by columns.
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        *[(name, (11, 20, 20)) for name in MATRIX_FUNCTIONS],
-        *[("cayley", (11, 45, 20)), ("cayley", COLUMNS), ("cholesky", COLUMNS)],
-        *[
-            pytest.param(name, COLUMNS, marks=pytest.mark.nightly)
-            for name in ("complex cayley", "expm", "reflector", "series")
-        ],
-    ],
-)
-def test_matrix_functions_are_the_same_on_a_mesh(name, shape):
-    w = draw(*shape)
-    on_one, on_eight = (both_ways(MATRIX_FUNCTIONS[name], mesh) for mesh in (eight(1), eight(4, 2)))
-    one, many, other = (jax.tree.leaves(found) for found in (on_one(w), on_eight(w), on_one((1 + 1e-6) * w)))
-    # Numbers of size 1 from sums of n terms; condition numbers below 1000 (Cholesky with ridge 1e-3).
-    allowed = [1e3 * shape[-1] * 2.0**-52 * np.abs(a).max() for a in one]
-    for a, b, limit in zip(one, many, allowed, strict=True):
-        np.testing.assert_allclose(b, a, rtol=0, atol=limit)
-    assert any(np.abs(a - c).max() > limit for a, c, limit in zip(one, other, allowed, strict=True))  # control
-
-
-def test_explicit_meshes_and_shard_map_are_left_alone():
-    with jax.set_mesh(jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))):
-        assert _spread.num_devices() == 1
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
-    with jax.set_mesh(mesh):
-        assert _spread.num_devices() == 8  # control: what is not ours is taken, too
-        # Maps of 1 x 1 have no pairs of frequencies; 7 of 8 devices have work; 9 matrices make two for one device.
-        shapes = (
-            (0, 2, 256, 256),
-            (1, 256, 256),
-            (7, 256, 256),
-            (9, 256, 256),
-            (9, 256, 250),
-            (512, 512),
-            (64, 512, 512),
-        )
-        assert [_spread.by_columns(shape) for shape in shapes] == [False, True, False, True, False, True, False]
-        inside = []
-        jax.shard_map(
-            lambda x: inside.append(_spread.num_devices()) or x,
-            in_specs=PartitionSpec("x"),
-            out_specs=PartitionSpec("x"),
-        )(jnp.zeros(8))
-        assert inside == [1]
-    assert _spread.num_devices() == 1
-
-
-@pytest.mark.parametrize("count", [1, 2, 11])
-def test_equal_tasks_are_divided(count):
-    items = [{"a": draw(4, 4) * (i + 1), "b": draw(3) + i} for i in range(count)]
-    task = lambda item: (item["a"] @ item["a"], jnp.sum(item["b"] ** 2) * item["a"][0])  # noqa: E731
-    one, many = (both_ways(lambda *items: _spread.each(task, items), mesh)(*items) for mesh in (eight(1), eight(2, 4)))
-    assert jax.tree.structure(one) == jax.tree.structure(many)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-12), one, many)
-
-
-# ---- what the compiled programs say --------------------------------------------------------------------------------
-
-TINY = {"name": "lipconvnet", "depth": 2, "num_blocks": 1, "width": 16}
-BUILDS = {
-    "cayley": (TINY | {"layer": "cayley"}, {}),
-    "bro": (TINY | {"layer": "bro"}, {}),
-    "soc": (TINY | {"padding": "CIRCULAR", "form": "response", "train_terms": None}, {}),
-    "cholesky": (
-        {
-            **{"name": "liresnet", "depth": 1, "width": 4, "neck": "cholesky", "neck_features": 64},
-            **{"dense_depth": 16},
-        },
-        {},
-    ),
-    "estimates": (
-        {"name": "liresnet", "depth": 16, "width": 16, "stem_kernel": 3, "stem_padding": 1},
-        {"power_iterations": 2},
-    ),
-}
-
-
-def build_on(name, mesh):
-    model, fields = BUILDS[name]
-    config = tiny_config(**fields)
-    with config.unlocked():
-        config.model = ml_collections.ConfigDict(model)
-    return describe(compiled_build(config, (16, 16, 3), mesh))
-
-
-@pytest.mark.x64_off
-@pytest.mark.parametrize("name", everyday(BUILDS, "cholesky", "estimates"))
-def test_a_device_of_eight_does_at_most_a_sixth_of_what_does_not_depend_on_images(name, monkeypatch):
-    one, many = build_on(name, eight(1)), build_on(name, eight(8))
-    # XLA's count of all operations, the body of a loop once; and products and convolutions, loops by their length.
-    assert many["flops"] <= one["flops"] / 6
-    assert 0 < many["products"] <= one["products"] / 6
-    # Results are gathered, sums over the devices' shares (gradients of kernels, norms) are added up, and that is all.
-    assert set(many["collectives"]) <= {"all-gather", "all-reduce"} and "all-gather" in many["collectives"]
-    assert not one["collectives"] and not one["calls"] and not many["calls"]
-    if name == "cholesky":
-        monkeypatch.setattr(sharding, "spread_over", lambda mesh: lambda function: function)
-        assert build_on(name, eight(8))["flops"] > 0.9 * one["flops"]  # control: every device does everything
+# ---- what the compiled program says ---------------------------------------------------------------------------------
 
 
 @pytest.mark.x64_off
