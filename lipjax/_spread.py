@@ -242,7 +242,7 @@ def each(function: Callable, items: Sequence[Any], *, work: float = math.inf, ch
         return function(jax.tree.map(part_of, item))
 
     if groups.count == 1:
-        return [_whole(of_item(item)) for item in items]
+        return [whole(of_item(item)) for item in items]
     share = -(-count // groups.count)
     padded = [*items, *[items[-1]] * (share * groups.count - count)]
 
@@ -251,11 +251,25 @@ def each(function: Callable, items: Sequence[Any], *, work: float = math.inf, ch
 
     spec = PartitionSpec(groups.over)
     # Over the other axes XLA divides.
-    divided = jax.shard_map(
-        of_share, in_specs=spec, out_specs=spec, axis_names=frozenset(groups.over), check_vma=False
-    )
-    found = _whole(divided(_whole(_stack(padded))))
+    divided = jax.shard_map(of_share, in_specs=spec, out_specs=spec, axis_names=frozenset(groups.over), check_vma=False)
+    found = whole(divided(whole(_stack(padded))))
     return [_at(found, i) for i in range(count)]
+
+
+def row_groups(count: int, work: float) -> int:
+    """How many groups of devices share the rows of a batch, which nothing else joins: 1 if they are not divided."""
+    return _groups(_mesh_axes(), count, 1, work, 1, False, (SMALL, SMALL_IN_COLUMNS)).count
+
+
+def rows(x: Array, work: float) -> Array:
+    """A batch, divided by its first axis over `row_groups` of devices."""
+    groups = _groups(_mesh_axes(), x.shape[0], 1, work, 1, False, (SMALL, SMALL_IN_COLUMNS))
+    return x if groups == _WHOLE else _constrained(x, PartitionSpec(groups.over))
+
+
+def whole(tree: Any) -> Any:
+    """Arrays whole on every device, as are their gradients."""
+    return jax.tree.map(lambda leaf: _constrained(leaf, PartitionSpec()), tree) if num_devices() > 1 else tree
 
 
 def operations(operator: Any) -> tuple[float, int]:
@@ -267,11 +281,6 @@ def operations(operator: Any) -> tuple[float, int]:
     # An array with a matrix for each position, or frequency, is applied once.
     applied = 1 if jnp.size(largest) >= positions * operator.in_shape[-1] * operator.out_shape[-1] else positions
     return 2.0 * jnp.size(largest) * applied, jnp.shape(largest)[-1]
-
-
-def _whole(tree: Any) -> Any:
-    """Arrays whole on every device, as are their gradients."""
-    return jax.tree.map(lambda leaf: _constrained(leaf, PartitionSpec()), tree)
 
 
 def _stack(trees: Sequence[Any]) -> Any:

@@ -5,6 +5,7 @@ b = (beta - alpha) / 2. What the network computes is then a sum of linear *chain
 an activation, to before a later one, or to the output (docs/soundness.md, section 12).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from lipjax import _spread
 from lipjax.bounds.liplt_path import Step, slope_parts
 from lipjax.linalg.unit import unit
 from lipjax.operators.base import Linear
@@ -82,6 +84,46 @@ def _chain_images(path: Sequence[Step], vectors: list[Array]) -> list[Array]:
     return images
 
 
+def _images_by_end(path: Sequence[Step], vectors: list[Array]) -> list[Array]:
+    """`_chain_images` on several devices: each carries the chains to its own ends from all starts, and sends nothing.
+
+    vectors: entry s is (ends, *shape), row e of it for the chain from start s to activation e + 1: of each start a row
+    for every end, which is zero where there is no such chain. Returns: by activation k (ends, k, *shape), of which the
+    rows of other ends are zero.
+    """
+    x, images, count, last = vectors[0][:, None], [], 0, len(_activations(path))
+    ends = jnp.arange(x.shape[0])
+
+    def on_batch(function: Callable, x: Array, *more: Array) -> Array:
+        flat = [a.reshape(-1, *a.shape[2:]) for a in (x, *more)]
+        image = function(*flat)
+        return image.reshape(*x.shape[:2], *image.shape[1:])
+
+    for step in path:
+        if step.block is None:
+            x = on_batch(lambda x, step=step: _through(step, x), x)
+            continue
+        count += 1
+        inner = step.block.inner
+        arrived = on_batch(lambda x, inner=inner: _apply(inner, x), x) if inner else x
+        here = (ends == count - 1).reshape(-1, *[1] * (arrived.ndim - 1))
+        images.append(jnp.where(here, arrived, 0))
+        if count == last:
+            break
+        if not step.is_plain:
+            x = on_batch(lambda x, known, step=step: _through(step, x, known), x, arrived)
+        x = jnp.concatenate([x, _apply(step.block.outer, vectors[count])[:, None]], axis=1)
+    return images
+
+
+def _work(path: Sequence[Step]) -> float:
+    """Operations of a path's linear maps on one vector, roughly."""
+    parts = [
+        (*step.block.inner, *step.block.outer, *(step.block.skip or ())) if step.block else (step.op,) for step in path
+    ]
+    return sum(_spread.operations(op)[0] for ops in parts for op in ops)
+
+
 def init_vectors(path: Sequence[Step], key: PRNGKeyArray, dtype) -> Vectors:
     """Random unit start vectors of all chains that end before an activation.
 
@@ -121,8 +163,16 @@ def chain_norms(path: Sequence[Step], vectors: Vectors, num_iters: int) -> tuple
     kept = [unit(v, v, batched=True) for v in kept]
     fixed = jax.tree.map(lambda a: jax.lax.stop_gradient(a) if isinstance(a, jax.Array) else a, tuple(path))
 
+    # One group of devices is one device, or all of them where each does everything.
+    count, groups = len(kept), _spread.row_groups(len(kept), len(kept) * _work(path))
+    images_of = _chain_images if groups == 1 else _images_by_end
+    if groups > 1:
+        rows = groups * -(-count // groups)
+        kept = [jnp.pad(v, [(s, rows - count), *[(0, 0)] * (v.ndim - 1)]) for s, v in enumerate(kept)]
+        kept = [_spread.rows(v, math.inf) for v in kept]
+
     def sweep(vs):
-        return _chain_images(fixed, vs)
+        return images_of(fixed, vs)
 
     def advance(_, vs):
         images = sweep(vs)
@@ -135,7 +185,13 @@ def chain_norms(path: Sequence[Step], vectors: Vectors, num_iters: int) -> tuple
     else:
         kept = jax.lax.fori_loop(0, num_iters, advance, kept)
     kept = jax.lax.stop_gradient(kept)
-    norms = [_lengths(image) for image in _chain_images(path, kept)]
+    images = images_of(path, kept)
+    if groups > 1:  # one row of each start is not zero
+        norms = [jnp.sum(_lengths(x.reshape(-1, *x.shape[2:])).reshape(x.shape[:2]), axis=0) for x in images]
+        kept = [v[s:count] for s, v in enumerate(kept)]
+        norms, kept = _spread.whole((norms, kept))
+    else:
+        norms = [_lengths(image) for image in images]
     return norms, {str(s): v for s, v in enumerate(kept)}
 
 
@@ -190,7 +246,7 @@ def output_rows(path: Sequence[Step], rows: Array, all_starts: bool) -> list[Arr
     """
     found: list[Array] = []
     shape, dtype = path[-1].out_shape, rows.dtype
-    x = rows.reshape(rows.shape[0], *shape)
+    x = _spread.rows(rows.reshape(rows.shape[0], *shape), rows.shape[0] * _work(path))
 
     def transposed(function, in_shape, y):
         like = jax.ShapeDtypeStruct((y.shape[0], *in_shape), dtype)
@@ -202,11 +258,11 @@ def output_rows(path: Sequence[Step], rows: Array, all_starts: bool) -> list[Arr
             back = transposed(lambda v, o=outer: _apply(o, v), step.inner_shape, x) if outer else x
             found.append(back.reshape(rows.shape[0], -1))
             if not all_starts:
-                return found
+                return _spread.whole(found)
         if not step.is_plain:
             x = transposed(lambda v, step=step: _through(step, v), step.shape, x)
     found.append(x.reshape(rows.shape[0], -1))
-    return found[::-1]
+    return _spread.whole(found[::-1])
 
 
 def squared_distances(rows: Array) -> Array:

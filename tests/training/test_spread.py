@@ -1,11 +1,5 @@
 """Work without images, divided over devices: the same results, shares that fall as 1 / devices, what is sent."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -15,7 +9,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from training_helpers import quick_compiles, tiny_config  # noqa: F401  quick_compiles is a fixture
 
 from benchmarks.sharding import compiled_build, describe
-from lipjax import _spread, linalg
+from lipjax import _spread, bounds, linalg, operators
 from lipjax.parametrize import soc_frequency
 from lipjax.training import sharding
 
@@ -136,6 +130,38 @@ def test_equal_tasks_are_divided(count, channels):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-12, atol=1e-12), one, many)
 
 
+@pytest.mark.usefixtures("everything")
+def test_chains_of_liplt_are_divided_by_their_ends():
+    """Three linear maps and a residual block, with two activations between them and one inside."""
+
+    def estimate(*kernels):
+        first, inner, outer, last = kernels
+        block = operators.Residual(
+            (operators.Conv(inner, (4, 4, 2)), operators.ReLU((4, 4, 2)), operators.Conv(outer, (4, 4, 2)))
+        )
+        relu = operators.ReLU((4, 4, 2))
+        path = [operators.Conv(first, (4, 4, 1)), relu, block, relu, operators.Conv(last, (4, 4, 2), strides=2)]
+        vectors = bounds.liplt_vectors(path, jax.random.key(0))
+        pairwise, rest = bounds.liplt_estimate(path, vectors, 3)
+        return pairwise, rest.constants, rest.norms, rest.vectors
+
+    shapes = [(3, 3, 1, 2), (3, 3, 2, 2), (3, 3, 2, 2), (3, 3, 2, 3)]
+    kernels = [draw(*shape) + 0.1 * i for i, shape in enumerate(shapes)]
+    one, many, other = (
+        jax.tree.leaves(both_ways(estimate, mesh)(*scaled))
+        for mesh, scaled in (
+            (eight(1), kernels),
+            (eight(2, 4), kernels),
+            (eight(1), [(1 + 1e-9) * k for k in kernels]),
+        )
+    )
+    # Six applications, as many transposed ones and as many again backward, each of sums of 18 numbers.
+    allowed = [18 * 18 * 2.0**-52 * np.abs(a).max() for a in one]
+    for a, b, limit in zip(one, many, allowed, strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=limit)
+    assert any(np.abs(a - c).max() > limit for a, c, limit in zip(one, other, allowed, strict=True))  # control
+
+
 # ---- who does what -------------------------------------------------------------------------------------------------
 
 DEVICES = (8, 16, 64, 256)
@@ -228,5 +254,3 @@ def test_a_device_of_eight_does_at_most_a_sixth_of_what_does_not_depend_on_image
     if name == "cholesky":
         monkeypatch.setattr(sharding, "spread_over", lambda mesh: lambda function: function)
         assert build_on(name, eight(8))["flops"] > 0.9 * one["flops"]  # control: every device does everything
-
-
