@@ -141,7 +141,7 @@ def product(x: Array, y: Array) -> Array:
 
 
 def gathered(tree: Any) -> Any:
-    """Matrices whole on every device. Each has the sum of their gradients for its own share alone."""
+    """Matrices whole on every device. Their gradients go on as the matrices are divided."""
     if num_devices() == 1:
         return tree
     return jax.tree.map(_gathered, tree)
@@ -152,7 +152,8 @@ def _gathered(x: Array) -> Array:
     return _constrained(x, PartitionSpec())
 
 
-_gathered.defvjp(lambda x: (_gathered(x), None), lambda _, g: (matrices(g),))
+# First whole: or what gradients of slices are put together by would be divided, too, and its parts travel.
+_gathered.defvjp(lambda x: (_gathered(x), None), lambda _, g: (matrices(_gathered(g)),))
 
 
 class Columns:
@@ -257,7 +258,7 @@ def each(function: Callable, items: Sequence[Any], *, work: float = math.inf, ch
 
 
 def row_groups(count: int, work: float) -> int:
-    """How many groups of devices share the rows of a batch, which nothing else joins: 1 if they are not divided."""
+    """The number of groups of devices that share the rows of a batch; 1 if they are not divided."""
     return _groups(_mesh_axes(), count, 1, work, 1, False, (SMALL, SMALL_IN_COLUMNS)).count
 
 

@@ -185,7 +185,7 @@ LARGE = {
 def abstract_mesh(devices):
     """What `sharding.make_mesh` makes of so many devices, which are not here."""
     sizes = sharding._prime_factors(devices)
-    return AbstractMesh(sizes, [f"data{i}" for i in range(len(sizes))], axis_types=(AxisType.Auto,) * len(sizes))
+    return AbstractMesh(sizes, tuple(f"data{i}" for i in range(len(sizes))), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def share(shape, devices, even=False):
@@ -255,7 +255,10 @@ def test_a_device_of_eight_does_at_most_a_sixth_of_what_does_not_depend_on_image
     assert many["flops"] <= one["flops"] / 6
     assert 0 < many["products"] <= one["products"] / 6
     # Results are gathered, sums over the devices' shares (gradients of kernels, norms) are added up, and that is all.
-    assert set(many["collectives"]) <= {"all-gather", "all-reduce"} and "all-gather" in many["collectives"]
+    # But for transposes and cuts of what is divided by columns, a small part.
+    size = {kind: found[1] for kind, found in many["collectives"].items()}
+    cuts = sum(size.pop(kind, 0) for kind in ("all-to-all", "collective-permute"))
+    assert set(size) <= {"all-gather", "all-reduce"} and cuts <= 0.1 * size["all-gather"]
     assert not one["collectives"] and not one["calls"] and not many["calls"]
     if name == "cholesky":
         monkeypatch.setattr(sharding, "spread_over", lambda mesh: lambda function: function)
