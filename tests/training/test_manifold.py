@@ -11,7 +11,7 @@ import scipy.linalg
 from jax.sharding import AxisType
 from training_helpers import quick_compiles, tiny_config  # noqa: F401  quick_compiles is a fixture
 
-from lipjax import linalg, manifold
+from lipjax import _spread, linalg, manifold
 from lipjax.errors import UserError
 from lipjax.training import optimizer
 from lipjax.training.loop import Run
@@ -315,8 +315,9 @@ def test_parameters_must_be_given():
 # ---- devices ---------------------------------------------------------------------------------------------------------
 
 
-def test_eight_devices_share_a_stack():
+def test_eight_devices_share_a_stack(monkeypatch):
     """Each moves its matrices, and the results are gathered: the products are of 2 of 16 matrices."""
+    monkeypatch.setattr(_spread, "SMALL", 0)  # however small
     x, g = jnp.asarray(orthonormal(16, 6, 6)), jnp.asarray(np.random.default_rng(1).normal(size=(16, 6, 6)))
     transform = manifold.skew_adam(0.1, retract_every=2, lookahead_period=3)
 
