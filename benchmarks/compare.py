@@ -343,8 +343,8 @@ def _where(rows: Sequence[dict[str, Any]]) -> str:
     hardware = "; ".join(dict.fromkeys(row["hardware"] for row in rows))
     loads = sorted(row["load"] for row in rows)
     return (
-        f"Commit {commits}; {hardware}; load average when a run began: {loads[0]:g} to {loads[-1]:g}; the command of "
-        "each run is in the results file."
+        f"Commit {commits}; {hardware}; load average when a run began: {loads[0]:g} to {loads[-1]:g}; all numbers "
+        "are in the results file."
     )
 
 
