@@ -195,9 +195,16 @@ def _trouble_in_one_line(path: pathlib.Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 if action == "reading" or entry.stat().st_mtime >= start - 1:
                     entry.unlink()
-        if action == "writing" and jax.config.values[_DIRECTORY] is not None:
-            jax.config.update(_DIRECTORY, None)
-            compilation_cache.reset_cache()
+        if (
+            action == "writing"
+            and jax.config.values[_MIN_SECONDS] != np.inf
+            and jax.config.values[_DIRECTORY] is not None
+        ):
+            if jax.process_count() > 1:  # the others go on reading, and so must this one: it stops writing alone
+                jax.config.update(_MIN_SECONDS, np.inf)
+            else:
+                jax.config.update(_DIRECTORY, None)
+                compilation_cache.reset_cache()
             _say(f"compiled programs are no longer kept in {path} ({cause.splitlines()[0]}).")
 
     with warnings.catch_warnings():
