@@ -33,7 +33,7 @@ class Assembly:
     Attributes:
       ops: named operators so far.
       places: the tensor as it is there, (c, h, w) or (n,), without the batch: of each number its place in ours.
-      generation: how many operators there were: a tensor that an earlier layer gave is not the one of now.
+      generation: how often layers changed the tensor: one that an earlier layer gave is not the one of now.
     """
 
     def __init__(self, shape: tuple[int, ...], input_mean: Any = 0.0, input_std: Any = 1.0):
@@ -182,6 +182,7 @@ class Assembly:
             self.affine(name, 1 / std, -mean / std)
         else:
             self._mean, self._std = self._mean + self._std * centre, self._std * size
+            self.generation += 1
 
     def _by_channel(self, name: str, values) -> np.ndarray:
         """What broadcasts to the tensor there, as one number for each of our channels."""

@@ -10,13 +10,14 @@ import numpy as np
 from lipjax.errors import UserError, require_extra
 from lipjax.interop.assembly import Assembly
 from lipjax.interop.comparison import compare_logits
-from lipjax.interop.onnx_nodes import Node, Reader, Tensor
+from lipjax.interop.onnx_nodes import DOMAINS, Node, Reader, Tensor
 from lipjax.network import Network
 
 # Carried out on labels; the last ones of their inputs are parameters.
 _MOVES = {"DepthToSpace", "Flatten", "Gather", "Identity", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze"}
 _MOVES |= {"Transpose", "Unsqueeze"}
 _FLOATS = (1, 11)  # float32 and float64 as ONNX numbers them
+_OPSET = 13  # nodes of earlier ones mean other things
 
 
 def _constant(value, what: str) -> np.ndarray:
@@ -31,9 +32,10 @@ def _optional(inputs: list, place: int) -> np.ndarray | None:
 
 
 def _padding(node: Node) -> tuple[tuple[int, int], tuple[int, int]]:
-    if node.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-        raise UserError(f"auto_pad {node.get('auto_pad')} is not supported: export it with explicit pads.")
-    top, left, bottom, right = node.get("pads", [0, 0, 0, 0])
+    auto = node.get("auto_pad", "NOTSET")
+    if auto not in ("NOTSET", "VALID"):
+        raise UserError(f"auto_pad {auto} is not supported: export it with explicit pads.")
+    top, left, bottom, right = node.get("pads", [0, 0, 0, 0]) if auto == "NOTSET" else [0, 0, 0, 0]
     return (top, bottom), (left, right)
 
 
@@ -240,6 +242,9 @@ def from_onnx(
         raise UserError(f"{os.fspath(path)} holds no ONNX network: {error}") from error
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
+    opsets = [item.version for item in model.opset_import if item.domain in DOMAINS]
+    if not opsets or min(opsets) < _OPSET:
+        raise UserError(f"Expected opset {_OPSET} or later, got {opsets}: export it anew.")
     graph = model.graph
     constants = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
     inputs = [item for item in graph.input if item.name not in constants]
@@ -258,7 +263,7 @@ def from_onnx(
     for node in graph.node:
         reader.read(node)
     with _named(f"Output {graph.output[0].name!r}"):
-        reader.enter(reader.tensor(graph.output[0].name))
+        reader.enter(reader.value(graph.output[0].name))
     network = assembly.finish()
     if compare:
         evaluator = onnx.reference.ReferenceEvaluator(model)

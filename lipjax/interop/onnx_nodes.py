@@ -14,6 +14,7 @@ import numpy as np
 from lipjax.errors import UserError
 from lipjax.interop.assembly import Assembly
 
+DOMAINS = ("", "ai.onnx")  # of ONNX's own operators, both names
 _RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 
 
@@ -37,18 +38,21 @@ class Reader:
         self._model, self.assembly, self._known, self._nodes = model, assembly, known, nodes
         self._comparison = ""
 
-    def tensor(self, name: str) -> Tensor:
-        return self._known[name]
+    def value(self, name: str) -> Any:
+        """A tensor, or a constant; None for what nothing gives."""
+        return self._known.get(name)
 
     def read(self, node) -> None:
         """Takes in one node. Raises: UserError naming it where it is not supported."""
-        label = f"Node {node.name or node.output[0]!r} ({node.op_type})"
+        label = f"Node {node.name or ', '.join(node.output)!r} ({node.op_type})"
         inputs: list[Any] = [self._known.get(name) if name else None for name in node.input]
         missing = [name for name in node.input if name and name not in self._known]
         if missing:
             raise UserError(f"{label} reads {missing}, which nothing before it gives.")
         tensors = [value for value in inputs if isinstance(value, Tensor)]
         try:
+            if node.domain not in DOMAINS:
+                raise UserError(f"is of the domain {node.domain!r}: expected ONNX's own operators.")
             if node.op_type in _RANDOM:
                 raise UserError("draws random numbers: export the network for inference.")
             if not tensors:
@@ -59,14 +63,14 @@ class Reader:
                     "reads what a layer gave before others changed it: branches, such as residual connections, are not "
                     "supported."
                 )
-            if node.domain not in ("", "ai.onnx") or node.op_type not in self._nodes:
+            if node.op_type not in self._nodes:
                 raise UserError(f"is not supported: expected a chain of {', '.join(sorted(self._nodes))}.")
             name = (node.name or f"{node.op_type}_{node.output[0]}").strip("/").replace("/", ".")
             found = self._nodes[node.op_type](self, Node(node, name), inputs)
-        except (TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError) as error:
             text = str(error) if isinstance(error, UserError) else f"is not as expected: {error}"
             raise UserError(f"{label}: {text}") from error
-        self._known |= dict(zip(node.output, found, strict=False))
+        self._known |= {output: value for output, value in zip(node.output, found, strict=False) if output}
 
     def _run(self, node, values: dict[str, np.ndarray]) -> dict[str, Any]:
         """What the reference implementation of ONNX makes of arrays."""
@@ -89,9 +93,9 @@ class Reader:
             raise UserError("mixes numbers of the network with constants.")
         values = [value.labels if isinstance(value, Tensor) else value for value in inputs]
         found = self._run(node.proto, dict(zip(node.proto.input, values, strict=True)))
-        return [Tensor(found[name], self.assembly.generation) for name in node.proto.output]
+        return [Tensor(found[name], self.assembly.generation) if name else None for name in node.proto.output]
 
-    def enter(self, value: Tensor, rank: int | None = None) -> None:
+    def enter(self, value: Any, rank: int | None = None) -> None:
         """Makes a tensor the one that the assembly's next layer takes. rank: its axes, the batch included."""
         labels = self.plain(value)[0].labels
         if labels.shape[:1] != (1,) or (rank is not None and labels.ndim != rank):
@@ -104,8 +108,15 @@ class Reader:
         """The tensor that the assembly's last layer gave."""
         return [Tensor(self.assembly.places[None], self.assembly.generation)]
 
-    def plain(self, *values: Tensor) -> list[Tensor]:
-        """The tensors; if pairs are compared in them, once the assembly has sorted these."""
+    def plain(self, *values: Any) -> list[Tensor]:
+        """The tensors; if pairs are compared in them, once the assembly has sorted these.
+
+        Raises: UserError for what is no tensor.
+        """
+        for value in values:
+            if not isinstance(value, Tensor):
+                got = "nothing" if value is None else "a constant"
+                raise UserError(f"expected numbers that the network computes, got {got}.")
         count, generation = self.assembly.places.size, self.assembly.generation
         codes = np.unique(np.concatenate([value.labels.ravel() for value in values]))
         if (codes < count).all():

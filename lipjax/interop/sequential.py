@@ -151,6 +151,7 @@ _KINDS = {
 }
 # Modules by the name of their class: the kind, and what attributes must be, since otherwise they compute another thing.
 _EVAL = {"training": (False,)}
+_SORT = {"axis": (1,), "_coefficient_lip": (1,)}  # of orthogonium's axis of channels, and torchlip's factor
 _MODULES: dict[str, tuple[str, dict[str, tuple]]] = {
     "AdaptiveAvgPool2d": ("adaptive_avg_pool2d", {}),
     "AvgPool2d": ("avg_pool2d", {"divisor_override": (None,)}),
@@ -161,12 +162,12 @@ _MODULES: dict[str, tuple[str, dict[str, tuple]]] = {
     "Dropout1d": ("identity", _EVAL),
     "Dropout2d": ("identity", _EVAL),
     "Flatten": ("flatten", {"start_dim": (1,), "end_dim": (-1,)}),
-    "GroupSort": ("maxmin", {"group_size": (2,)}),
-    "GroupSort2": ("maxmin", {"group_size": (2,)}),
+    "GroupSort": ("maxmin", {"group_size": (2,), **_SORT}),
+    "GroupSort2": ("maxmin", {"group_size": (2,), **_SORT}),
     "Identity": ("identity", {}),
     "LeakyReLU": ("leaky_relu", {}),
     "Linear": ("linear", {}),
-    "MaxMin": ("maxmin", {}),
+    "MaxMin": ("maxmin", _SORT),
     "Normalize": ("normalize", {}),
     "ReLU": ("relu", {}),
     "Sigmoid": ("sigmoid", {}),
@@ -207,9 +208,8 @@ def _layers_of(layers: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         )
     if base is not None:
         _check_forward(f"{prefix.rstrip('.') or 'The network'} ({title})", layers, base)
-    children = getattr(layers, "named_children", None)
-    named = enumerate(layers) if children is None else children()
-    for name, layer in named:
+    # Not named_children(), which leaves out a module that stands there a second time.
+    for name, layer in enumerate(layers) if base is None else vars(layers)["_modules"].items():
         if isinstance(layer, list) or _base(layer, ("Sequential",)) is not None:
             yield from _layers_of(layer, f"{prefix}{name}.")
         else:
@@ -217,8 +217,8 @@ def _layers_of(layers: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _base(layer, names) -> type | None:
-    """The class of these names that an object is of."""
-    return next((cls for cls in type(layer).__mro__ if cls.__name__ in names), None)
+    """The class of these names that an object is of: the most basic one, since a subclass may have its name."""
+    return next((cls for cls in reversed(type(layer).__mro__) if cls.__name__ in names), None)
 
 
 def _check_forward(label: str, layer, base: type) -> None:

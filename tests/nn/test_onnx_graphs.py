@@ -42,7 +42,8 @@ def save(path, nodes, arrays, shape=("b", 2, 4, 4), opset=20, kind=1):
     values = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in arrays.items()]
     ends = [helper.make_tensor_value_info(name, kind, size) for name, size in (("x", shape), ("y", ("b", "k")))]
     graph = helper.make_graph(made, "net", ends[:1], ends[1:], values)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)]), path)
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.example", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets), path)
     return path
 
 
@@ -50,6 +51,7 @@ CONV = ("Conv", ("x", "k"), ("a",), {"pads": [1, 1, 1, 1]})
 FLAT = ("Flatten", ("a",), ("f",), {})
 DENSE = ("Gemm", ("f", "m"), ("y",), {"transB": 1, "alpha": 0.5})
 ARRAYS = {"k": KERNEL, "m": MATRIX}
+END = [("Flatten", ("f",), ("g",), {}), ("Gemm", ("g", "m"), ("y",), {"transB": 1})]
 PIXELS = np.random.default_rng(1).uniform(size=(2, 4, 4, 2))
 
 
@@ -128,6 +130,13 @@ def test_pixels_are_normalised_and_constants_computed_first(tmp_path):
     np.testing.assert_allclose(lipjax.freeze(network)(PIXELS), expected, rtol=1e-12)
 
 
+def test_padding_is_that_of_auto_pad(tmp_path):
+    nodes = [("Conv", ("x", "k"), ("a",), {"auto_pad": "VALID", "pads": [1, 1, 1, 1]}), FLAT, DENSE]
+    path = save(tmp_path / "net.onnx", nodes, {**ARRAYS, "m": MATRIX[:, :16]})
+    expected = convolved(PIXELS)[:, :, 1:-1, 1:-1].reshape(2, 16) @ MATRIX[:, :16].T.astype(np.float64) * 0.5
+    np.testing.assert_allclose(read(path, compare=False), expected, rtol=1e-12)
+
+
 def test_means_over_all_pixels(tmp_path):
     matrix = RNG.normal(size=(4, 5)).astype(np.float32)
     for mean in (("ReduceMean", ("a", "axes"), ("g",), {"keepdims": 0}), ("GlobalAveragePool", ("a",), ("h",), {})):
@@ -146,6 +155,21 @@ def test_means_over_all_pixels(tmp_path):
             "'?/2/Add'? \\(Add\\): reads what a layer",
         ),
         ([CONV, ("Add", ("a", "a"), ("f",), {})], "/1/Add.*expected one operand that is constant"),
+        (
+            [
+                *(("Mul", ("x", "double"), ("a",), {}), ("Slice", ("a", "zero", "one", "one"), ("scaled",), {})),
+                ("Slice", ("x", "one", "two", "one"), ("raw",), {}),
+                ("Concat", ("scaled", "raw"), ("c",), {"axis": 1}),
+                ("Conv", ("c", "k"), ("f",), {"pads": [1, 1, 1, 1]}),
+            ],
+            "/2/Slice.*reads what a layer gave before others changed it",
+        ),
+        (
+            [CONV, ("Flatten", ("a",), ("e",), {}), ("Gemm", ("m", "e"), ("f",), {"transB": 1})],
+            "/2/Gemm.*expected numbers that the network computes, got a constant",
+        ),
+        ([CONV, ("ReduceMax", ("a", "nine"), ("f",), {})], "/1/ReduceMax.*out of range"),
+        ([("Neg", ("k",), ("f",), {"domain": "com.example"})], "/0/Neg.*is of the domain 'com.example'"),
         (
             [CONV, ("MaxPool", ("a",), ("f",), {"kernel_shape": [2, 2]})],
             "/1/MaxPool.* is not supported: expected a chain",
@@ -167,12 +191,22 @@ def test_means_over_all_pixels(tmp_path):
     ],
 )
 def test_what_is_not_supported_is_refused_by_the_name_of_its_node(nodes, message, tmp_path):
-    end = [("Flatten", ("f",), ("g",), {}), ("Gemm", ("g", "m"), ("y",), {"transB": 1})]
     arrays = {**ARRAYS, **INTEGERS, "pixels": np.arange(16, dtype=np.float32).reshape(4, 4)}
+    arrays |= {"double": np.float32(2), "nine": np.array([9])}
     arrays |= {"l": np.ones((4, 4, 1, 1), np.float32), "half": np.float32(0.5), "yes": np.array(True)}
-    path = save(tmp_path / "net.onnx", [*nodes, *(end if "g" not in nodes[-1][2] else end[1:])], arrays)
+    path = save(tmp_path / "net.onnx", [*nodes, *(END if "g" not in nodes[-1][2] else END[1:])], arrays)
     with pytest.raises(UserError, match=message):
         interop.from_onnx(path)
+
+
+def test_an_output_without_a_name_is_one_that_nothing_reads(tmp_path):
+    split = ("Split", ("a", "sizes"), ("", "f", ""), {"axis": 1})
+    path = save(tmp_path / "net.onnx", [CONV, split, *END], {**ARRAYS, "sizes": np.array([1, 2, 1])})
+    with pytest.raises(UserError, match="/2/Flatten|/3/Gemm.*leaves numbers"):
+        interop.from_onnx(path)
+    split = ("Split", ("a", "sizes"), ("f", ""), {"axis": 1})
+    path = save(tmp_path / "net.onnx", [CONV, split, *END], {**ARRAYS, "sizes": np.array([4, 0])})
+    np.testing.assert_allclose(read(path, compare=False), 2 * logits(convolved(PIXELS)), rtol=1e-12)
 
 
 def test_files_that_are_no_chain_of_one_image_are_refused(tmp_path):
@@ -185,6 +219,11 @@ def test_files_that_are_no_chain_of_one_image_are_refused(tmp_path):
     with pytest.raises(UserError, match="give an input_shape"):
         interop.from_onnx(path)
     np.testing.assert_allclose(read(path, input_shape=(2, 4, 4)), logits(convolved(PIXELS)), rtol=1e-12)
+    with pytest.raises(UserError, match="Expected opset 13 or later, got \\[12\\]"):
+        interop.from_onnx(save(path, nodes, ARRAYS, opset=12))
+    read(save(path, nodes, ARRAYS, opset=13), compare=False)  # the control
+    with pytest.raises(UserError, match="Output 'y': expected numbers that the network computes, got a constant"):
+        interop.from_onnx(save(path, [CONV, ("Neg", ("m",), ("y",), {})], ARRAYS))
     path.write_text("no network")
     with pytest.raises(UserError, match="holds no ONNX network"):
         interop.from_onnx(path)

@@ -126,8 +126,21 @@ class BatchNorm2d(Module):
     pass
 
 
-class Sequential(list):
+class ReLU(Module):
     pass
+
+
+class Sequential(Module):
+    """As torch's, whose named_children leaves out what was there before."""
+
+    def __init__(self, layers):
+        self._modules = {str(i): layer for i, layer in enumerate(layers)}
+
+    def __iter__(self):
+        return iter(self._modules.values())
+
+    def named_children(self):
+        return ((name, layer) for i, (name, layer) in enumerate(self._modules.items()) if layer not in [*self][:i])
 
 
 class Residual(Sequential):
@@ -142,6 +155,12 @@ class Parametrized(Conv2d):
 class SpectralConv2d(Conv2d):
     def forward(self, x):
         return 2 * x
+
+
+# Classes of others that keep the name of what they derive from.
+SameName = type("Conv2d", (Conv2d,), {"forward": SpectralConv2d.forward})
+SameSequential = type("Sequential", (Sequential,), {"forward": SpectralConv2d.forward})
+OrthogoniumMaxMin = type("MaxMin", (MaxMin,), {"__module__": "orthogonium.layers", "axis": 1})
 
 
 class MaxPool2d(Module):
@@ -163,6 +182,18 @@ def test_modules_are_read_by_the_name_of_their_class():
         assert np.array_equal(a, b)
 
 
+def test_a_module_that_stands_there_twice_is_read_twice():
+    rng, relu = np.random.default_rng(0), ReLU()
+    linear = [Linear(weight=rng.normal(size=(4, 4)), bias=rng.normal(size=4)) for _ in range(3)]
+    inner = Sequential([linear[2], relu, linear[2]])
+    assert [name for name, _ in inner.named_children()] == ["0", "1"]  # the control: the fake is as torch is
+    network = interop.from_sequential(Sequential([linear[0], relu, linear[1], relu, inner, inner]))
+    x = expected = rng.uniform(size=(5, 4))
+    for i in (0, None, 1, None, 2, None, 2, 2, None, 2):
+        expected = np.maximum(expected, 0) if i is None else expected @ linear[i].weight.T + linear[i].bias
+    np.testing.assert_allclose(lipjax.freeze(network)(x), expected, rtol=1e-12)
+
+
 WEIGHT = np.ones((4, 1, 3, 3))
 CONV, FLAT = ("conv2d", {"weight": WEIGHT}, {"padding": 1}), ("flatten",)
 STATISTICS = {"running_mean": np.zeros(1), "running_var": np.ones(1)}
@@ -173,6 +204,10 @@ STATISTICS = {"running_mean": np.zeros(1), "running_var": np.ones(1)}
     [
         ([MaxPool2d()], "Layer 0 \\(MaxPool2d\\) is not supported"),
         ([SpectralConv2d(weight=WEIGHT)], "overrides forward of Conv2d"),
+        ([SameName(weight=WEIGHT)], "Layer 0 \\(Conv2d\\) computes something of its own"),
+        (SameSequential([Conv2d(weight=WEIGHT)]), "The network \\(Sequential\\) computes something of its own"),
+        ([GroupSort2(_coefficient_lip=0.5)], "Layer 0 \\(GroupSort2\\): expected _coefficient_lip=1, got 0.5"),
+        ([OrthogoniumMaxMin(axis=2)], "Layer 0 \\(MaxMin\\): expected axis=1, got 2"),
         ([Residual([Conv2d(weight=WEIGHT)])], "0 \\(Residual\\) computes something of its own"),
         (Residual([Conv2d(weight=WEIGHT)]), "The network \\(Residual\\) computes something of its own"),
         (Module(first=Conv2d(weight=WEIGHT)), "Expected an nn.Sequential, or a list of layers, got a Module"),
