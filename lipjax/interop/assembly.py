@@ -10,9 +10,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from lipjax import conv, operators
+from lipjax.certify.float64 import float64_on_cpu
 from lipjax.errors import UserError
 from lipjax.network import Network, make_network
 from lipjax.spectral.arithmetic import exact_float64
@@ -199,6 +201,14 @@ class Assembly:
             self._flatten(name)
             return ours
         raise UserError(f"{name}: expected one number for each channel, got some for pixels.")
+
+    def apply(self, x: np.ndarray) -> np.ndarray:
+        """What the layers so far make of a batch x, in float64; both are tensors as they are there."""
+        with float64_on_cpu():
+            ours = jnp.asarray((np.moveaxis(x, 1, -1) if x.ndim == 4 else x) - self._mean) / self._std
+            for _, op in self.ops:
+                ours = op(ours)
+            return np.asarray(ours).reshape(len(x), -1)[:, self.places]
 
     def finish(self) -> Network:
         """The network; the last dense layer is its head. Raises: UserError unless it ends with at least two logits."""

@@ -1,6 +1,8 @@
 """Networks from the layers that a PyTorch `nn.Sequential` holds, or from tuples that say the same."""
 
 import dataclasses
+import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,7 +11,7 @@ import numpy as np
 
 from lipjax.errors import UserError
 from lipjax.interop.assembly import ACTIVATIONS, Assembly
-from lipjax.interop.comparison import compare_logits
+from lipjax.interop.comparison import compare_logits, compare_part
 from lipjax.network import Network
 
 _REQUIRED = object()
@@ -297,7 +299,8 @@ def from_sequential(
         GroupSort2 the order is torchlip's, and of other sorting modules what their attributes `pairs` and `first` say.
       input_shape: of one image there, (channels, height, width), or (features,). Not needed if a Linear comes first.
       input_mean, input_std: what is done to pixels in [0, 1] before the first layer: numbers, or one for each channel.
-      compare: if all layers are PyTorch's modules, run them on some random images, and raise where logits differ.
+      compare: run PyTorch's modules on some random images, and raise where logits differ. Where tuples stand among
+        them, modules that follow each other are compared by themselves; what a tuple says is taken for true.
     Returns: a Network of float64 arrays that takes images (b, height, width, channels), pixels in [0, 1];
       `lipjax.freeze` takes it. Weights stay what they are, but for batch normalisation and averages, which round.
     Raises: UserError naming the layer for what is not supported or does not fit.
@@ -320,20 +323,42 @@ def from_sequential(
             )
         input_shape = (np.shape(weight)[1],)
     assembly = Assembly(input_shape, input_mean, input_std)
+    shapes = []
     for layer in found:
-        arrays, options = _complete(layer)
-        name = f"{layer.name}_{layer.title}"
-        try:
-            _KINDS[layer.kind].add(assembly, name, arrays, options)
-        except (TypeError, ValueError) as error:
-            raise error if isinstance(error, UserError) else UserError(f"{name}: {error}") from error
+        shapes.append(assembly.places.shape)
+        _add(assembly, layer)
     network = assembly.finish()
     torch: Any = sys.modules.get("torch")
     modules = [layer for _, layer in _layers_of(layers)]
     if compare and torch is not None and all(isinstance(module, torch.nn.Module) for module in modules):
         whole = [layers] if isinstance(layers, torch.nn.Module) else modules
         compare_logits(network, input_shape, (input_mean, input_std), lambda x: _run(torch, whole, x), "the modules")
+    elif compare and torch is not None:
+        _compare_parts(torch, found, modules, shapes)
     return network
+
+
+def _add(assembly: Assembly, layer: _Layer) -> None:
+    arrays, options = _complete(layer)
+    name = f"{layer.name}_{layer.title}"
+    try:
+        _KINDS[layer.kind].add(assembly, name, arrays, options)
+    except (TypeError, ValueError) as error:
+        raise error if isinstance(error, UserError) else UserError(f"{name}: {error}") from error
+
+
+def _compare_parts(torch, layers: list[_Layer], modules: list, shapes: list[tuple[int, ...]]) -> None:
+    """Compares modules between tuples. modules: and tuples, by layer. shapes: of what each layer takes."""
+    are = [isinstance(module, torch.nn.Module) for module in modules]
+    for compared, group in itertools.groupby(range(len(layers)), are.__getitem__):
+        if compared:
+            places = list(group)
+            first, last = places[0], places[-1]
+            part = Assembly(shapes[first])
+            for i in places:
+                _add(part, layers[i])
+            run = functools.partial(_run, torch, modules[first : last + 1])
+            compare_part(part, shapes[first], run, f"the modules {layers[first].name} to {layers[last].name}")
 
 
 def _run(torch, modules, x: np.ndarray) -> np.ndarray:

@@ -1,5 +1,9 @@
 """Networks from PyTorch's layers: logits of torch itself (tests/golden/make_sequential.py), and what is refused."""
 
+import contextlib
+import sys
+import types
+
 import golden_helpers
 import numpy as np
 import pytest
@@ -194,6 +198,31 @@ def test_a_module_that_stands_there_twice_is_read_twice():
     np.testing.assert_allclose(lipjax.freeze(network)(x), expected, rtol=1e-12)
 
 
+def test_modules_between_tuples_are_compared(monkeypatch):
+    def halves(self, x):
+        a, b = np.split(x, 2, 1)
+        return np.concatenate([np.maximum(a, b), np.minimum(a, b)], 1)
+
+    def normalized(self, x):
+        return (x - self.mean[:, None, None]) / self.std[:, None, None]
+
+    base = type("Module", (Module,), {"__call__": lambda self, x: self.forward(x), "parameters": lambda self: []})
+    sort, normalize = type("MaxMin", (base,), {"forward": halves}), type("Normalize", (base,), {"forward": normalized})
+    torch = types.SimpleNamespace(nn=types.SimpleNamespace(Module=base), from_numpy=np.array)
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(**vars(torch), no_grad=contextlib.nullcontext))
+    steps = normalize(mean=np.array([0.25, 0.5]), std=np.array([0.5, 2.0])), ("conv2d", {"weight": KERNEL})
+    end = ("flatten",), ("linear", {"weight": np.eye(3, 16)})
+    good, other = (sort(pairs=pairs, first="max") for pairs in ("halves", "neighbours"))
+    interop.from_sequential([*steps, good, *end], (2, 3, 3))
+    with pytest.raises(UserError, match="numbers that layers give here and those of the modules 2 to 2 differ"):
+        interop.from_sequential([*steps, other, *end], (2, 3, 3))
+    interop.from_sequential([*steps, other, *end], (2, 3, 3), compare=False)
+    steps[0].forward = lambda x: x
+    with pytest.raises(UserError, match="the modules 0 to 0 differ"):
+        interop.from_sequential([*steps, good, *end], (2, 3, 3))
+
+
+KERNEL = np.random.default_rng(0).normal(size=(4, 2, 2, 2))
 WEIGHT = np.ones((4, 1, 3, 3))
 CONV, FLAT = ("conv2d", {"weight": WEIGHT}, {"padding": 1}), ("flatten",)
 STATISTICS = {"running_mean": np.zeros(1), "running_var": np.ones(1)}

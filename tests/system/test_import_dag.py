@@ -91,7 +91,8 @@ INSIDE = {
         ),
     ),
     "interop": (
-        ("assembly", "comparison", "entries"),
+        ("assembly", "entries"),
+        ("comparison",),
         ("bronet", "compared", "crm", "lipconvnet", "liresnet", "potentialnet", "sandwichnet", "stagednet"),
         ("onnx_nodes", "sequential"),
         ("onnx_graphs",),
