@@ -203,7 +203,7 @@ class Assembly:
         raise UserError(f"{name}: expected one number for each channel, got some for pixels.")
 
     def apply(self, x: np.ndarray) -> np.ndarray:
-        """What the layers so far make of a batch x, in float64; both are tensors as they are there."""
+        """Applies the layers so far to a batch, in float64: x and what comes are tensors as they are there."""
         with float64_on_cpu():
             ours = jnp.asarray((np.moveaxis(x, 1, -1) if x.ndim == 4 else x) - self._mean) / self._std
             for _, op in self.ops:
