@@ -59,6 +59,11 @@ def _retrain(found) -> None:
     if pathlib.Path(found.workdir, "frozen").exists():
         raise UserError(f"{found.workdir} holds a certified run: give the name of another folder.")
     config, seed = load_config(zoo.directory(_bare(found.name)))
+    if config.init_from:
+        raise UserError(
+            f"{found.name} began from the weights of another run, which the zoo does not have: train that one first, "
+            "then this one by lipjax train with --config.init_from."
+        )
     with config.unlocked():
         config.seeds, config.data.data_dir = (seed,), found.data_dir
     run(config, found.workdir)

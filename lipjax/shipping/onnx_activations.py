@@ -42,8 +42,11 @@ def _n_activation(op, graph: Graph, x: str) -> str:
 @translation_of(operators.LinearSpline)
 def _linear_spline(op, graph: Graph, x: str) -> str:
     (channels, knots), axes = op.values.shape, rank(op)
-    middle, scale = (knots - 1) // 2, graph.per_channel(op.scale, axes, "scale")
-    places = graph.add("Div", graph.add("Mul", x, scale), graph.constant(np.float64(op.spacing), "spacing"))
+    # (-x)(-a) for ax, and -(y/(-a)) for y/a, bit for bit: onnxruntime would multiply the kernel of a convolution before
+    # it by a, and join a division by one number to the matrix behind it, which the bounds of float32 do not cover.
+    middle, minus = (knots - 1) // 2, graph.per_channel(-op.scale, axes, "minus_scale")
+    scaled = graph.add("Mul", graph.add("Neg", x), minus)
+    places = graph.add("Div", scaled, graph.constant(np.float64(op.spacing), "spacing"))
     ends = (graph.constant(np.float64(end)) for end in (-middle, middle - 1))
     first = graph.add("Clip", graph.add("Floor", places), *ends)
     rows = graph.per_channel(knots * np.arange(channels) + middle, axes, "rows")
@@ -53,7 +56,7 @@ def _linear_spline(op, graph: Graph, x: str) -> str:
         graph.add("Gather", flat, place) for place in (index, graph.add("Add", index, graph.constant(np.array(1))))
     )
     slope = graph.add("Mul", graph.add("Sub", places, first), graph.add("Sub", right, left))
-    return graph.add("Div", graph.add("Add", left, slope), scale)
+    return graph.add("Neg", graph.add("Div", graph.add("Add", left, slope), minus))
 
 
 @translation_of(operators.MaxMin)

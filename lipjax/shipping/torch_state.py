@@ -21,16 +21,25 @@ _WEIGHTS: dict[type, Callable] = {
     operators.Dense: lambda op: op.matrix,
 }
 
+# Without arrays, and the same of every component, so that the order of the components is nothing to them.
+_ORDERLESS = (operators.ReLU, operators.LeakyReLU, operators.Tanh, operators.Sigmoid, operators.Softplus)
+
 
 def torch_state(network: Network) -> dict[str, np.ndarray]:
     """Arrays by the names that PyTorch's `load_state_dict` takes; `FrozenNetwork.to_torch_state` says which.
 
-    Raises: UserError naming an operator whose arrays no plain layer of PyTorch holds.
+    Raises: UserError naming an operator whose arrays no plain layer of PyTorch holds, or that sees flattened images in
+      an order that is not PyTorch's.
     """
     state: dict[str, np.ndarray] = {}
     layer, images = "", None  # whose bias may follow; (h, w, c) of images that were flattened, up to the next layer
-    for name, op in _single_operators(network):
+    for name, op, begins_sum in _single_operators(network):
         kind, key = type(op), name.replace("/", ".")
+        if images is not None and begins_sum:
+            raise UserError(
+                f"{name}: what it is a part of adds numbers in the order that PyTorch's Flatten gives to numbers in "
+                "another: ship the network by FrozenNetwork.to_onnx or export."
+            )
         if kind in _WEIGHTS:
             weight = _WEIGHTS[kind](op)
             state[f"{key}.weight"] = weight if images is None else _columns(weight, images)
@@ -43,8 +52,9 @@ def torch_state(network: Network) -> dict[str, np.ndarray]:
                 "network by FrozenNetwork.to_onnx or export."
             )
         elif kind is operators.Flatten and len(op.in_shape) == 3:
-            layer, images = "", op.in_shape
-        elif images is not None and not isinstance(op, operators.Elementwise):
+            (h, w, c), layer = op.in_shape, ""
+            images = op.in_shape if h * w > 1 and c > 1 else None  # else both orders are one
+        elif images is not None and not _is_orderless(op):
             raise UserError(
                 f"{name}: a {kind.__name__} between a Flatten and the next dense layer sees numbers in an order that "
                 "PyTorch's Flatten does not give: ship the network by FrozenNetwork.to_onnx or export."
@@ -54,13 +64,23 @@ def torch_state(network: Network) -> dict[str, np.ndarray]:
     return state | _head(network.head, images) | {"input_mean": network.input_mean, "input_std": network.input_std}
 
 
-def _single_operators(network: Network) -> Iterator[tuple[str, operators.Operator]]:
-    """Operators by name, and in the place of a composite one its parts: name/0, name/1, ..."""
+def _is_orderless(op: operators.Operator) -> bool:
+    if isinstance(op, operators.PartialAbs):
+        return op.channels in (0, op.in_shape[-1])
+    return type(op) in _ORDERLESS
+
+
+def _single_operators(network: Network) -> Iterator[tuple[str, operators.Operator, bool]]:
+    """Operators by name, and in the place of a composite one its parts: name/0, name/1, ...
+
+    With each: if it is the first part of a composite that adds its input, so that what it reads is in a sum, too.
+    """
     for name, op in zip(network.names, network.ops, strict=True):
         if isinstance(op, operators.Composite):
-            yield from ((f"{name}/{place}", part) for place, part in enumerate(op.parts()))
+            for place, part in enumerate(op.parts()):
+                yield f"{name}/{place}", part, op.adds_input and not place
         else:
-            yield name, op
+            yield name, op, False
 
 
 def _columns(matrix: np.ndarray, images: tuple[int, ...]) -> np.ndarray:

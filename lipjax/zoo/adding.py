@@ -6,13 +6,14 @@ import os
 import pathlib
 import re
 import shutil
+import tempfile
 from typing import Any
 
 from lipjax.certify import FrozenNetwork
 from lipjax.errors import UserError
 from lipjax.files import write_json
-from lipjax.zoo.cards import card_text
-from lipjax.zoo.library import FILES, FORMAT, HOME, MANIFEST, REQUIRED, SCHEMA
+from lipjax.zoo.cards import ANOTHER_RUN, card_text
+from lipjax.zoo.library import FILES, FORMAT, HOME, MANIFEST, REQUIRED, SCHEMA, load
 
 # Fields of a config that say where something lies on one machine.
 _PATHS = (("data", "data_dir"), ("data", "path"), ("data", "generated", "path"), ("data", "generated", "cache_dir"))
@@ -23,7 +24,8 @@ def add(
 ) -> pathlib.Path:
     """Copies what is needed of a certified run, writes its model card, and lists all files with their hashes.
 
-    Paths of data on this machine are left out of the copy. A network of this name that is there is replaced.
+    Paths on this machine are left out of the copy. A network of this name that is there is replaced as soon as the new
+    one is whole and loads, not before: `run` may be its own folder, whose card is then written anew.
 
     Args:
       run: a training run with a certificate, of one seed.
@@ -58,20 +60,32 @@ def add(
     folder = root / name
     if folder.exists() and not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} is there and no network of a zoo: choose another name.")
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "frozen").mkdir(parents=True)
-    for file in FILES:
-        if file in ("certificate.json", "config.json"):
-            write_json(folder / file, documents[file], None)
-        elif (run / file).is_file() and file != "README.md":
-            shutil.copyfile(run / file, folder / file)
     manifest: dict[str, Any] = {"format": FORMAT, "schema": SCHEMA, "name": name, "frozen_sha256": sha256}
     manifest |= {"about": about, "cost": cost}
     card = card_text(manifest, documents, frozen)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    here = [file for file in FILES if (folder / file).is_file()]
-    hashes = {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in here}
-    write_json(folder / MANIFEST, manifest | {"files": hashes})
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=f".{name}.") as scratch:
+        new, old = pathlib.Path(scratch, "new"), pathlib.Path(scratch, "old")
+        (new / "frozen").mkdir(parents=True)
+        for file in FILES:
+            if file in ("certificate.json", "config.json"):
+                write_json(new / file, documents[file], None)
+            elif (run / file).is_file() and file != "README.md":
+                shutil.copyfile(run / file, new / file)
+        (new / "README.md").write_text(card, encoding="utf-8")
+        here = [file for file in FILES if (new / file).is_file()]
+        hashes = {file: hashlib.sha256((new / file).read_bytes()).hexdigest() for file in here}
+        write_json(new / MANIFEST, manifest | {"files": hashes})
+        load(new)
+        replaces = folder.exists()
+        if replaces:
+            os.rename(folder, old)
+        try:
+            os.rename(new, folder)
+        except OSError:
+            if replaces:
+                os.rename(old, folder)
+            raise
     return folder
 
 
@@ -83,4 +97,6 @@ def _without_paths(config: dict) -> dict:
             place = place.get(group, {})
         if field in place:
             place[field] = ""
+    if config.get("init_from"):
+        config["init_from"] = ANOTHER_RUN
     return config

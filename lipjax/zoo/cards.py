@@ -17,6 +17,9 @@ _DATA = {
     "cifar100": "CIFAR-100, photographs of 32 × 32 pixels (Krizhevsky 2009)",
 }
 
+ANOTHER_RUN = "another run"
+"""The init_from of a config in the zoo whose training began from other weights, in the place of a path."""
+
 
 def percent(value: float | None, down: bool = False) -> str:
     """A fraction as text with two decimals; what is proved is rounded down."""
@@ -114,10 +117,16 @@ def card_text(manifest: dict[str, Any], documents: dict[str, Any], frozen: Froze
     ]
     lines += [
         f"Cost: {manifest['cost']}. Seed {seed}, {config['num_epochs']} epochs, model {config['model']['name']!r}, "
-        f"loss {config['loss']['name']!r}; lipjax {versions['lipjax']}, JAX {versions['jax']}. The same again:",
-        "",
+        f"loss {config['loss']['name']!r}; lipjax {versions['lipjax']}, JAX {versions['jax']}. "
     ]
-    lines += [f"    lipjax zoo retrain {name} --workdir=DIR", "", "## Attack", "", _attack(report, config["certify"])]
+    if config.get("init_from"):
+        lines[-1] += (
+            "It began from the weights of another run, which is not here (config.init_from): it cannot be repeated."
+        )
+    else:
+        lines[-1] += "The same again:"
+        lines += ["", f"    lipjax zoo retrain {name} --workdir=DIR"]
+    lines += ["", "## Attack", "", _attack(report, config["certify"])]
     lines += [
         "",
         "## Limits",

@@ -1,6 +1,7 @@
 """`fetch`: a network of somebody's zoo from a URL, file by file, each with the hash that its list states."""
 
 import hashlib
+import http.client
 import os
 import pathlib
 import shutil
@@ -13,6 +14,7 @@ from lipjax.errors import UserError
 from lipjax.zoo.library import MANIFEST, read_manifest, verified
 
 SCHEMES = ("https", "http", "file")
+_REDIRECTED = {"https": ("https",), "http": ("https", "http")}  # from where to where: never to a weaker one
 _MANIFEST_BYTES, _FILE_BYTES = 2**20, 2**32
 _TIMEOUT = 60.0  # seconds without an answer
 
@@ -26,7 +28,8 @@ def fetch(url: str, folder: str | os.PathLike, sha256: str | None = None) -> pat
       sha256: of zoo.json, as somebody you trust states it. All other hashes follow from it. Without one the files are
         checked against each other only.
     Returns: the folder, which `load` takes.
-    Raises: UserError for another scheme, a file that does not come or has another hash, and a folder that is there.
+    Raises: UserError for another scheme, a redirection to one, or from https to http, a file that does not come or has
+      another hash, and a folder that is there.
     Example:
       >>> lipjax.zoo.fetch("https://example.org/zoo/mine", "mine")  # doctest: +SKIP
     """
@@ -55,12 +58,21 @@ def fetch(url: str, folder: str | os.PathLike, sha256: str | None = None) -> pat
     return folder
 
 
+class _Redirections(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        if urllib.parse.urlsplit(newurl).scheme not in _REDIRECTED.get(urllib.parse.urlsplit(req.full_url).scheme, ()):
+            raise UserError(f"{req.full_url} redirects to {newurl}: from https to https alone, and from http to both.")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def _download(url: str, file: str, limit: int) -> bytes:
     address = f"{url.rstrip('/')}/{file}"
     try:
-        with urllib.request.urlopen(address, timeout=_TIMEOUT) as answer:
+        with urllib.request.build_opener(_Redirections).open(address, timeout=_TIMEOUT) as answer:
             data = answer.read(limit + 1)
-    except (OSError, ValueError) as error:  # URLError is an OSError
+    except UserError:  # a ValueError
+        raise
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
         raise UserError(f"{address} did not come ({error}).") from error
     if len(data) > limit:
         raise UserError(f"{address} is longer than {limit} bytes: not a file of a network.")

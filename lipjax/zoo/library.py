@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from lipjax.certify import FrozenNetwork
@@ -17,8 +18,9 @@ HOME = pathlib.Path(__file__).parent
 
 MANIFEST = "zoo.json"
 FORMAT, SCHEMA = "lipjax-zoo", 1
+_IMAGES = "images.safetensors"
 REQUIRED = (
-    *("frozen/network.json", "frozen/network.safetensors", "certificate.json", "images.safetensors"),
+    *("frozen/network.json", "frozen/network.safetensors", "certificate.json", _IMAGES),
     *("report.json", "config.json", "README.md"),
 )
 FILES = (*REQUIRED, "attack.json")
@@ -128,8 +130,7 @@ def load(name: str | os.PathLike, root: str | os.PathLike | None = None) -> Froz
     folder = directory(name, root)
     manifest = verified(folder)
     frozen = FrozenNetwork.load(folder / "frozen")
-    certified = json.loads((folder / "certificate.json").read_text(encoding="utf-8")).get("frozen_sha256")
-    if {certified, manifest.get("frozen_sha256")} != {frozen.sha256()}:
+    if not frozen.sha256() == manifest.get("frozen_sha256") == _certified(folder, "frozen_sha256"):
         raise UserError(f"{folder}: the certificate is about another network than the one beside it.")
     return frozen
 
@@ -148,9 +149,30 @@ def images(name: str | os.PathLike, root: str | os.PathLike | None = None) -> tu
     """
     folder = directory(name, root)
     verified(folder)
-    certificate = json.loads((folder / "certificate.json").read_text(encoding="utf-8"))
-    arrays = load_file(folder / certificate["sample"]["file"])
-    return arrays["pixels"] / np.float64(certificate["data"]["pixel_max"]), arrays["labels"]
+    file, pixel_max = _certified(folder, "sample", "file"), _certified(folder, "data", "pixel_max")
+    if file != _IMAGES:  # the one whose hash is checked, and no path out of the folder
+        raise UserError(f"{folder}: the certificate names {file!r}, but a zoo's images are in {_IMAGES!r}.")
+    if type(pixel_max) not in (int, float) or not 0 < pixel_max < np.inf:
+        raise UserError(f"{folder}: the certificate names {pixel_max!r} as the largest pixel, which is no such number.")
+    try:
+        arrays = load_file(folder / _IMAGES)
+        return arrays["pixels"] / np.float64(pixel_max), arrays["labels"]
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / _IMAGES} holds no images of a certificate ({error!r}).") from error
+
+
+def _certified(folder: pathlib.Path, *keys: str) -> Any:
+    """An entry of a network's certificate. Raises: UserError if there is none."""
+    path = folder / "certificate.json"
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        for key in keys:
+            entry = entry[key]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is no certificate with {'.'.join(keys)} ({error!r}): certify the run again."
+        ) from error
+    return entry
 
 
 def card(name: str | os.PathLike, root: str | os.PathLike | None = None) -> str:

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
+import urllib.request
+from unittest import mock
 
 import numpy as np
 import onnxruntime
@@ -13,6 +16,7 @@ import lipjax
 from lipjax import checker, zoo
 from lipjax.__main__ import main
 from lipjax.errors import UserError
+from lipjax.zoo import adding, fetching
 from lipjax.zoo.library import MANIFEST, REQUIRED
 
 SMALL = ("digits_cayley", "digits_liresnet")
@@ -134,6 +138,80 @@ def test_a_run_is_added_to_a_zoo_of_ones_own(tmp_path, capsys):
         zoo.add(zoo.directory("digits_cayley"), "mine", about="", cost="", root=root)
 
 
+def add(run, name, root):
+    return zoo.add(run, name, about="A copy.", cost="nothing", root=root)
+
+
+def test_a_network_is_replaced_by_a_whole_one_or_not_at_all(tmp_path, monkeypatch):
+    folder = copied(tmp_path)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for broken in ("card_text", "write_json", "load"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+            patch.setattr(adding, broken, mock.Mock(side_effect=OSError("no space")))
+            add(zoo.directory("digits_cayley"), "mine", tmp_path)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    rename = os.rename
+    fails = mock.Mock(side_effect=lambda a, b: rename(a, b) if fails.call_count != 2 else rename(a, tmp_path / "no/x"))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No such file"):
+        patch.setattr(os, "rename", fails)
+        add(zoo.directory("digits_cayley"), "mine", tmp_path)
+    assert fails.call_count == 3 and {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert add(folder, "mine", tmp_path) == folder  # its own
+    assert zoo.load(folder).sha256() == zoo.load("digits_liresnet").sha256() and "A copy." in zoo.card(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def begun_from_weights(tmp_path):
+    """A run whose config names the weights that it began from, added to a zoo as "first"."""
+    run = copied(tmp_path)
+    for file in ("config.json", "certificate.json"):
+        document = json.loads((run / file).read_text())
+        document["config"]["init_from"] = "/somewhere/here"
+        (run / file).write_text(json.dumps(document))
+    return add(run, "first", tmp_path)
+
+
+def test_a_run_that_began_from_weights_says_so_and_names_no_path(tmp_path):
+    first = begun_from_weights(tmp_path)
+    for folder in (first, add(first, "second", tmp_path)):  # also a zoo's network in another zoo
+        assert "began from the weights of another run" in zoo.card(folder) and "retrain" not in zoo.card(folder)
+        assert not any("somewhere" in path.read_text() for path in folder.glob("*.json"))
+    assert "began from" not in zoo.card(add(zoo.directory("digits_liresnet"), "third", tmp_path))  # control
+
+
+@pytest.mark.slow  # imports what trains
+def test_a_run_that_began_from_weights_is_not_trained_again(tmp_path, capsys):
+    first = begun_from_weights(tmp_path)
+    assert main(["zoo", "retrain", str(first), "--workdir", str(tmp_path / "again")]) == 2
+    assert "train that one first" in capsys.readouterr().err and not (tmp_path / "again").exists()
+
+
+def certified(folder, text):
+    """Another certificate in the folder, with its hash in the list."""
+    (folder / "certificate.json").write_text(text)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    edited(folder, files=edited(folder) | {"certificate.json": digest})
+
+
+def test_images_are_those_whose_hash_is_checked(tmp_path):
+    folder = copied(tmp_path)
+    document = json.loads((folder / "certificate.json").read_text())
+    safetensors.numpy.save_file({"pixels": np.zeros(1), "labels": np.zeros(1)}, tmp_path / "other.safetensors")
+    certified(folder, json.dumps(document | {"sample": document["sample"] | {"file": "../other.safetensors"}}))
+    with pytest.raises(UserError, match="certificate names '../other.safetensors'"):
+        zoo.images(folder)
+    certified(folder, json.dumps(document | {"data": document["data"] | {"pixel_max": None}}))
+    with pytest.raises(UserError, match="names None as the largest pixel"):
+        zoo.images(folder)
+    certified(folder, json.dumps(document))
+    assert zoo.images(folder)[0].shape == (359, 8, 8, 1)  # control
+    for text in ("[]", "null", "{}", '{"sample": "x"}'):
+        certified(folder, text)
+        for function in (zoo.load, zoo.images):
+            with pytest.raises(UserError, match="is no certificate with"):
+                function(folder)
+
+
 def test_fetching_checks_every_hash(tmp_path, capsys):
     folder = copied(tmp_path)
     url, digest = folder.as_uri(), hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
@@ -153,6 +231,20 @@ def test_fetching_checks_every_hash(tmp_path, capsys):
     with pytest.raises(UserError, match="Expected a URL of https, http, file"):
         zoo.fetch("ftp://example.org/mine", tmp_path / "new")
     assert not (tmp_path / "new").exists() and len(list(tmp_path.iterdir())) == 2
+
+
+def test_redirections_lead_to_nothing_weaker(tmp_path):
+    def redirected(old, new):
+        request = urllib.request.Request(old)
+        return fetching._Redirections().redirect_request(request, None, 302, "Found", {}, new).full_url
+
+    for old, new in (("https://a.org/x", "https://b.org/x"), ("http://a.org/x", "https://b.org/x")):
+        assert redirected(old, new) == new
+    for old, new in (("https://a.org/x", "http://a.org/x"), ("http://a.org/x", "ftp://a.org/x")):
+        with pytest.raises(UserError, match=f"{old} redirects to {new}"):
+            redirected(old, new)
+    with pytest.raises(UserError, match="did not come"):  # http.client.InvalidURL, before anything is sent
+        zoo.fetch("http://localhost/a b", tmp_path / "new")
 
 
 def test_nothing_is_fetched_unasked():

@@ -49,11 +49,52 @@ def errs_alike(frozen, images, path):
     return max(errors) <= allowed
 
 
+def rewritten(path):
+    """What all optimisations of the graph make of a file: node types that were not there, and numbers that were not."""
+    options, kept = onnxruntime.SessionOptions(), path.with_suffix(".optimised.onnx")
+    options.graph_optimization_level, options.optimized_model_filepath = LEVELS[1], str(kept)
+    options.log_severity_level = 3  # it warns that what it writes is for this machine
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    before, after = (onnx.load(file).graph for file in (path, kept))
+
+    def numbers(graph):
+        arrays = map(onnx.numpy_helper.to_array, graph.initializer)
+        return {np.sort(array[array != 0]).tobytes() for array in arrays if array.dtype.kind == "f"}  # in any layout
+
+    types = {node.op_type for node in after.node} - {node.op_type for node in before.node}
+    return types, len(numbers(after) - numbers(before))
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_onnxruntime_computes_the_network(name, tmp_path):
-    frozen = frozen_network(name)
-    frozen.to_onnx(tmp_path / "network.onnx")
-    assert errs_alike(frozen, pixels(frozen, 4), tmp_path / "network.onnx")
+    frozen, path = frozen_network(name), tmp_path / "network.onnx"
+    frozen.to_onnx(path)
+    assert errs_alike(frozen, pixels(frozen, 4), path)
+    types, multiplied = rewritten(path)
+    assert not multiplied and "FusedMatMul" not in types  # no constant is multiplied out, nor a factor joined to a sum
+
+
+def test_onnxruntime_multiplies_no_scales_of_splines_out(tmp_path):
+    rng, shape, path = np.random.default_rng(0), (4, 4, 3), tmp_path / "network.onnx"
+
+    def spline(shape, spacing):
+        values = np.cumsum(rng.uniform(-spacing, spacing, size=(shape[-1], 9)), axis=1)
+        return operators.LinearSpline(values, rng.uniform(0.5, 2.0, shape[-1]), shape, spacing)
+
+    def conv(channels):
+        return operators.Conv(rng.normal(size=(3, 3, channels, 3)) / 5, (*shape[:2], channels))
+
+    bias, flat = operators.Bias(rng.normal(size=3), shape), operators.Flatten(shape)
+    narrow, wide = (operators.Dense(rng.normal(size=size)) for size in ((1, 48), (4, 1)))
+    for spacing in (0.5, 1.0):  # a division by 1 is left out
+        convolutions = [conv(2), spline(shape, spacing), conv(3), bias, spline(shape, spacing)]
+        frozen = network_of([*convolutions, flat, narrow, spline((1,), spacing), wide])
+        frozen.to_onnx(path)
+        types, multiplied = rewritten(path)
+        assert not multiplied and "FusedMatMul" not in types
+        assert errs_alike(frozen, rng.uniform(size=(4, 4, 4, 2)), path)
+    network_of([conv(2), bias, bias, flat]).to_onnx(path)
+    assert rewritten(path)[1]  # control: it adds two biases up, of which the bounds do not speak (they are infinite)
 
 
 @pytest.mark.nightly  # compiles the bounds of every operator

@@ -99,3 +99,32 @@ def test_what_pytorch_has_no_layer_for_is_refused_by_name():
         refused(("act", operators.ReLU((2,))), ("bias", operators.Bias(np.ones(2), (2,))))
     with pytest.raises(UserError, match="pairs: a MaxMin between a Flatten and the next dense layer"):
         refused(("flat", operators.Flatten((2, 2, 2))), ("pairs", operators.MaxMin((8,))))
+
+
+def _added(kind):
+    linear, relu = operators.Dense(np.eye(8)), operators.ReLU((8,))
+    return {
+        "residual": operators.Residual((linear, relu)),
+        "later": operators.Residual((relu, linear)),
+        "step": operators.PotentialStep(linear, np.zeros(8), relu),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["residual", "later", "step"])
+def test_sums_with_numbers_in_two_orders_are_refused(kind):
+    with pytest.raises(UserError, match="block/0: what it is a part of adds numbers in the order"):
+        refused(("flat", operators.Flatten((2, 2, 2))), ("relu", operators.ReLU((8,))), ("block", _added(kind)))
+    for shape in ((2, 4, 1), (1, 1, 8)):  # control: one order
+        refused(("flat", operators.Flatten(shape)), ("block", _added(kind)))
+    fixed = ("dense", operators.Dense(np.eye(8)))  # control: the order is the network's own again
+    refused(("flat", operators.Flatten((2, 2, 2))), fixed, ("block", _added(kind)))
+
+
+@pytest.mark.parametrize(("fraction", "allowed"), [(0.0, True), (0.5, False), (1.0, True)])
+def test_a_modulus_of_the_first_places_is_refused_in_another_order(fraction, allowed):
+    ops = ("flat", operators.Flatten((2, 2, 2))), ("first", operators.PartialAbs((8,), fraction))
+    if allowed:
+        assert refused(*ops)["head.weight"].shape == (8, 8)
+    else:
+        with pytest.raises(UserError, match="first: a PartialAbs between a Flatten and the next dense layer"):
+            refused(*ops)
