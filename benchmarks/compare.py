@@ -1,6 +1,6 @@
 """Configs compared at equal cost: trains, certifies and attacks one after the other, and keeps every number.
 
-Run: python benchmarks/compare.py layers --workdir=DIR --budget="20 minutes"
+Run: python benchmarks/compare.py layers --workdir=DIR --budget="20 processor minutes"
      python benchmarks/compare.py losses --workdir=DIR --budget="10 epochs" --seeds=0,1 --only=emma,crm
      python benchmarks/compare.py layers --costs
           what each config costs, without training it: benchmarks/results/layers_costs.json
@@ -9,26 +9,31 @@ Run: python benchmarks/compare.py layers --workdir=DIR --budget="20 minutes"
      Other configs: --configs compared:xs,aoc digits, with --results=FILE.json. Fields of all: --config.field=value
 
 A budget is of training steps alone, the same for each config: so many "epochs", "minutes" of the clock, or "processor
-minutes", which a busy machine changes less. Minutes are turned into whole epochs, at least one, by timing some steps
-first. What a config gives in epochs (warm-up, the start of CRM's weight) becomes the same part of the run.
+minutes", which a busy machine changes less. Minutes become the nearest number of whole epochs, the same for all seeds,
+by timing some steps first; less than one epoch is refused. What a config gives in epochs (warm-up, the start of a decay
+or of CRM's weight, growth per epoch) becomes the same part of the run.
 
 What was done is skipped: a row of the results for each config, fields, seed and budget. The same command goes on with
-what was interrupted, from its last checkpoint: Ctrl-C, SIGTERM, or a kill. A run that fails has a row that says why;
---again tries it again.
+what was interrupted, from its last checkpoint: Ctrl-C, SIGTERM, or a kill of this process. A run that fails, or that a
+machine without memory kills, has a row that says why; --again tries it again. Several comparisons may write one results
+file.
 """
 
 import argparse
+import contextlib
 import datetime
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from lipjax.errors import UserError, run_command
@@ -49,8 +54,10 @@ STUDIES = {
 
 PAGES = ("docs/layers.md", "docs/losses.md")
 WORK_LEFT, INTERRUPTED = os.EX_TEMPFAIL, 130
-# Fields that are counted in epochs.
-_IN_EPOCHS = {"optimizer.warmup_epochs": float, "loss.weight_start_epoch": round}
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Fields that are counted in epochs, and factors per epoch.
+_IN_EPOCHS = {"optimizer.warmup_epochs": float, "optimizer.decay_from": float, "loss.weight_start_epoch": round}
+_PER_EPOCH = ("loss.weight_growth", "loss.radius_growth")
 _UNITS = ("epochs", "minutes", "processor minutes")
 _SECTION = re.compile(r"(<!-- table: (?P<file>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -77,20 +84,28 @@ def parse_budget(text: str) -> tuple[float, str]:
 
 
 def epochs_within(amount: float, unit: str, step: dict[str, float] | None) -> int:
-    """Whole epochs, at least one. step: seconds and processor_seconds of one, and steps_per_epoch; for minutes."""
+    """The nearest number of whole epochs. step: seconds and processor_seconds of one, and steps_per_epoch; for minutes.
+
+    Raises: UserError if the budget is less than one epoch.
+    """
     if step is None or unit == "epochs":
         return int(amount)
     each = step["seconds"] if unit == "minutes" else step["processor_seconds"]
-    return max(1, int(amount * 60 / (each * step["steps_per_epoch"])))
+    epoch = each * step["steps_per_epoch"] / 60
+    if amount < epoch:
+        raise UserError(f"--budget: expected at least an epoch, which takes {epoch:.3g} {unit}, got {amount:g} {unit}.")
+    return round(amount / epoch)
 
 
 def fields_of_budget(config: Any, epochs: int) -> list[str]:
     """Arguments that make a config as long as the budget; validations at twenty places, and saves in between."""
     found = {"num_epochs": epochs, "checkpoint.every_epochs": max(1, epochs // 20), "checkpoint.every_steps": 50}
-    for name, kind in _IN_EPOCHS.items():
+    longer = epochs / config.num_epochs
+    for name in (*_IN_EPOCHS, *_PER_EPOCH):
         group, field = name.split(".")
         if field in config[group]:
-            found[name] = kind(config[group][field] * epochs / config.num_epochs)
+            value = config[group][field]
+            found[name] = _IN_EPOCHS[name](value * longer) if name in _IN_EPOCHS else value ** (1 / longer)
     return [f"--config.{name}={value}" for name, value in found.items()]
 
 
@@ -132,29 +147,43 @@ def provenance() -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+    """Waits until no other comparison is inside with the same path, beside which a lock file stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f"{path.name}.lock"), "w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)  # gone with the process, however that ends
+        yield
+
+
 class Results:
-    """The rows of a results file, which is written anew after each row.
+    """The rows of a results file, to which other processes may add, too: it is read and written anew with each row.
 
     A row is `records.record`, with config, fields, budget, costs and `provenance`; or "failed" in the place of numbers.
     """
 
     def __init__(self, path: pathlib.Path):
         self.path = path
+        self.rows: list[dict[str, Any]] = self._read()
+
+    def _read(self) -> list[dict[str, Any]]:
         try:
-            self.rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+            return json.loads(self.path.read_text(encoding="utf-8"))["rows"]
         except FileNotFoundError:
-            self.rows = []
+            return []
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}): take it from the repository again.") from error
+            raise UserError(f"{self.path} is damaged ({error}): take it from the repository again.") from error
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
         return next((row for row in self.rows if all(row.get(name) == value for name, value in key.items())), None)
 
     def put(self, key: dict[str, Any], row: dict[str, Any]) -> None:
         """Writes a row in the place of the one with the same key."""
-        self.rows = [other for other in self.rows if other is not self.find(key)] + [row]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, {"rows": self.rows})
+        with locked(self.path):
+            self.rows = self._read()
+            old = self.find(key)
+            self.rows = [other for other in self.rows if other is not old] + [row]
+            write_json(self.path, {"rows": self.rows})
 
 
 def fields_for_key(fields: Iterable[str]) -> list[str]:
@@ -189,9 +218,7 @@ def compare(
                 print(f"{name}: done already.", flush=True)
                 continue
             print(f"{name}: begins.", flush=True)
-            slug = re.sub(r"[^\w]+", "_", config)
-            digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
-            row = one_run(key, budget, fields, workdir / f"{slug}-{digest}", child)
+            row = one_run(key, budget, fields, workdir, child)
             results.put(key, {**row, **key})
             if "failed" in row:
                 failed.append(f"{name}: {row['failed']}")
@@ -223,29 +250,49 @@ def variant_of(config: str) -> str:
 
 
 def _last_json(output: str) -> dict[str, Any]:
-    return json.loads(output.strip().splitlines()[-1])
+    """The last line that a JSON object begins: what a library warns of may stand behind it."""
+    return json.loads(next((line for line in reversed(output.splitlines()) if line.startswith("{")), ""))
+
+
+def _place(workdir: pathlib.Path, key: dict[str, Any]) -> pathlib.Path:
+    slug = re.sub(r"[^\w]+", "_", key["config"])
+    return workdir / f"{slug}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]}"
 
 
 def one_run(
-    key: dict[str, Any], budget: tuple[float, str], fields: Sequence[str], directory: pathlib.Path, child
+    key: dict[str, Any], budget: tuple[float, str], fields: Sequence[str], workdir: pathlib.Path, child
 ) -> dict[str, Any]:
-    """Trains, certifies and measures one run, or goes on with it. Returns: its row without the key."""
+    """Trains, certifies and measures one run, or goes on with it. Returns: its row without the key.
+
+    Its directory holds plan.json: how many epochs, where it began, and the commits of all sessions. What the epochs
+    were read from lies beside the directories, for all seeds.
+    """
     about = provenance()
     python, wanted = sys.executable, f"--config={key['config']}"
     config, _ = read_config(key["config"], list(fields))
+    directory = _place(workdir, key)
     plan_file = directory / "plan.json"
     if plan_file.exists():
         plan = json.loads(plan_file.read_text())
     else:
         step = None
         if budget[1] != "epochs":
-            code, output = child([python, "benchmarks/costs.py", "--steps", wanted, *fields])
-            if code:
-                return _failed(code, output, about)
-            step = _last_json(output)
-        plan = {"epochs": epochs_within(*budget, step), "step": step}
+            timed = _place(workdir, {name: value for name, value in key.items() if name != "seed"}).with_suffix(".json")
+            with locked(timed):
+                if not timed.exists():
+                    code, output = child([python, "benchmarks/costs.py", "--steps", wanted, *fields])
+                    if code:
+                        return _failed(code, output, about)
+                    write_json(timed, _last_json(output))
+            step = json.loads(timed.read_text())
+        try:
+            plan = {"epochs": epochs_within(*budget, step), "step": step, "about": about, "commits": []}
+        except UserError as error:
+            return {"failed": str(error), **about}
         directory.mkdir(parents=True, exist_ok=True)
-        write_json(plan_file, plan)
+    plan["commits"] = list(dict.fromkeys([*plan["commits"], about["commit"]]))
+    write_json(plan_file, plan)
+    about = {**plan["about"], "commit": ", ".join(plan["commits"])}
     arguments = [wanted, *fields, *fields_of_budget(config, plan["epochs"]), f"--config.seeds=({key['seed']},)"]
     code, output = child([python, "-m", "lipjax", "train", *arguments, f"--workdir={directory}"])
     if code:
@@ -255,15 +302,17 @@ def one_run(
         return _failed(code, output, about)
     run = read_compared(directory)
     row = records.record(variant_of(key["config"]), run.seed, run.config["loss.epsilon"], run.report, directory)
-    command = " ".join(["lipjax train", *(a for a in arguments if not a.startswith("--config.data.data_dir="))])
+    command = shlex.join(["lipjax", "train", *(a for a in arguments if not a.startswith("--config.data.data_dir="))])
     costs = json.loads((directory / "costs.json").read_text())
     return {**row, "costs": costs, "epochs": plan["epochs"], "command": command, **about}
 
 
 def _failed(code: int, output: str, about: dict[str, Any]) -> dict[str, Any]:
     """The row of a run that failed. Raises: Stopped if it did not fail, but was stopped."""
-    if code in (WORK_LEFT, INTERRUPTED) or code < 0:
+    if code in (WORK_LEFT, INTERRUPTED) or -code in STOPS:
         raise Stopped(code if code > 0 else 128 - code)
+    if code < 0:  # SIGKILL: too little memory, for one
+        return {"failed": f"ended by signal {-code} ({signal.strsignal(-code)})", **about}
     last = (output.strip().splitlines() or [f"exit code {code}"])[-1]
     return {"failed": last.removeprefix("Error: "), **about}
 
@@ -339,7 +388,7 @@ def _missing(study: str, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _where(rows: Sequence[dict[str, Any]]) -> str:
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    commits = ", ".join(dict.fromkeys(c for row in rows for c in row["commit"].split(", ")))
     hardware = "; ".join(dict.fromkeys(row["hardware"] for row in rows))
     loads = sorted(row["load"] for row in rows)
     return (

@@ -4,9 +4,10 @@ Run: python benchmarks/costs.py --config=compared:xs,1x1,aoc [--config.field=val
           of the network as it is initialised; with --steps of a training step alone
      python benchmarks/costs.py DIR
           of a run that is trained and certified; written to DIR/costs.json, too
-Prints a JSON object in the last line. Seconds are of the processor, of all threads, so that they mean something on a
-machine that does other work; medians of five, after a call that compiles. Training and the frozen network are timed in
-float32, freezing and the proof in float64; the proof on one core, from an empty cache.
+Prints a JSON object in the last line. Seconds are of the processor, of all threads, which other work on the machine
+changes less than seconds of the clock, but changes. After a call that compiles: of a training step and of its
+parametrisation the median of five, of freezing and of the frozen network the best of five. The proof is timed once,
+from an empty cache. Training and the frozen network are timed in float32, freezing and the proof in float64.
 """
 
 import os
@@ -39,31 +40,36 @@ FILE_NAME = "costs.json"
 ROUNDS, BATCH = 5, 256
 
 
-def median_time(function, *args, rounds: int = ROUNDS) -> tuple[float, float]:
-    """Medians of seconds and processor seconds of a jitted function, after a call that compiles it."""
+def call_time(function, *args, of=statistics.median) -> tuple[float, float]:
+    """Seconds and processor seconds of a jitted function, each the median (of: min) of five calls after a first one."""
     jax.block_until_ready(function(*args))
     found = []
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         start = time.perf_counter(), time.process_time()
         jax.block_until_ready(function(*args))
         found.append((time.perf_counter() - start[0], time.process_time() - start[1]))
-    seconds, processor = (statistics.median(values) for values in zip(*found, strict=True))
+    seconds, processor = (of(values) for values in zip(*found, strict=True))
     return seconds, processor
 
 
 def step_time(run: Run) -> dict[str, float]:
-    """Seconds and processor seconds of a training step, and the number of steps of an epoch."""
+    """Seconds and processor seconds of a training step, and the number of steps of an epoch.
+
+    Raises: UserError if a value was not finite: such a step changes nothing, nor does any after it.
+    """
     train_batch = run.batch_runner(0)
     schedule = objective.loss_schedule(run.config.loss, 0, run.config.num_epochs)
-    held = {"state": run.fresh_state(), "step": 0}
+    held = {"state": run.fresh_state(), "step": 0, "metrics": {}}
 
     def next_step():  # the state is donated and comes back
-        held["state"], metrics = train_batch(held["state"], held["step"], schedule)
+        held["state"], held["metrics"] = train_batch(held["state"], held["step"], schedule)
         held["step"] += 1
-        return held["state"], metrics
+        return held["state"], held["metrics"]
 
     with jax.default_matmul_precision(run.config.matmul_precision):
-        seconds, processor = median_time(next_step)
+        seconds, processor = call_time(next_step)
+    if not held["metrics"]["finite"]:
+        raise UserError(f"the first {held['step']} training steps met a value that is not finite: change the config.")
     return {"seconds": seconds, "processor_seconds": processor, "steps_per_epoch": run.steps_per_epoch}
 
 
@@ -79,7 +85,7 @@ def parametrisation(run: Run) -> float:
 
     state = run.fresh_state()
     with jax.default_matmul_precision(run.config.matmul_precision):
-        return median_time(there_and_back, state.params, state.lip)[1]
+        return call_time(there_and_back, state.params, state.lip)[1]
 
 
 def freezing(run: Run, variables) -> float:
@@ -87,7 +93,7 @@ def freezing(run: Run, variables) -> float:
     variables = jax.tree.map(host_float64, variables)
     with float64_on_cpu():
         build = jax.jit(lambda v: run.model.apply(v, method="build"))
-        return median_time(build, jax.tree.map(jnp.asarray, variables), rounds=1)[1]
+        return call_time(build, jax.tree.map(jnp.asarray, variables), of=min)[1]
 
 
 def costs(run: Run, variables, frozen: lipjax.FrozenNetwork) -> dict[str, Any]:
@@ -99,7 +105,7 @@ def costs(run: Run, variables, frozen: lipjax.FrozenNetwork) -> dict[str, Any]:
     deployed = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), frozen.network)
     images, _ = test_images(run.dataset, np.arange(min(BATCH, run.dataset.size("test"))), BATCH)
     pixels = jnp.asarray(images / run.dataset.pixel_max, jnp.float32)
-    inference = median_time(jax.jit(lambda network, x: network(x)), deployed, pixels)[1]
+    inference = call_time(jax.jit(lambda network, x: network(x)), deployed, pixels, of=min)[1]
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(run.abstract_state.params)),
         "step": each,

@@ -1,10 +1,12 @@
 """The numbers of a run in one record, from the files that it wrote; tables and pictures of many records."""
 
+import bisect
 import dataclasses
 import json
+import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -35,11 +37,11 @@ def record(name: str, seed: int, epsilon: float | None, report: Mapping[str, Any
     Raises: UserError if the report lacks a number.
     """
     try:
-        radii = [float(radius) for radius in report["radii"]]
+        step, radii = int(report["step"]), [float(radius) for radius in report["radii"]]
         found = {
             "name": name,
             "seed": seed,
-            "step": report["step"],
+            "step": step,
             "radii": radii,
             "clean": report["clean_accuracy"],
             "proved": _over(report["certified_accuracy"], radii),
@@ -51,8 +53,9 @@ def record(name: str, seed: int, epsilon: float | None, report: Mapping[str, Any
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{directory}/report.json is damaged ({error!r}). Certify the run again.") from error
-    clock = read_clock(directory)
-    return found | {"training": training_time(clock), "curve": curve(directory, clock), "epsilon": epsilon}
+    clock, rows = read_clock(directory), _metrics(directory)
+    ends = {row["step"] for row in rows}
+    return found | {"training": training_time(clock, ends, step), "curve": curve(rows, clock), "epsilon": epsilon}
 
 
 def _over(by_radius: Mapping[str, float] | None, radii: Sequence[float]) -> list[float] | None:
@@ -64,39 +67,49 @@ def _over(by_radius: Mapping[str, float] | None, radii: Sequence[float]) -> list
     return [float(value) for value in by_radius.values()]
 
 
-def training_time(clock: Sequence[Record]) -> dict[str, Any] | None:
+def training_time(clock: Sequence[Record], ends: Iterable[int] = (), step: int = 0) -> dict[str, Any] | None:
     """The time of all training steps: the mean of those that were measured, in each epoch, for all of its steps.
 
-    Args: clock: lines of clock.jsonl. Returns: minutes, processor_minutes; epochs; epoch_seconds and
-      epoch_processor_seconds, means over the epochs; None without a line.
+    Args: clock: lines of clock.jsonl. ends: steps at which epochs ended, of which some may have no line. step: one
+      that training reached.
+    Returns: minutes, processor_minutes; epochs; epoch_seconds and epoch_processor_seconds, means over all steps; None
+      without a line.
     """
-    times = _times(clock)
+    ends = {*ends, *(row["step"] for row in clock)}
+    times = _times(clock, {*ends, step})
     if not times:
         return None
-    _, seconds, processor = times[-1]
+    last, seconds, processor = times[-1]
+    epochs = last / math.gcd(*ends)
     return {
         "minutes": seconds / 60,
         "processor_minutes": processor / 60,
-        "epochs": len(times),
-        "epoch_seconds": seconds / len(times),
-        "epoch_processor_seconds": processor / len(times),
+        "epochs": round(epochs),
+        "epoch_seconds": seconds / epochs,
+        "epoch_processor_seconds": processor / epochs,
     }
 
 
-def _times(clock: Sequence[Record]) -> list[tuple[Any, Any, Any]]:
-    """(step, seconds, processor seconds) from the start to the end of each epoch that has a line."""
+def _times(clock: Sequence[Record], steps: Iterable[int]) -> list[tuple[Any, Any, Any]]:
+    """(step, seconds, processor seconds) from the start to each of the steps; [] without a line.
+
+    Steps before the end of a line took what that line says, and those after the last one what the last one says.
+    """
+    if not clock:
+        return []
+    lines = [row["step"] for row in clock]
     before, spent, found = 0, (0.0, 0.0), []
-    for row in clock:
-        share = (row["step"] - before) / row["steps"]
+    for step in sorted({*steps, *lines}):
+        row = clock[min(bisect.bisect_left(lines, step), len(clock) - 1)]
+        share = (step - before) / row["steps"]
         spent = spent[0] + share * row["seconds"], spent[1] + share * row["processor_seconds"]
-        before = row["step"]
+        before = step
         found.append((before, *spent))
     return found
 
 
-def curve(directory: str | os.PathLike[str], clock: Sequence[Record]) -> list[list]:
-    """[step, minutes, processor minutes, accuracy, certified accuracy by estimates] of each validation."""
-    times = {step: (seconds / 60, processor / 60) for step, seconds, processor in _times(clock)}
+def _metrics(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that have a step, each the end of an epoch; damaged ones are passed over."""
     try:
         lines = (pathlib.Path(directory) / FILE_NAME).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -105,6 +118,23 @@ def curve(directory: str | os.PathLike[str], clock: Sequence[Record]) -> list[li
     for line in lines:
         try:
             row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            found.append(row)
+    return found
+
+
+def curve(rows: Sequence[Record], clock: Sequence[Record]) -> list[list]:
+    """[step, minutes, processor minutes, accuracy, certified accuracy by estimates] of each validation.
+
+    Args: rows: lines of metrics.jsonl. clock: lines of clock.jsonl, without which there is no curve.
+    """
+    spent = _times(clock, [row["step"] for row in rows])
+    times = {step: (seconds / 60, processor / 60) for step, seconds, processor in spent}
+    found = []
+    for row in rows:
+        try:
             if row["split"] == "validation" and row["step"] in times:
                 numbers = row["accuracy"], row["certified_accuracy_estimate"]
                 found.append([row["step"], *times[row["step"]], *map(float, numbers)])
@@ -134,12 +164,14 @@ def _list(name: str):
 
 
 def number(name: str, digits: int = 3, group: str | None = None):
-    """The cell of a number: `digits` that count; a field of a record, or of a group in it."""
+    """The cell of a number: `digits` that count, all of an integer; a field of a record, or of a group in it."""
 
     def cell(row: Record) -> str:
         value = (row.get(group) or {}).get(name) if group else row.get(name)
         if not isinstance(value, int | float):
             return NOT_MEASURED
+        if isinstance(value, int):
+            return f"{value:,}"
         rounded = float(f"{value:.{digits}g}")
         return f"{rounded:,.0f}" if abs(rounded) >= 10 ** (digits - 1) else f"{rounded:g}"
 
@@ -165,7 +197,7 @@ def _share(row: Record) -> str:
 RUN = Column("run", lambda row: str(row["name"]))
 COSTS = (
     RUN,
-    Column("parameters", number("parameters", 9, "costs")),
+    Column("parameters", number("parameters", group="costs")),
     Column("processor s / epoch", number("epoch_processor_seconds", 3, "costs")),
     Column("parametrisation, % of a step", _share),
     Column("frozen: images / processor s", number("images_per_processor_second", 3, "costs")),
@@ -186,7 +218,7 @@ def columns(records: Sequence[Record]) -> list[Column]:
         Column("float32, too", _list("float32")),
         Column("attacked", _list("attacked")),
         Column("test images (attacked)", lambda row: f"{row['images']:,} ({row['attacked_images']:,})"),
-        Column("epochs", number("epochs", 4, "training")),
+        Column("epochs", number("epochs", group="training")),
         Column("processor min", number("processor_minutes", 3, "training")),
         Column("min", number("minutes", 3, "training")),
         Column("processor s / epoch", number("epoch_processor_seconds", 3, "training")),

@@ -1,6 +1,7 @@
 """Comparisons: records of runs, tables and pictures of them, and the benchmark that makes and resumes many runs."""
 
 import json
+import shlex
 
 import pytest
 
@@ -56,6 +57,30 @@ def test_a_record_has_the_time_of_all_steps_by_those_that_were_measured(tmp_path
     with pytest.raises(UserError, match="report.json is damaged"):
         records.record("net", 3, None, {**REPORT, "certified_accuracy": {"1": 0.5}}, tmp_path)
     assert records.training_time(clock.read_clock(tmp_path / "nothing")) is None
+
+
+def test_epochs_without_a_line_of_the_clock_count(tmp_path):
+    write_run(tmp_path, lines=CLOCK[1:])  # no step of the first epoch was measured
+    found = records.record("net", 0, 36 / 255, REPORT, tmp_path)
+    assert found["training"] == {  # 8 steps of 30 and 45 s
+        "minutes": 240 / 60,
+        "processor_minutes": 360 / 60,
+        "epochs": 2,
+        "epoch_seconds": 120.0,
+        "epoch_processor_seconds": 180.0,
+    }
+    assert found["curve"] == [[4, 2.0, 3.0, 0.5, 0.25]]
+    write_run(tmp_path, lines=CLOCK[:1])  # nor of the last one, whose line of metrics.jsonl is lost, too
+    (tmp_path / "metrics.jsonl").unlink()
+    found = records.record("net", 0, 36 / 255, REPORT, tmp_path)["training"]
+    assert (found["minutes"], found["epochs"], found["epoch_seconds"]) == (80 / 60, 2, 40.0)  # of 10 s
+
+
+def test_cells_show_all_digits_of_integers_and_three_of_measurements():
+    cell = records.number("n")
+    shown = {701_888: "701,888", 1_573_120: "1,573,120", 0: "0", 1808.14: "1,810", 0.29225: "0.292", 157.87: "158"}
+    assert {value: cell({"n": value}) for value in shown} == shown
+    assert cell({"n": None}) == cell({}) == records.NOT_MEASURED
 
 
 def test_tables_and_pictures_of_records(tmp_path):
@@ -121,11 +146,38 @@ def test_budgets():
     step = {"seconds": 0.5, "processor_seconds": 0.75, "steps_per_epoch": 40}
     assert compare.epochs_within(2.0, "minutes", step) == 6  # of 20 s
     assert compare.epochs_within(2.0, "processor minutes", step) == 4  # of 30 s
-    assert compare.epochs_within(0.1, "minutes", step) == 1
+    assert compare.epochs_within(39.0 / 60, "minutes", step) == 2  # the nearest one
+    with pytest.raises(UserError, match="at least an epoch, which takes 0.333 minutes, got 0.3 minutes"):
+        compare.epochs_within(0.3, "minutes", step)
     config, _ = read_config("losses:crm", [])
     fields = compare.fields_of_budget(config, 40)
     assert "--config.optimizer.warmup_epochs=4.0" in fields and "--config.loss.weight_start_epoch=12" in fields
     assert "--config.num_epochs=40" in fields and "--config.checkpoint.every_epochs=2" in fields
+    given = ["--config.loss.name=crm", "--config.optimizer.schedule=exponential", "--config.optimizer.decay_from=2.0"]
+    given += ["--config.num_epochs=10", "--config.loss.weight_growth=1.21", "--config.loss.radius_growth=0.25"]
+    config, _ = read_config("digits", given)
+    longer, _ = read_config("digits", [*given, *compare.fields_of_budget(config, 20)])
+    assert (longer.num_epochs, longer.optimizer.decay_from) == (20, 4.0)
+    assert (longer.loss.weight_growth, longer.loss.radius_growth) == pytest.approx((1.1, 0.5))
+
+
+def test_what_a_child_printed_and_how_it_ended():
+    assert compare._last_json('{"old": 1}\n{"seconds": 2}\nWARNING: a thread was left\n\n') == {"seconds": 2}
+    for code in (compare.WORK_LEFT, compare.INTERRUPTED, -2, -15, -1):
+        with pytest.raises(compare.Stopped):
+            compare._failed(code, "", {})
+    for code in (-9, -11):
+        assert f"signal {-code} " in compare._failed(code, "step 3\n", {})["failed"]
+    assert compare._failed(2, "a\nError: no\n", {"load": 1}) == {"failed": "no", "load": 1}
+
+
+def test_two_comparisons_that_write_one_file_lose_no_row(tmp_path):
+    path = tmp_path / "found.json"
+    first, second = compare.Results(path), compare.Results(path)
+    for number, results in enumerate((first, second, first, second)):
+        results.put({"config": number}, {"config": number, "value": 0})
+    second.put({"config": 0}, {"config": 0, "value": 1})
+    assert {row["config"]: row["value"] for row in compare.Results(path).rows} == {0: 1, 1: 0, 2: 0, 3: 0}
 
 
 def child_of(log, codes):
@@ -152,12 +204,15 @@ def directory_of(command):
     return compare.pathlib.Path(next(a for a in command if a.startswith("--workdir=")).partition("=")[2])
 
 
-def test_a_comparison_skips_what_is_done_and_goes_on_with_what_was_stopped(tmp_path):
+def test_a_comparison_skips_what_is_done_and_goes_on_with_what_was_stopped(tmp_path, monkeypatch):
     path, log, fields = (
         tmp_path / "results" / "found.json",
         [],
         ["--config.data.data_dir=/data", "--config.batch_size=64"],
     )
+
+    commit = ["first"]
+    monkeypatch.setattr(compare, "provenance", lambda: {"commit": commit[0], "hardware": "a machine", "load": 0.5})
 
     def go(configs=("digits", "digits_lipnext"), codes=(), **options):
         log.clear()
@@ -172,12 +227,19 @@ def test_a_comparison_skips_what_is_done_and_goes_on_with_what_was_stopped(tmp_p
     row = compare.Results(path).rows[0]
     assert row["epochs"] == 5 and row["costs"] == {"parameters": 7} and row["proved"] == [0.5, 0.125]
     assert row["fields"] == ["--config.batch_size=64"] and "/data" not in json.dumps(row)
-    assert row["commit"] and row["hardware"] and "--config.num_epochs=5" in row["command"]
+    assert row["commit"] == "first" and row["hardware"] == "a machine"
+    assert {"--config.num_epochs=5", "--config.seeds=(0,)"} < set(shlex.split(row["command"]))
+    assert "'--config.seeds=(0,)'" in row["command"]  # a shell takes it
     interrupted = directory_of(log[-1])
 
+    commit[0] = "second"
     assert go(codes=[0, 2]) == ["digits, seed 1, 1 processor minutes: the loss is NaN"]
     assert directory_of(log[0]) == interrupted  # the same directory, without timing steps again
     assert "train" in log[0] and len(compare.Results(path).rows) == 4
+    assert not any("--steps" in command for command in log)  # as many epochs for all seeds
+    commits = {(row["config"], row["seed"]): row["commit"] for row in compare.Results(path).rows}
+    assert commits["digits_lipnext", 0] == "first, second" and commits["digits_lipnext", 1] == "second"
+    assert "Commit second, first; a machine" in compare.section(path)
     assert go() == [] and log == []
     assert go(again=True) == [] and len(log) == 2 and all("failed" not in row for row in compare.Results(path).rows)
     assert len({directory_of(command) for command in log if "train" in command}) == 1

@@ -104,6 +104,24 @@ def test_what_fails_or_has_no_time_is_said_and_costs_no_other_row(run, accelerat
     assert code == 0 and found["step crm tf32"] == {"left out": "no time"}
 
 
+def test_a_step_that_met_a_nan_is_not_finite_whatever_its_loss(accelerator, monkeypatch):
+    """Such a step changes nothing, so that later losses may be finite: what tells is the flag that stays."""
+
+    class Latched:
+        run = type("", (), {"fresh_state": staticmethod(lambda: 0)})
+        operations, memory, compile_seconds, good = {"highest": 1.0}, 0, 0.0, False
+
+        def __call__(self, state):
+            return state, {"loss": np.float32(1.0), "finite": np.bool_(self.good)}
+
+    step, args = Latched(), accelerator.parse(["--small", "--seconds=0.001"])
+    monkeypatch.setattr(accelerator, "make_config", lambda *_: type("", (), {"batch_size": 8}))
+    monkeypatch.setattr(accelerator.Step, "make", lambda *_: step)
+    for good in (False, True):
+        step.good = good
+        assert accelerator.measure("crm", "float32", [None], {"highest": 1.0}, args)["finite"] is good
+
+
 def test_units_are_those_of_the_devices(accelerator):
     eps = {"float32": 2.0**-24, "tf32": 2.0**-11, "bfloat16": 2.0**-8}
     for precision, unit in eps.items():
