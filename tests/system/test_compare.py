@@ -239,7 +239,7 @@ def test_a_comparison_skips_what_is_done_and_goes_on_with_what_was_stopped(tmp_p
     assert not any("--steps" in command for command in log)  # as many epochs for all seeds
     commits = {(row["config"], row["seed"]): row["commit"] for row in compare.Results(path).rows}
     assert commits["digits_lipnext", 0] == "first, second" and commits["digits_lipnext", 1] == "second"
-    assert "Commit second, first; a machine" in compare.section(path)
+    assert "Commit first, second; a machine" in compare.section(path)
     assert go() == [] and log == []
     assert go(again=True) == [] and len(log) == 2 and all("failed" not in row for row in compare.Results(path).rows)
     assert len({directory_of(command) for command in log if "train" in command}) == 1
