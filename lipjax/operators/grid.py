@@ -30,6 +30,11 @@ class Circulants(Estimated):
     dilation: int | tuple[int, int] = 1
     nonexpansive = False
 
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        variants, height, width, _ = self.in_shape
+        return variants, height // self.strides[0], width // self.strides[1], self.kernel.shape[-1]
+
     def __repr__(self):
         return f"Circulants({kernel_text(self.kernel, self.groups)}, {len(self.variants)} variants, in {self.in_shape})"
 

@@ -74,6 +74,7 @@ class Net(LipschitzModel):
         return [first, second, SOC(8, groups=8, name="depthwise"), flatten], LinearHead(3, name="head")
 
 
+@pytest.mark.nightly
 def test_a_network_trains_freezes_and_certifies():
     model = Net((6, 6, 2), 3)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 6, 6, 2)))

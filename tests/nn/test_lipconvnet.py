@@ -303,6 +303,7 @@ def test_training_certifies_and_resumes(changes, tmp_path):
     assert (proved.radii >= 0.9 * estimated - 1e-4).all()
 
 
+@pytest.mark.nightly
 @pytest.mark.x64_off
 def test_a_head_is_trained_on_frozen_features(tmp_path):
     first = training_config(**{"num_epochs": 1})

@@ -162,6 +162,7 @@ class Grouped(LipschitzModel):
         return [*layers[: self.length], flatten], LinearHead(3, name="head")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("length", everyday([3, 5], 3))
 def test_groups_dilation_and_transposition_train_and_are_orthogonal(length):
     model = Grouped((4, 4, 2), 3, length=length)

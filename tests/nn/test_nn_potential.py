@@ -44,6 +44,7 @@ def built(model, variables):
     return network, changed[COLLECTION]
 
 
+@pytest.mark.nightly
 @pytest.mark.x64_off
 def test_a_network_of_all_kinds_trains_freezes_and_is_proved_to_be_a_contraction(tmp_path):
     model = Net(SHAPE, 3)

@@ -271,6 +271,7 @@ def test_the_model_refuses_blocks_that_it_has_not(options, message):
         get_model(config, input_shape=(8, 8, 1), num_classes=3)
 
 
+@pytest.mark.nightly
 @pytest.mark.x64_off
 def test_a_run_trains_certifies_is_checked_and_reported(tmp_path):
     config = tiny_config(**{"model.block": "conventional", "model.stem_strides": 1})

@@ -100,6 +100,7 @@ def test_bronet(name):
     check_gradients(arrays, in_torch_layout("bronet", state, options, gradients))
 
 
+@pytest.mark.nightly
 def test_the_network_of_the_comparison():
     arrays, state, options = load("net_compared_aol")
     model, variables = interop.from_torch("compared", state, **options)
@@ -199,6 +200,7 @@ def test_the_network_of_sdp_based_layers(monkeypatch):
     check_gradients(arrays, in_torch_layout("sll", state, options, gradients), skip=inert)
 
 
+@pytest.mark.nightly
 def test_the_network_of_convex_potential_layers(monkeypatch):
     """With the norms that the original's evaluation uses: ours are estimated on another grid, until they converge."""
     arrays, state, options = load("net_cpl")

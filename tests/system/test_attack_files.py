@@ -55,6 +55,7 @@ def distances(arrays, images):
     return dict(zip(places.tolist(), far.tolist(), strict=True))
 
 
+@pytest.mark.nightly
 def test_a_weaker_attack_changes_nothing_for_the_worse(workdir):
     images, labels = made_up_images(15, seed=1)
     images = images / 255

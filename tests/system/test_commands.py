@@ -238,6 +238,7 @@ def test_a_full_disk_is_told_with_the_path(tmp_path, name, call):
     assert "File too large" in done.stderr and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.nightly
 @pytest.mark.x64_off
 def test_another_model_by_its_name_alone_trains(train, tmp_path):  # noqa: F811
     """Of the default config's model, only what all models have is left."""

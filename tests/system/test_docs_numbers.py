@@ -47,6 +47,7 @@ def test_shares_of_the_bounds_of_pairs_are_not_above_those_stated():
         assert 0.5 * float(number) < share <= float(number)
 
 
+@pytest.mark.nightly
 def test_bounds_of_the_example_of_orthogonal_networks():
     (line,) = re.findall(r"max\(row.proved .*", (DOCS / "orthogonal.md").read_text())
     sigma, bound = (float(number) for number in re.findall(r"1 \+ ([0-9.e-]+)", line))

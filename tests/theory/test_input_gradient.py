@@ -31,6 +31,7 @@ def test_gradients_are_those_of_automatic_differentiation(name):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12 * float(np.abs(wanted).max()))
 
 
+@pytest.mark.nightly
 @pytest.mark.quick_compiles
 def test_attacks_are_constants_of_adversarial_training():
     frozen = frozen_network("convolutional")

@@ -15,6 +15,7 @@ from test_operators import grouped, to_matrix
 
 import lipjax
 from lipjax import FrozenNetwork, NotCertifiable, checker, conv, operators, spectral
+from lipjax.certify.layout import layout_of
 from lipjax.network import make_network
 from lipjax.operators.grid import Circulants, on_grid
 from lipjax.spectral import norms
@@ -146,7 +147,7 @@ def test_fields_that_came_later_are_left_out_of_files_where_they_are_defaults(tm
     ]
     head = operators.LinearHead(numbers(3, 24), np.zeros(3))
     frozen = lipjax.freeze(make_network(ops, head))
-    entries = frozen._layout()["ops"]
+    entries = layout_of(frozen.network)["ops"]
     assert entries[0] == {"name": "conv", "type": "Conv", "in_shape": (4, 6, 2), "strides": 2, "padding": "ZERO"}
     assert "groups" not in entries[2]
     # Not of the kernels, whose sines may differ in the last place between machines: of the layout.
@@ -161,7 +162,7 @@ def test_fields_that_came_later_are_left_out_of_files_where_they_are_defaults(tm
         ("flat", operators.Flatten((4, 6, 2))),
     ]
     frozen = lipjax.freeze(make_network(others, operators.LinearHead(numbers(3, 48), np.zeros(3))))
-    entries = frozen._layout()["ops"]
+    entries = layout_of(frozen.network)["ops"]
     assert (entries[0]["groups"], entries[0]["dilation"], entries[2]["groups"]) == (2, (1, 2), 2)
     assert entries[3]["conv"]["type"] == "Conv" and entries[3]["conv"]["groups"] == 2
     frozen.save(tmp_path)

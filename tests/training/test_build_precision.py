@@ -73,6 +73,7 @@ def test_simulated_products_and_their_derivatives_err_as_derived(kind):
     assert error(build_precision.simulated(x, y, "tf32"), x, y) > 10 * limit(inner)  # control
 
 
+@pytest.mark.nightly
 @pytest.mark.x64_off
 def test_matrices_made_of_them_are_as_orthogonal_as_in_float32():
     w = np.random.default_rng(0).standard_normal((24, 24)).astype(np.float32)

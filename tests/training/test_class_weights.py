@@ -92,6 +92,7 @@ def test_without_weights_it_is_another_step():
     assert abs(plain / loss - 1) > 1000 * EPS32 and abs(plain_norm / norm - 1) > 1000 * EPS32
 
 
+@pytest.mark.nightly
 def test_losses_are_linear_in_the_weights():
     """Each class alone adds up to the weighted loss, and weights of 1 are none: for losses of every kind."""
     run = skewed(**{"loss.name": "crm", "loss.weight_start_epoch": 0, "loss.radius": 5.0})

@@ -50,6 +50,7 @@ def trained():
     return directory, evaluate.certify_run(directory, crm_config(), 0, run)
 
 
+@pytest.mark.nightly
 def test_a_run_trains_resumes_and_certifies(capsys):
     directory, report = trained()
     assert report["clean_accuracy"] >= report["certified_accuracy"]["0.1"] >= report["certified_accuracy"]["0.25"]

@@ -41,7 +41,7 @@ def seen_by(run, first, count):
         return state, (images, labels)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "make_train_step", lambda *_: look)
+        patch.setattr(steps, "make_train_step", lambda *_, **__: look)
         train_batch, state, found = run.batch_runner(first), run.fresh_state(), []
         for step in range(first, first + count):
             state, batch = train_batch(state, step, SCHEDULE)
@@ -121,6 +121,7 @@ def test_randaugment_treats_the_cropped_image_before_it_becomes_pixels(key, monk
     assert not any(np.array_equal(used, other) for other in others)
 
 
+@pytest.mark.nightly
 @pytest.mark.x64_off
 def test_a_run_trains_resumes_bit_for_bit_and_certifies_without_the_generated_images(tmp_path, path, monkeypatch):
     config = mixed_config(path)

@@ -188,6 +188,7 @@ def test_planned_data_sets_have_the_sizes_of_the_real_ones():
     assert stream.size("train") == 1_281_167 - 12_812
 
 
+@pytest.mark.nightly
 @pytest.mark.x64_off
 @pytest.mark.parametrize(
     "name",

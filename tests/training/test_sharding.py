@@ -183,6 +183,7 @@ def test_start_batches_and_order_do_not_depend_on_the_mesh():
     assert differing(Run(config_of(), 1).fresh_state(), seen[0][2])  # control
 
 
+@pytest.mark.nightly
 @pytest.mark.x64_off
 @pytest.mark.usefixtures("small_parts")
 def test_a_run_in_parts_is_saved_resumed_elsewhere_chosen_from_and_frozen(tmp_path):
