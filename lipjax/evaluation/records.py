@@ -2,7 +2,6 @@
 
 import bisect
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from lipjax.certify.radius import radius_label
 from lipjax.errors import UserError
 from lipjax.files import replacing
-from lipjax.training.clock import read_clock
+from lipjax.training.clock import read_clock, read_rows
 from lipjax.training.metrics import FILE_NAME
 
 NOT_MEASURED = "–"
@@ -110,19 +109,8 @@ def _times(clock: Sequence[Record], steps: Iterable[int]) -> list[tuple[Any, Any
 
 def _metrics(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl that have a step, each the end of an epoch; damaged ones are passed over."""
-    try:
-        lines = (pathlib.Path(directory) / FILE_NAME).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            found.append(row)
-    return found
+    rows = read_rows(pathlib.Path(directory) / FILE_NAME)
+    return [row for row in rows if isinstance(row.get("step"), int)]
 
 
 def curve(rows: Sequence[Record], clock: Sequence[Record]) -> list[list]:

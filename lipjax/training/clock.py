@@ -73,8 +73,17 @@ def read_clock(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     over: no claim rests on them. [] without a file.
     """
     names = ("step", "steps", "seconds", "processor_seconds")
+    return [
+        {name: row[name] for name in names}
+        for row in read_rows(pathlib.Path(workdir) / FILE_NAME)
+        if all(isinstance(row.get(name), int | float) for name in names) and row["steps"] > 0
+    ]
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The objects that the lines of a file hold; damaged lines are passed over. [] without the file."""
     try:
-        lines = (pathlib.Path(workdir) / FILE_NAME).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
     found = []
@@ -83,6 +92,6 @@ def read_clock(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and all(isinstance(row.get(name), int | float) for name in names) and row["steps"] > 0:
-            found.append({name: row[name] for name in names})
+        if isinstance(row, dict):
+            found.append(row)
     return found
