@@ -20,9 +20,7 @@ file.
 """
 
 import argparse
-import contextlib
 import datetime
-import fcntl
 import hashlib
 import json
 import os
@@ -33,8 +31,10 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from compare_results import PAGES, ROOT, STUDIES, Results, locked, write_pages
 
 from lipjax.errors import UserError, run_command
 from lipjax.evaluation import records
@@ -42,24 +42,12 @@ from lipjax.evaluation.compare import read_compared
 from lipjax.files import write_json
 from lipjax.training.config_file import read_config
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-LAYERS = "plain aoc n_activation cholesky bcop cayley soc_frequency aol sll cpl sandwich lot bro soc"
-LOSSES = "emma emma_small margin logit_annealing offset_36 offset_108 offset_255 cll_low cll_high crm hkr"
-STUDIES = {
-    "layers": [f"compared:xs,1x1,{name}" for name in LAYERS.split()],
-    "layers_3x3": [f"compared:xs,{name}" for name in LAYERS.split()],
-    "losses": [f"losses:{name}" for name in LOSSES.split()],
-}
-"""Lists of configs by name; the results of each are benchmarks/results/<name>.json."""
-
-PAGES = ("docs/layers.md", "docs/losses.md")
 WORK_LEFT, INTERRUPTED = os.EX_TEMPFAIL, 130
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Fields that are counted in epochs, and factors per epoch.
 _IN_EPOCHS = {"optimizer.warmup_epochs": float, "optimizer.decay_from": float, "loss.weight_start_epoch": round}
 _PER_EPOCH = ("loss.weight_growth", "loss.radius_growth")
 _UNITS = ("epochs", "minutes", "processor minutes")
-_SECTION = re.compile(r"(<!-- table: (?P<file>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
 class Stopped(BaseException):
@@ -145,45 +133,6 @@ def provenance() -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 1),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
-
-
-@contextlib.contextmanager
-def locked(path: pathlib.Path) -> Iterator[None]:
-    """Waits until no other comparison is inside with the same path, beside which a lock file stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f"{path.name}.lock"), "w") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)  # gone with the process, however that ends
-        yield
-
-
-class Results:
-    """The rows of a results file, to which other processes may add, too: it is read and written anew with each row.
-
-    A row is `records.record`, with config, fields, budget, costs and `provenance`; or "failed" in the place of numbers.
-    """
-
-    def __init__(self, path: pathlib.Path):
-        self.path = path
-        self.rows: list[dict[str, Any]] = self._read()
-
-    def _read(self) -> list[dict[str, Any]]:
-        try:
-            return json.loads(self.path.read_text(encoding="utf-8"))["rows"]
-        except FileNotFoundError:
-            return []
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.path} is damaged ({error}): take it from the repository again.") from error
-
-    def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        return next((row for row in self.rows if all(row.get(name) == value for name, value in key.items())), None)
-
-    def put(self, key: dict[str, Any], row: dict[str, Any]) -> None:
-        """Writes a row in the place of the one with the same key."""
-        with locked(self.path):
-            self.rows = self._read()
-            old = self.find(key)
-            self.rows = [other for other in self.rows if other is not old] + [row]
-            write_json(self.path, {"rows": self.rows})
 
 
 def fields_for_key(fields: Iterable[str]) -> list[str]:
@@ -315,86 +264,6 @@ def _failed(code: int, output: str, about: dict[str, Any]) -> dict[str, Any]:
         return {"failed": f"ended by signal {-code} ({signal.strsignal(-code)})", **about}
     last = (output.strip().splitlines() or [f"exit code {code}"])[-1]
     return {"failed": last.removeprefix("Error: "), **about}
-
-
-def write_pages(pages: Iterable[pathlib.Path]) -> None:
-    """Writes the tables of pages anew, with their pictures beside them."""
-    for page in pages:
-        text = page.read_text(encoding="utf-8")
-        page.write_text(with_tables(text), encoding="utf-8")
-        for found in _SECTION.finditer(text):
-            write_pictures(page.parent, ROOT / found["file"])
-        print(f"Written to {page}")
-
-
-def with_tables(text: str, root: pathlib.Path = ROOT) -> str:
-    """The text of a page with its tables written anew. root: what the names of results files are relative to."""
-    return _SECTION.sub(lambda found: f"{found[1]}{section(root / found['file'])}{found[3]}", text)
-
-
-def _groups(results: Results) -> list[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]]:
-    """(what is equal, in words; rows; those that did not fail, the best one first) for each budget."""
-    found = []
-    for budget, fields in dict.fromkeys((row["budget"], tuple(row["fields"])) for row in results.rows):
-        rows = [row for row in results.rows if (row["budget"], tuple(row["fields"])) == (budget, fields)]
-        good = sorted((row for row in rows if "failed" not in row), key=lambda row: -row["proved"][0])
-        changed = f", {', '.join(f'`{field}`' for field in fields)}" if fields else ""
-        found.append((f"{budget} of training each{changed}", rows, good))
-    return found
-
-
-def write_pictures(folder: pathlib.Path, path: pathlib.Path) -> None:
-    """Writes the pictures that the section of a results file shows."""
-    if path.stem.endswith("_costs"):
-        return
-    for number, (_, _, good) in enumerate(_groups(Results(path))):
-        if good:
-            records.plot_radii(folder / f"{path.stem}_{number}_radii.png", good)
-        if len({row["epsilon"] for row in good}) == 1:
-            records.plot_minutes(folder / f"{path.stem}_{number}_minutes.png", good)
-
-
-def section(path: pathlib.Path) -> str:
-    """Tables and pictures of a results file, a table for each budget, and what is missing."""
-    results = Results(path)
-    if path.stem.endswith("_costs"):
-        return _costs_section(path.stem.removesuffix("_costs"), results.rows)
-    parts = []
-    for number, (words, rows, good) in enumerate(_groups(results)):
-        parts.append(f"**{words}.** {_where(rows)}\n\n{records.markdown(good)}")
-        bad = [row for row in rows if "failed" in row]
-        parts += [f"\nFailed: {row['config']}, seed {row['seed']}: {row['failed']}\n" for row in bad]
-        stem = f"{path.stem}_{number}"
-        if good:
-            parts.append(f"\n![Certified accuracy over the radius]({stem}_radii.png)\n")
-        if len({row["epsilon"] for row in good}) == 1:
-            parts.append(f"\n![Certified accuracy over the minutes of training]({stem}_minutes.png)\n")
-        parts.append(_missing(path.stem, rows) + "\n")
-    if not parts:
-        parts.append(records.markdown([]) + _missing(path.stem, []) + "\n")
-    return "\n" + "".join(parts)
-
-
-def _costs_section(study: str, rows: Sequence[dict[str, Any]]) -> str:
-    good = [row for row in rows if "failed" not in row]
-    parts = [f"{_where(rows)}\n\n" if rows else "", records.markdown(good, records.COSTS)]
-    parts += [f"\nFailed: {row['config']}: {row['failed']}\n" for row in rows if "failed" in row]
-    return "\n" + "".join(parts) + _missing(study, rows) + "\n"
-
-
-def _missing(study: str, rows: Sequence[dict[str, Any]]) -> str:
-    missing = [config for config in STUDIES.get(study, []) if config not in {row["config"] for row in rows}]
-    return f"\nNot measured yet: {', '.join(f'`{config}`' for config in missing)}.\n" if missing else ""
-
-
-def _where(rows: Sequence[dict[str, Any]]) -> str:
-    commits = ", ".join(dict.fromkeys(c for row in rows for c in row["commit"].split(", ")))
-    hardware = "; ".join(dict.fromkeys(row["hardware"] for row in rows))
-    loads = sorted(row["load"] for row in rows)
-    return (
-        f"Commit {commits}; {hardware}; load average when a run began: {loads[0]:g} to {loads[-1]:g}; all numbers "
-        "are in the results file."
-    )
 
 
 def _stop(number: int, frame: Any) -> None:

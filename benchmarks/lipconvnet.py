@@ -28,26 +28,18 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
 import functools
-import importlib
 import statistics
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from memory import keep_freed_memory
+from optional_torch import tf, torch
 
 from lipjax import activations, conv, losses
 from lipjax.models import LipConvnet
 from lipjax.nn import COLLECTION
-
-torch: Any
-tf: Any
-try:
-    torch, tf = importlib.import_module("torch"), importlib.import_module("torch.nn.functional")
-except ImportError:
-    torch = tf = None
 
 TRAIN_TERMS, EVAL_TERMS, CLASSES = 5, 12, 10
 

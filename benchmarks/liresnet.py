@@ -15,7 +15,6 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import importlib
 import statistics
 import time
 from typing import Any
@@ -25,17 +24,11 @@ import numpy as np
 from absl import app, flags
 from made_up import made_up_run, random_batch
 from memory import keep_freed_memory
+from optional_torch import tf, torch
 
 from lipjax import interop
 from lipjax.training import config_file, step
 from lipjax.training.choices import update
-
-torch: Any
-tf: Any
-try:
-    torch, tf = importlib.import_module("torch"), importlib.import_module("torch.nn.functional")
-except ImportError:
-    torch = tf = None
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("rounds", 7, "In each, every contender takes one step.")

@@ -5,18 +5,11 @@ are one convolution each, I + L^(-1/2) gamma W; the loss is EMMA; the optimiser 
 """
 
 import contextlib
-import importlib
 import math
 from typing import Any
 
 import numpy as np
-
-torch: Any
-tf: Any
-try:
-    torch, tf = importlib.import_module("torch"), importlib.import_module("torch.nn.functional")
-except ImportError:
-    torch = tf = None
+from optional_torch import tf, torch
 
 
 def _maxmin(x):

@@ -3,6 +3,7 @@
 import json
 import shlex
 
+import compare_results
 import pytest
 
 from benchmarks import compare
@@ -173,11 +174,11 @@ def test_what_a_child_printed_and_how_it_ended():
 
 def test_two_comparisons_that_write_one_file_lose_no_row(tmp_path):
     path = tmp_path / "found.json"
-    first, second = compare.Results(path), compare.Results(path)
+    first, second = compare_results.Results(path), compare_results.Results(path)
     for number, results in enumerate((first, second, first, second)):
         results.put({"config": number}, {"config": number, "value": 0})
     second.put({"config": 0}, {"config": 0, "value": 1})
-    assert {row["config"]: row["value"] for row in compare.Results(path).rows} == {0: 1, 1: 0, 2: 0, 3: 0}
+    assert {row["config"]: row["value"] for row in compare_results.Results(path).rows} == {0: 1, 1: 0, 2: 0, 3: 0}
 
 
 def child_of(log, codes):
@@ -216,15 +217,15 @@ def test_a_comparison_skips_what_is_done_and_goes_on_with_what_was_stopped(tmp_p
 
     def go(configs=("digits", "digits_lipnext"), codes=(), **options):
         log.clear()
-        child, results = child_of(log, list(codes)), compare.Results(path)
+        child, results = child_of(log, list(codes)), compare_results.Results(path)
         budget = (1.0, "processor minutes")
         return compare.compare(configs, budget, [0, 1], fields, results, tmp_path / "runs", child=child, **options)
 
     with pytest.raises(compare.Stopped) as stopped:  # in the second run
         go(codes=[0, compare.WORK_LEFT])
     assert stopped.value.code == compare.WORK_LEFT
-    assert [(row["config"], row["seed"]) for row in compare.Results(path).rows] == [("digits", 0)]
-    row = compare.Results(path).rows[0]
+    assert [(row["config"], row["seed"]) for row in compare_results.Results(path).rows] == [("digits", 0)]
+    row = compare_results.Results(path).rows[0]
     assert row["epochs"] == 5 and row["costs"] == {"parameters": 7} and row["proved"] == [0.5, 0.125]
     assert row["fields"] == ["--config.batch_size=64"] and "/data" not in json.dumps(row)
     assert row["commit"] == "first" and row["hardware"] == "a machine"
@@ -235,24 +236,28 @@ def test_a_comparison_skips_what_is_done_and_goes_on_with_what_was_stopped(tmp_p
     commit[0] = "second"
     assert go(codes=[0, 2]) == ["digits, seed 1, 1 processor minutes: the loss is NaN"]
     assert directory_of(log[0]) == interrupted  # the same directory, without timing steps again
-    assert "train" in log[0] and len(compare.Results(path).rows) == 4
+    assert "train" in log[0] and len(compare_results.Results(path).rows) == 4
     assert not any("--steps" in command for command in log)  # as many epochs for all seeds
-    commits = {(row["config"], row["seed"]): row["commit"] for row in compare.Results(path).rows}
+    commits = {(row["config"], row["seed"]): row["commit"] for row in compare_results.Results(path).rows}
     assert commits["digits_lipnext", 0] == "first, second" and commits["digits_lipnext", 1] == "second"
-    assert "Commit first, second; a machine" in compare.section(path)
+    assert "Commit first, second; a machine" in compare_results.section(path)
     assert go() == [] and log == []
-    assert go(again=True) == [] and len(log) == 2 and all("failed" not in row for row in compare.Results(path).rows)
+    assert (
+        go(again=True) == []
+        and len(log) == 2
+        and all("failed" not in row for row in compare_results.Results(path).rows)
+    )
     assert len({directory_of(command) for command in log if "train" in command}) == 1
 
     log.clear()
-    results = compare.Results(tmp_path / "found_costs.json")
+    results = compare_results.Results(tmp_path / "found_costs.json")
     assert compare.measure_costs(["digits", "compared:xs"], [], results, child=child_of(log, [])) == []
     assert compare.measure_costs(["compared:xs"], [], results, child=child_of(log, [])) == [] and len(log) == 2
-    assert "| xs | 7 |" in compare.section(results.path)
+    assert "| xs | 7 |" in compare_results.section(results.path)
 
     path.write_text("{")
     with pytest.raises(UserError, match="is damaged"):
-        compare.Results(path)
+        compare_results.Results(path)
 
 
 def test_a_signal_reaches_the_child_which_ends_before_its_parent(tmp_path):
@@ -276,18 +281,18 @@ def test_a_signal_reaches_the_child_which_ends_before_its_parent(tmp_path):
 
 def test_pages_are_what_the_results_say():
     """Run `python benchmarks/compare.py --page` after new results."""
-    for name in compare.PAGES:
-        page = compare.ROOT / name
+    for name in compare_results.PAGES:
+        page = compare_results.ROOT / name
         text = page.read_text(encoding="utf-8")
-        assert compare.with_tables(text) == text
+        assert compare_results.with_tables(text) == text
         for picture in compare.re.findall(r"\((\S+\.png)\)", text):
             assert (page.parent / picture).exists()
     text = text.replace("<!-- end of table -->", "changed\n<!-- end of table -->", 1)
-    assert "changed" in text and "changed" not in compare.with_tables(text)
+    assert "changed" in text and "changed" not in compare_results.with_tables(text)
 
 
 def test_studies_name_configs_that_there_are():
-    for configs in compare.STUDIES.values():
+    for configs in compare_results.STUDIES.values():
         assert len(set(configs)) == len(configs)
         for config in configs:
             read_config(config, [])
