@@ -8,6 +8,7 @@ functions; any other vectors in their place also define exactly 1-Lipschitz maps
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jax.lax import optimization_barrier, stop_gradient
 from jaxtyping import Array, Bool, Float
@@ -58,7 +59,7 @@ def maxmin(x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
     """Sorts each pair of channels: concat(max(a, b), min(a, b)) of the halves a, b.
 
     An orthogonal map on each side of the tie a = b, and continuous there: exactly 1-Lipschitz and
-    gradient-norm preserving.
+    gradient-norm preserving. At the tie the gradients of both are the mean, as JAX and PyTorch have it.
 
     Args:
       x: (..., C), channels last, an even number of them, any unit.
@@ -69,8 +70,24 @@ def maxmin(x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
       >>> lipjax.activations.maxmin(jnp.array([1.0, 5.0, 2.0, 3.0])).tolist()
       [2.0, 5.0, 1.0, 3.0]
     """
-    a, b = split_pairs(x, "MaxMin")
-    return jnp.concatenate([jnp.maximum(a, b), jnp.minimum(a, b)], axis=-1)
+    return jnp.concatenate(_sorted_pair(*split_pairs(x, "MaxMin")), axis=-1)
+
+
+@jax.custom_jvp
+def _sorted_pair(a: Array, b: Array) -> tuple[Array, Array]:
+    return jnp.maximum(a, b), jnp.minimum(a, b)
+
+
+@_sorted_pair.defjvp
+def _sorted_tangents(primals, tangents):
+    # The gradients of JAX's own maximum and minimum are the same, but divide every element (docs/performance.md).
+    (a, b), (da, db) = primals, tangents
+    mean = 0.5 * (da + db)
+
+    def first_if_larger(first, second):
+        return jnp.where(a > b, first, jnp.where(a < b, second, mean))
+
+    return _sorted_pair(a, b), (first_if_larger(da, db), first_if_larger(db, da))
 
 
 def householder(x: Float[Array, "*batch c"], theta: Float[Array, " half"]) -> Float[Array, "*batch c"]:
