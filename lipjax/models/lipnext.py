@@ -4,7 +4,7 @@ import functools
 from fractions import Fraction
 
 from lipjax import operators
-from lipjax.nn import CholeskyConv, CholeskyDense, Conv, LinearHead, LipschitzModel, flatten
+from lipjax.nn import CholeskyConv, CholeskyDense, Conv, LinearHead, LinearResidual, LipschitzModel, flatten
 from lipjax.nn.tokens import ORTHOGONAL, POSITIONS, ShiftBlocks, l2_pool, patch_tokens
 from lipjax.operators.tokens import DELTAS
 
@@ -21,13 +21,14 @@ class LipNeXt(LipschitzModel):
     whose norm is free. Blocks: Z = activation(M R^T S(R (X + p)) + b), see `nn.ShiftBlocks`; `shift` is the part of
     the channels that S moves in each of four directions, activation "abs" the absolute value of the first `absolute`
     of the channels, or "maxmin". orthogonal: "cholesky" (contractive), "exponential", or "manifold", for an optimizer
-    on the manifold. premix, identity_start, positions: of `nn.ShiftBlocks`.
+    on the manifold. premix, identity_start, positions: of `nn.ShiftBlocks`. residual_blocks: so many linear residual
+    convolutions of LiResNet with MaxMin come before the blocks (ours: a hybrid); their norms are free.
 
     Neck "l2": l2 pooling of the whole map. "regions": l2 pooling of regions x regions parts of it, then a contractive
     dense layer to neck_features. "patches": a contractive map of each of these parts to width numbers, then that dense
     layer. pool_delta: of `operators.L2Pool`. Head: rows of length 1 with head_normalize (LLN).
 
-    But for the stem "conv" every layer is 1-Lipschitz, and most keep norms, so logits have no scale of their own: set
+    But for the stem "conv" and residual blocks every layer is 1-Lipschitz, and most keep norms, so logits have no scale of their own: set
     logit_scale.
 
     Source: Hu, Hu & Fredrikson 2026, arXiv:2601.18513.
@@ -36,6 +37,7 @@ class LipNeXt(LipschitzModel):
     tokens: int = 8
     width: int = 128
     depth: int = 8
+    residual_blocks: int = 0
     shift: float = 1 / 16
     activation: str = "abs"
     absolute: float = 0.5
@@ -57,6 +59,11 @@ class LipNeXt(LipschitzModel):
         )
         if self.depth < 1:
             raise ValueError(f"expected depth >= 1, got {self.depth}.")
+        if self.residual_blocks < 0 or (self.residual_blocks and self.width % 2):
+            raise ValueError(
+                f"expected residual_blocks >= 0, and an even width if there are any, got {self.residual_blocks} and width "
+                f"{self.width}."
+            )
         height, width, channels = self.input_shape
         if self.tokens < 1 or height % self.tokens or width % (height // self.tokens):
             raise ValueError(
@@ -109,6 +116,9 @@ class LipNeXt(LipschitzModel):
         else:
             pads = ((block, block), (block, block))
             stem = Conv(self.width, 2 * block + 1, block, pads, activation=None, name="stem")
+        convolutions = [
+            LinearResidual(self.residual_blocks, name=f"residual_{i:02d}") for i in range(1, self.residual_blocks + 1)
+        ]
         if self.activation == "abs":
             activation = functools.partial(operators.PartialAbs, fraction=self.absolute)
         else:
@@ -130,4 +140,4 @@ class LipNeXt(LipschitzModel):
             neck = [functools.partial(l2_pool, regions=regions, delta=self.pool_delta), flatten]
         if self.neck != "l2":
             neck.append(CholeskyDense(self.neck_features, name="neck_dense"))
-        return [stem, blocks, *neck], LinearHead(self.num_classes, self.head_normalize, name="head")
+        return [stem, *convolutions, blocks, *neck], LinearHead(self.num_classes, self.head_normalize, name="head")

@@ -88,7 +88,9 @@ VARIANTS = {
     "manifold": {"orthogonal": "manifold", "positions": "shared"},
     "no premix": {"premix": False, "positions": "none", "neck": "l2", "activation": "maxmin"},
     "patches": {"neck": "patches", "stem": "conv", "activation": "maxmin"},
+    "hybrid": {"residual_blocks": 1},
 }
+FREE = {"patches": ["stem/linear"], "hybrid": ["residual_01/linear"]}  # layers whose norms are not 1
 
 
 IMAGES, LABELS = np.random.default_rng(2).uniform(size=(6, *SHAPE)), np.arange(6) % 3
@@ -127,7 +129,7 @@ def test_blocks_are_proved_near_1_at_the_start_and_after_steps(name):
         else:
             assert 0.99 < min(linear) and max(linear) < 1 + 1e-8
         free = [row.name for row in report if row.claimed > 1 + 1e-8 and not row.name.startswith("block")]
-        assert free == (["stem/linear"] if name == "patches" else [])
+        assert free == FREE.get(name, [])
     radii = frozen.certify(IMAGES).radii
     assert np.isfinite(radii).all() and (radii >= 0).all() and (radii > 0).any()
 
@@ -276,6 +278,8 @@ def test_what_was_trained_is_checked_by_the_other_program(tmp_path):
         ({"activation": "relu"}, "activation to be one of"),
         ({"positions": "learned"}, "positions to be one of"),
         ({"stem": "vit"}, "stem to be one of"),
+        ({"residual_blocks": -1}, "residual_blocks >= 0"),
+        ({"width": 17, "shift": 1 / 17, "residual_blocks": 1}, "residual_blocks >= 0, and an even width"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, message):
