@@ -28,8 +28,8 @@ class LipNeXt(LipschitzModel):
     dense layer to neck_features. "patches": a contractive map of each of these parts to width numbers, then that dense
     layer. pool_delta: of `operators.L2Pool`. Head: rows of length 1 with head_normalize (LLN).
 
-    But for the stem "conv" and residual blocks every layer is 1-Lipschitz, and most keep norms, so logits have no scale of their own: set
-    logit_scale.
+    But for the stem "conv" and residual blocks every layer is 1-Lipschitz, and most keep norms, so logits have no
+    scale of their own: set logit_scale.
 
     Source: Hu, Hu & Fredrikson 2026, arXiv:2601.18513.
     """
@@ -61,8 +61,8 @@ class LipNeXt(LipschitzModel):
             raise ValueError(f"expected depth >= 1, got {self.depth}.")
         if self.residual_blocks < 0 or (self.residual_blocks and self.width % 2):
             raise ValueError(
-                f"expected residual_blocks >= 0, and an even width if there are any, got {self.residual_blocks} and width "
-                f"{self.width}."
+                f"expected residual_blocks >= 0, and an even width if there are any, got {self.residual_blocks} and "
+                f"width {self.width}."
             )
         height, width, channels = self.input_shape
         if self.tokens < 1 or height % self.tokens or width % (height // self.tokens):
