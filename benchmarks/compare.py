@@ -136,8 +136,8 @@ def provenance() -> dict[str, Any]:
 
 
 def fields_for_key(fields: Iterable[str]) -> list[str]:
-    """The fields that say what is measured: not where data lies."""
-    elsewhere = ("--config.data.data_dir=", "--config.data.download", "--config.checkpoint.")
+    """The fields that say what is measured: not where data lies, nor how much is attacked, which has a column."""
+    elsewhere = ("--config.data.data_dir=", "--config.data.download", "--config.checkpoint.", "--config.certify.attack")
     return sorted(field for field in fields if not field.startswith(elsewhere))
 
 

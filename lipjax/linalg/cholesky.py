@@ -1,7 +1,6 @@
 """Cholesky factors and their inverses by matrix products, and the orthogonalisation that is made of them."""
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -12,8 +11,9 @@ from jaxtyping import Array, Float
 from lipjax import _spread
 from lipjax.linalg.parts import Parts, adjoint, product, scaled, subtract, times
 
-# Sides of the blocks that are factorised column by column, of a few matrices and of many, which every column reads.
-_BLOCK, _OF_MANY, _MANY = 64, 16, 8
+# Sides of the blocks that are factorised column by column, each of which reads all of its block, and of the matrices
+# for which the smaller one was faster.
+_BLOCK, _OF_SMALL, _SMALL = 32, 16, 256
 
 Matrices = Float[Array, "*batch n n"]
 
@@ -58,7 +58,7 @@ def _by_products(s: Array) -> tuple[Array, Array]:
 def _by_blocks(s: Parts, least: float | None) -> tuple[Parts, Parts]:
     """A block of columns at a time: `_by_columns` with blocks for numbers. One loop, so that it compiles quickly."""
     n = s[0].shape[-1]
-    block = _BLOCK if least is None or math.prod(s[0].shape[:-2]) < _MANY else _OF_MANY
+    block = _OF_SMALL if n <= _SMALL else _BLOCK
     if n <= block:
         return _by_columns(s, least)
     if _spread.by_columns(s[0].shape):
