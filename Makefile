@@ -11,6 +11,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
 demo: $(VENV)/.lipjax
 	$(PY) train.py --config=configs/digits.py --workdir=$(WORKDIR)
+	$(PY) -m lipjax report $(WORKDIR)
 
 # Compiled code is kept in .cache, so that a second run spends its time on testing.
 quick test: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax

@@ -238,7 +238,9 @@ def write_attack(
     rows = draw(images.indices, EXAMPLES)
     attack, pixels = findings.attack, images.pixels[rows] / np.float32(images.pixel_max)
     logits = network(attack.points[rows], attacked.settings.batch_size)
-    found = np.isfinite(attack.distances[rows]) & (np.argmax(logits, axis=1) != certificate.predictions[rows])
+    taken = np.argmax(logits, axis=1)
+    found = np.isfinite(attack.distances[rows]) & (taken != certificate.predictions[rows])
+    by = [_name(attack.ways[attack.found_by[row]]) if there else "" for row, there in zip(rows, found, strict=True)]
     column = found.reshape(-1, *(1,) * (pixels.ndim - 1))
     save_arrays(
         workdir / SHOWN,
@@ -249,10 +251,17 @@ def write_attack(
         radius=certificate.radii[rows],
         point=np.where(column, attack.points[rows], np.float32(np.nan)),
         distance=np.where(found, attack.distances[rows], np.nan),
+        taken_for=np.where(found, taken, -1),
+        found_by=np.array(by, np.str_),
     )
     document = _document(digest, attacked, lipschitz, whole, old)
     write_json(notes, document)
     return document
+
+
+def _name(way: dict) -> str:
+    """The name of an attack that found a point: "apgd targeted_dlr"."""
+    return " ".join(str(way[field]) for field in ("method", "objective") if field in way)
 
 
 def _old_notes(path: pathlib.Path, frozen_sha256: str) -> dict | None:
@@ -270,8 +279,7 @@ def _document(digest: str, attacked: Attacked, lipschitz, whole, old: dict | Non
     labels, predictions = attacked.images.labels, attacked.certificate.predictions
     counted: dict[str, int] = {}
     for place in findings.attack.found_by[(findings.attack.found_by >= 0) & (predictions == labels)]:
-        way = findings.attack.ways[place]
-        name = " ".join(str(way[field]) for field in ("method", "objective") if field in way)
+        name = _name(findings.attack.ways[place])
         counted[name] = counted.get(name, 0) + 1
     attacks = [json.loads(text) for text in kept.attacks]
     return {

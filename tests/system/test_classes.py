@@ -201,7 +201,7 @@ def test_a_page_shows_the_classes(honest, tmp_path):
         cells = section.split('<th scope="row">')[row["class"] + 1].split("</tr>")[0]
         assert f">{row['num_images']}<" in cells
         for value in (row["clean_accuracy"], *row["certified_accuracy"].values()):
-            assert (f"{100 * value:.2f} %" if value is not None else "–") in cells
+            assert (f">{100 * value:.2f}<" if value is not None else "–") in cells
     absent = sum(row["num_images"] == 0 for row in table)
     assert absent and f"Classes without an image, which do not enter the mean: {absent}." in section
     matrix = section.split("Confusion matrix")[1]

@@ -210,7 +210,9 @@ def test_the_command_attacks_what_was_certified(command, workdir):
         assert arrays[field].tolist() == [row[field] for row in rows]
     found = np.isfinite(arrays["distance"])
     assert found.any() and np.array_equal(found, np.isfinite(arrays["point"]).all((1, 2, 3)))
-    assert np.all(network(arrays["point"][found]).argmax(1) != arrays["prediction"][found])
+    classes = network(arrays["point"][found]).argmax(1)
+    assert np.all(classes != arrays["prediction"][found]) and np.all(arrays["taken_for"][found] == classes)
+    assert np.all(arrays["taken_for"][~found] == -1) and np.all(arrays["found_by"] == np.where(found, "pgd margin", ""))
     lengths = np.sqrt(((arrays["point"][found].astype(float) - arrays["image"][found]) ** 2).sum((1, 2, 3)))
     np.testing.assert_allclose(arrays["distance"][found], lengths)
     assert np.all(lengths > arrays["radius"][found])

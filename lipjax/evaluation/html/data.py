@@ -22,6 +22,8 @@ FORMAT, ATTACK_FORMAT = "lipjax-certificate", "lipjax-attack"
 
 # Singular values of a layer are computed up to this many multiplications: one dense matrix of side 2048.
 _MOST_PRODUCTS = 2048**3
+# What attacks of earlier versions do not say: -1 and "" stand for that.
+_ATTACK_NEWER = ("taken_for", "found_by")
 _ATTACK_ARRAYS = ("index", "image", "label", "prediction", "radius", "point", "distance")
 
 
@@ -34,7 +36,7 @@ class CertifiedRun:
       labels, predictions, radii: (n,) of all certified images. indices: (n,), their places in the data set.
       attack: the arrays of attack.npz, None without one. attack_notes: attack.json, None without one.
       smallest: the least singular value of layers by name, as text, where something is known about it.
-      class_names: empty where they are not known.
+      class_names: empty where they are not known. in_shape: of an image, None without the network.
     """
 
     certificate: dict
@@ -48,6 +50,7 @@ class CertifiedRun:
     attack_notes: dict | None
     smallest: dict[str, str]
     class_names: tuple[str, ...]
+    in_shape: tuple[int, ...] | None
 
     def class_name(self, label: int) -> str:
         return self.class_names[label] if 0 <= label < len(self.class_names) else f"class {label}"
@@ -90,6 +93,7 @@ def read_run(directory: pathlib.Path) -> CertifiedRun:
         notes,
         _smallest_singular_values(frozen, certificate),
         _class_names(frozen, certificate, 1 + int(max(labels.max(), predictions.max()))),
+        None if frozen is None else frozen.in_shape,
     )
 
 
@@ -190,8 +194,27 @@ def _check_report(report: dict, certificate: dict, correct: np.ndarray, proved: 
         shares = _numbers([report["float32_clean_accuracy"], *(single[key] for key in counted)], "if")
         if not ((shares >= 0).all() and (shares <= [report["clean_accuracy"], *counted.values()]).all()):
             raise ValueError("it proves more for float32 than for exact arithmetic")
+    for radius, share in float32_curve(report):
+        if not 0 <= share <= float(np.mean(correct & (proved > radius))):
+            raise ValueError("its curve proves more for float32 than for exact arithmetic")
     if type(report["seed"]) is not int:
         raise TypeError("expected a seed")
+
+
+def float32_curve(report: dict) -> list[tuple[float, float]]:
+    """Ascending radii above 0, and the fraction of images proved at them for float32, too: of all that a report says.
+
+    Raises: ValueError, LookupError or TypeError for fields of another form.
+    """
+    single, found = report.get("float32_certified_accuracy"), {}
+    if single is None:
+        return []
+    ball: Any = report.get("float32", {}).get("ball", {})
+    for row in ball.get("curve", ()):  # of no older version
+        found[float(row["radius"])] = row["accuracy"]
+    found |= {float(radius): single[radius_key(radius)] for radius in report["radii"]}
+    _numbers([value for pair in found.items() for value in pair], "if")
+    return sorted((radius, float(share)) for radius, share in found.items() if radius > 0)
 
 
 def _read_metrics(path: pathlib.Path) -> list[dict]:
@@ -260,11 +283,15 @@ def _read_attack(path: pathlib.Path, indices, predictions, radii, remedy: str) -
         # np.load leaves a file open that it opened itself and finds damaged.
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in _ATTACK_ARRAYS}
+            arrays |= {"taken_for": np.full(len(arrays["index"]), -1), "found_by": np.full(len(arrays["index"]), "")}
+            arrays |= {name: file[name] for name in _ATTACK_NEWER if name in file}
         index, images = arrays["index"].astype(np.int64), arrays["image"]
         if images.ndim != 4 or arrays["point"].shape != images.shape or 0 in images.shape[1:]:
             raise ValueError(f"images {images.shape} and points {arrays['point'].shape}")
-        if any(arrays[name].shape != (len(images),) for name in _ATTACK_ARRAYS if name not in ("image", "point")):
+        if any(array.shape != (len(images),) for name, array in arrays.items() if name not in ("image", "point")):
             raise ValueError("expected one number per image")
+        if (arrays["taken_for"].dtype.kind, arrays["found_by"].dtype.kind) != ("i", "U"):
+            raise ValueError("expected classes as numbers, and attacks by name")
         row = np.searchsorted(indices, index).clip(max=len(indices) - 1)
         fits = np.array_equal(indices[row], index) and (
             np.array_equal(arrays["prediction"], predictions[row])

@@ -4,8 +4,8 @@ import numpy as np
 
 from lipjax.certify import certified_accuracy
 from lipjax.certify.radius import radius_key, radius_label
-from lipjax.evaluation.html.data import CertifiedRun, finite
-from lipjax.evaluation.html.parts import ATTACKED, BETWEEN, MUTED, PROVED, Markup, down, figure, percent
+from lipjax.evaluation.html.data import CertifiedRun, finite, float32_curve
+from lipjax.evaluation.html.parts import ATTACKED, BETWEEN, MUTED, PROVED, SINGLE, Markup, down, figure, percent
 
 
 def num_certified(run: CertifiedRun, radius: float) -> int:
@@ -22,7 +22,7 @@ def attacked_clean(run: CertifiedRun) -> float:
 
 
 def accuracy_curve(run: CertifiedRun) -> Markup:
-    """Certified accuracy over the radius, and what the attack left, as the steps that its few radii prove."""
+    """Certified accuracy over the radius, that of float32 beside it, and the steps that are known of what is robust."""
     total, attacked = len(run.labels), run.report["num_attacked_images"]
     radii = sorted(run.report["radii"])
     grid = np.linspace(0, 1.6 * radii[-1], 400)
@@ -30,6 +30,7 @@ def accuracy_curve(run: CertifiedRun) -> Markup:
     proved = 100 * (1 - np.searchsorted(shown, grid, side="right") / total)
     clean = 100 * float(np.mean(run.predictions == run.labels))
     proved[0] = clean
+    single = _float32_steps(run, grid)
     marks = [100 * run.report["attacked_accuracy"][radius_key(radius)] for radius in radii if attacked]
 
     def draw(axes):
@@ -42,6 +43,8 @@ def accuracy_curve(run: CertifiedRun) -> Markup:
             axes.plot(grid, upper, color=ATTACKED, linewidth=1.2, linestyle="--", label="attacked (upper bound)")
             axes.plot(radii, marks, "v", color=ATTACKED, markersize=5)
         axes.plot(grid, proved, color=PROVED, linewidth=2, label="certified (proved)")
+        if single.size:
+            axes.plot(grid, single, color=SINGLE, linewidth=1.4, linestyle=":", label="float32, too (proved)")
         axes.set(xlabel="l2 radius", ylabel="accuracy (%)", xlim=(0, grid[-1]), ylim=(0, 101))
 
     under_attack = [f", {mark:.2f} % under attack" for mark in marks] if attacked else [""] * len(radii)
@@ -54,12 +57,24 @@ def accuracy_curve(run: CertifiedRun) -> Markup:
         caption = f"What is proved of {total} images, and at most what the attack left of {attacked} of them."
     if not attacked:
         caption = f"What is proved of {total} images. None was attacked."
+    if single.size:
+        caption += " Dotted: proved for every float32 program, too; between the radii known, at least so much."
     return figure(
         "curve",
         f"Accuracy over the l2 radius, from {clean:.1f} % at 0: {said}.",
         caption,
         draw,
     )
+
+
+def _float32_steps(run: CertifiedRun, grid: np.ndarray) -> np.ndarray:
+    """Percent proved for float32, too, at least, at the radii of a grid; NaN beyond those known, none without any."""
+    known = float32_curve(run.report)
+    if not known:
+        return np.empty(0)
+    radii, shares = np.array([(0.0, run.report["float32_clean_accuracy"]), *known]).T
+    # What is proved never rises with the radius, so each number holds down to the radius before.
+    return 100 * np.append(shares, np.nan)[np.searchsorted(radii, grid)]
 
 
 def radius_histogram(run: CertifiedRun) -> Markup:

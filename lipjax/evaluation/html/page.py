@@ -9,6 +9,7 @@ import numpy as np
 
 from lipjax.certify.radius import radius_key, radius_label
 from lipjax.errors import UserError
+from lipjax.evaluation.html.claim import claim_section, plain_words
 from lipjax.evaluation.html.classes import classes_section
 from lipjax.evaluation.html.data import CertifiedRun, finite, read_run
 from lipjax.evaluation.html.figures import (
@@ -19,6 +20,7 @@ from lipjax.evaluation.html.figures import (
     training_loss,
     validation_curves,
 )
+from lipjax.evaluation.html.gallery import gallery_section
 from lipjax.evaluation.html.parts import (
     DASH,
     Markup,
@@ -29,13 +31,12 @@ from lipjax.evaluation.html.parts import (
     folded,
     join,
     percent,
-    png,
     section,
     table,
     tag,
     up,
 )
-from lipjax.evaluation.table import FLOAT32, NOT_ATTACKED, NOT_PROVED, float32_line, part_of, summarize
+from lipjax.evaluation.table import FLOAT32, NOT_ATTACKED, NOT_PROVED, part_of, summarize
 from lipjax.files import replacing
 
 FILE_NAME = "report.html"
@@ -69,8 +70,8 @@ def _write(path: pathlib.Path, text: str) -> None:
 
 def _run_page(run: CertifiedRun) -> str:
     title = _title(run)
-    parts = (_header, _claim, _accuracies, classes_section, _examples, _attack, _layers, _liplt, _training, _provenance)
-    return document(title, tag("h1", title), *(part(run) for part in parts))
+    shown = (_header, plain_words, _accuracies, classes_section, gallery_section, _attack, claim_section)
+    return document(title, tag("h1", title), *(part(run) for part in (*shown, _layers, _liplt, _training, _provenance)))
 
 
 def _index_page(runs: list[CertifiedRun], links: list[str]) -> str:
@@ -161,33 +162,6 @@ def _float32_cell(run: CertifiedRun, radius: float | None) -> Markup | str:
     return percent(round((found if radius is None else found[radius_key(radius)]) * len(run.labels)), len(run.labels))
 
 
-def _float32(found: Any) -> str:
-    if not isinstance(found, dict) or "error" in found:
-        why = f" {float32_line(found)}" if isinstance(found, dict) else ""
-        return f"Not covered: running the network in float32, which adds a rounding error of its own.{why}"
-    try:
-        return f"{float32_line(found)} This is beside the claim, and assumes: {found['assumptions']}"
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"report.json: its part on float32 is damaged ({error!r}). Certify the run again.") from error
-
-
-def _claim(run: CertifiedRun) -> Markup:
-    data = run.certificate["data"]
-    drawn = ", drawn by hash," if "indices" in data else ""
-    points = (
-        f"Proved for {data['num_images']} of the {data['of']} test images of {data['name']}{drawn} and for no others. "
-        "An image counts as certified at ε if it is classified correctly and its radius is greater than ε.",
-        f"Included: {run.certificate['precision']}.",
-        _float32(run.report.get("float32")),
-        "Not covered: lower precision; changes that are not small in the l2 norm of the pixels, such as shifts and "
-        "rotations.",
-        "Accuracies under attack are no proofs but upper bounds: all other images are misclassified, or a search found "
-        "an image of another class within the radius. Numbers called estimates prove nothing.",
-    )
-    quoted = tag("blockquote", tag("p", run.certificate["claim"]))
-    return section("What is claimed", quoted, tag("ul", *(tag("li", point) for point in points)))
-
-
 def _accuracies(run: CertifiedRun) -> Markup:
     total, attacked = len(run.labels), run.report["num_attacked_images"]
 
@@ -209,49 +183,7 @@ def _accuracies(run: CertifiedRun) -> Markup:
     if attacked not in (0, total):
         caption += f" The attack ran on {part_of(attacked, run.certificate['data']['of'])} test images."
     figures = tag("div", accuracy_curve(run), radius_histogram(run), class_="figures")
-    return section("Accuracy", table(caption, columns, rows), figures)
-
-
-def _examples(run: CertifiedRun) -> Markup:
-    title = "Images and their nearest adversarial ones"
-    if run.attack is None:
-        text = "No images are stored with this run. This command attacks it and stores some:"
-        command = tag("pre", tag("code", "python -m lipjax attack DIR"))
-        return section(title, tag("p", text), command)
-    names = ("index", "row", "image", "radius", "point", "distance")
-    rows = zip(*(run.attack[name] for name in names), strict=True)
-    text = (
-        "Inside its proved radius no image of another class exists; the nearest one that a search found lies further "
-        "out. The bar shows how much of that distance is proved. Changes are enlarged, around grey."
-    )
-    return section(title, tag("p", text), tag("ul", *(_card(run, *row) for row in rows), class_="cards"))
-
-
-def _card(run: CertifiedRun, index, row, image, radius, point, distance) -> Markup:
-    label, prediction = int(run.labels[row]), int(run.predictions[row])
-    pictures = [("image", image, f"test image {index}: {run.class_name(label)}")]
-    text, bar = f"Proved radius {down(float(radius))}; no image of another class was found.", None
-    # What leads away from a wrong class may have the right one.
-    kind = "adversarial" if label == prediction else "another class"
-    if np.isfinite(point).all() and distance > 0:
-        change = point.astype(np.float64) - image
-        gain = 0.5 / max(float(np.abs(change).max()), 1e-12)
-        title = f"change ×{gain:.1f}" if gain < 10 else f"change ×{gain:.0f}"
-        pictures += [
-            (kind, point, f"the nearest image of another class than the reported one found for image {index}"),
-            (title, 0.5 + gain * change, "the change, enlarged around grey"),
-        ]
-        text = f"Proved radius {down(float(radius))}; {kind} at {distance:.4g}."
-        share = 100 * min(1.0, float(radius) / float(distance))
-        filled = tag("span", style=f"width: {share:.1f}%")
-        bar = tag("div", filled, class_="bar", role="img", aria_label=f"{share:.0f} % of the distance is proved")
-    shown = (
-        tag("figure", tag("img", src=png(pixels), alt=alternative), tag("figcaption", caption))
-        for caption, pixels, alternative in pictures
-    )
-    verdict = tag("span", f", taken for {run.class_name(prediction)}", class_="muted") if label != prediction else None
-    heading = tag("h3", f"Image {index}: {run.class_name(label)}", verdict)
-    return tag("li", heading, tag("div", *shown, class_="trio"), tag("p", text), bar)
+    return section("Accuracy", figures, table(caption, columns, rows))
 
 
 def _attack(run: CertifiedRun) -> Markup | None:

@@ -17,7 +17,7 @@ DASH = "–"
 _VOID = ("img", "meta")
 
 # Figures are drawn in these colours, which become those of the style sheet: one figure serves light and dark.
-INK, MUTED, LINE, PROVED, ATTACKED, BETWEEN = (f"#01020{digit}" for digit in range(6))
+INK, MUTED, LINE, PROVED, ATTACKED, BETWEEN, SINGLE = (f"#01020{digit}" for digit in range(7))
 _COLOURS = {
     INK: "currentColor",
     MUTED: "var(--muted)",
@@ -25,14 +25,17 @@ _COLOURS = {
     PROVED: "var(--proved)",
     ATTACKED: "var(--attacked)",
     BETWEEN: "var(--between)",
+    SINGLE: "var(--single)",
 }
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fcfcfb; --card: #ffffff; --ink: #1b1b1a; --muted: #62615c; --line: #dddcd6;
-  --proved: #1f66c0; --attacked: #c2521b; --between: #efe6d8; --code: #f2f1ec; }
+  --proved: #1f66c0; --attacked: #c2521b; --between: #efe6d8; --code: #f2f1ec;
+  --single: #a31f6a; --clean: #cfcdc4; }
 @media (prefers-color-scheme: dark) {
   :root { --page: #171716; --card: #20201e; --ink: #ecebe6; --muted: #a5a39b; --line: #3b3a36;
-    --proved: #6aa7f5; --attacked: #ef8a56; --between: #37312a; --code: #2a2a27; } }
+    --proved: #6aa7f5; --attacked: #ef8a56; --between: #37312a; --code: #2a2a27; --single: #f08ac2;
+    --clean: #5a5850; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 1rem/1.55 system-ui, sans-serif;
   overflow-wrap: break-word; }
@@ -47,7 +50,7 @@ blockquote { margin: .75rem 0; padding: .1rem 0 .1rem 1rem; border-left: 3px sol
 code, pre { font: .875em/1.5 ui-monospace, monospace; background: var(--code); border-radius: 4px; }
 code { padding: .1em .3em; overflow-wrap: anywhere; }
 pre { padding: .75rem 1rem; overflow-x: auto; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 11rem), 1fr)); gap: .75rem;
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(46%, 11rem), 1fr)); gap: .75rem;
   padding: 0; margin: 1.25rem 0; list-style: none; }
 .tiles li, .cards > li { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   padding: .75rem 1rem; }
@@ -76,6 +79,16 @@ figure svg text { font-family: system-ui, sans-serif !important; }
 .trio img { display: block; width: 100%; height: auto; image-rendering: pixelated; border: 1px solid var(--line); }
 .bar { height: 6px; margin-top: .6rem; border-radius: 3px; background: var(--between); overflow: hidden; }
 .bar span { display: block; height: 100%; background: var(--proved); }
+.classes { display: grid; grid-template-columns: fit-content(35%) 1fr max-content; gap: .35rem .75rem;
+  align-items: center; max-width: 44rem; font-size: .9rem; padding: 0; list-style: none; }
+.classes > li { display: contents; }
+.classes .level { position: relative; height: 1rem; border-radius: 3px; background: var(--code); overflow: hidden; }
+.level span { position: absolute; inset: 0 auto 0 0; background: var(--proved); }
+.level .clean { background: var(--clean); }
+.key { display: flex; flex-wrap: wrap; gap: .25rem 1rem; padding: 0; list-style: none; font-size: .875rem;
+  color: var(--muted); }
+.key .level { display: inline-block; position: relative; width: 1.1rem; height: .8rem; margin-right: .4rem;
+  overflow: hidden; border-radius: 2px; vertical-align: -.05rem; }
 details { margin: .75rem 0; }
 summary { cursor: pointer; }
 dl { display: grid; grid-template-columns: minmax(6rem, max-content) minmax(0, 1fr); gap: .3rem 1.25rem;
@@ -83,7 +96,16 @@ dl { display: grid; grid-template-columns: minmax(6rem, max-content) minmax(0, 1
 dt { color: var(--muted); }
 dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 30rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; }
-  td small { display: block; } }
+  td small { display: block; } .tiles strong { font-size: 1.35rem; } .tiles li { padding: .6rem .75rem; }
+  table { font-size: .8rem; } th, td { padding-right: .45rem; } tbody th { white-space: normal; }
+  .matrix thead th:not(:first-child) { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left;
+    padding: .55rem 0 0; }
+  .matrix th, .matrix td { padding-right: .4rem; }
+  .wide { font-size: .9rem; } .wide thead { display: none; }
+  .wide tr, .wide td, .wide tbody th { display: block; } .wide tbody th { font-weight: 600; }
+  .wide tr { padding: .5rem 0; border-bottom: 1px solid var(--line); }
+  .wide td, .wide tbody th { border: 0; padding: .1rem 0; white-space: normal; text-align: left; min-width: 0; }
+  .wide td::before { content: attr(data-label) ": "; color: var(--muted); } }
 @media print { .scroll { overflow: visible; } }
 """
 
@@ -129,18 +151,24 @@ def folded(summary: str, *content: Any) -> Markup:
     return tag("details", tag("summary", summary), *content)
 
 
-def table(caption: str, columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]]) -> Markup:
-    """A table that scrolls inside its own box.
+def table(
+    caption: str, columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]], style: str | None = None
+) -> Markup:
+    """A table that scrolls inside its own box; with a "long" column its rows become blocks on narrow screens.
 
     Args: columns: title and kind, "number", "long" or "". rows: one value per column; the first names its row.
+      style: "matrix", whose titles stand upright on narrow screens.
     """
     kinds = [kind or None for _, kind in columns]
+    wide = "long" in kinds
     head = [tag("th", title, scope="col", class_=kind) for (title, _), kind in zip(columns, kinds, strict=True)]
     body = []
     for first, *others in rows:
-        cells = [tag("td", value, class_=kind) for value, kind in zip(others, kinds[1:], strict=True)]
+        titles = [title if wide else None for title, _ in columns[1:]]
+        pairs = zip(others, kinds[1:], titles, strict=True)
+        cells = [tag("td", value, class_=kind, data_label=title) for value, kind, title in pairs]
         body.append(tag("tr", tag("th", first, scope="row", class_=kinds[0]), *cells))
-    content = tag("table", tag("thead", tag("tr", *head)), tag("tbody", *body))
+    content = tag("table", tag("thead", tag("tr", *head)), tag("tbody", *body), class_="wide" if wide else style)
     box = tag("div", content, class_="scroll", role="region", aria_label=caption, tabindex="0")
     return tag("figure", tag("figcaption", caption), box)
 
