@@ -10,6 +10,7 @@ import sys
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import pictures  # noqa: E402  docs/pictures.py
 import reference  # noqa: E402  docs/reference.py
 
 import lipjax  # noqa: E402
@@ -59,6 +60,8 @@ def _files_elsewhere(app, docname, source):
     """Puts those files in the place of their pages, and links to the pages in the place of links to the files."""
     if docname in SHOWN:
         source[0] = (HERE.parent / SHOWN[docname]).read_text().replace("](docs/", "](")
+    if docname == "index":
+        source[0] = pictures.only_there(source[0])
     for page, path in SHOWN.items():
         source[0] = source[0].replace(f"](../{path})", f"]({page}.md)").replace(f"]({path})", f"]({page}.md)")
 

@@ -73,3 +73,32 @@ def test_pictures_are_those_of_what_lies_here():
     for name, accuracy in found.items():
         report = json.loads((lipjax.zoo.directory(name) / "report.json").read_text())
         assert accuracy[0] == pytest.approx(report["clean_accuracy"]) and accuracy[2] == 0 < accuracy[1] < accuracy[0]
+
+
+def test_shares_of_devices_are_drawn_as_they_were_read():
+    found = json.loads(pictures.SHARES.read_text())
+    drawn = (DOCS / "_static" / "scaling.svg").read_text()
+    assert set(found["shares"]) == set(pictures.NAMES) and found["devices"] == [8, 16, 64, 256]
+    assert all(f"<!-- {name} -->" in drawn for name in pictures.NAMES.values())
+    for shares in found["shares"].values():
+        assert all(1 <= share * count <= 2 for share, count in zip(shares, found["devices"], strict=True))
+    line = re.findall(r'<path d="M ([^"]*?)"[^>]*clip-path', drawn)
+    heights = [[float(point.split()[1]) for point in path.replace("L", "\n").split("\n")] for path in line]
+    heights = [row for row in heights if len(row) == 4][: len(found["shares"])]
+    # Logarithms of the shares and heights in the picture are linear in each other: one scale fits all lines.
+    shares = np.log([*found["shares"].values()])
+    slope, offset = np.polyfit(shares.ravel(), np.ravel(heights), 1)
+    np.testing.assert_allclose(slope * shares + offset, heights, atol=1e-3)
+
+
+def test_cards_without_their_picture_are_left_out(tmp_path):
+    text = (DOCS / "index.md").read_text()
+    shown = re.findall(r"!\[([^\]]*)\]\(([^)]*)\)", text)
+    assert len(shown) >= 6 and all(len(alternative) > 20 for alternative, _ in shown)
+    for folder, kept in ((tmp_path, set()), (DOCS, {name for _, name in shown if (DOCS / name).is_file()})):
+        page = pictures.only_there(text, folder)
+        assert {name for _, name in re.findall(r"!\[([^\]]*)\]\(([^)]*)\)", page)} == kept
+        assert page.count(":::{grid-item-card}") == 3 + len(kept) and page.count("::::\n") == text.count("::::\n")
+        assert page.count("\n:::\n") == 3 + len(kept)
+    (tmp_path / "layers_0_radii.png").write_bytes(b"")
+    assert "](layers_0_radii.png)" in pictures.only_there(text, tmp_path)

@@ -268,54 +268,15 @@ def test_a_device_of_eight_does_at_most_a_sixth_of_what_does_not_depend_on_image
         assert build_on(name, eight(8))["flops"] > 0.9 * one["flops"]  # control: every device does everything
 
 
-# Eight matrices of 256 in panels of 8 columns stand for eight of 2048 in panels of 64.
-COMPILED = """
-import json, sys
-import jax, jax.numpy as jnp
-from lipjax import _spread, linalg
-from lipjax.plan.hlo import Program
-from lipjax.training import sharding
-
-jax.config.update("jax_disable_most_optimizations", True)
-_spread.SMALL = _spread.SMALL_IN_COLUMNS = 0
-_spread.PANEL = 8
-
-def skew(a):
-    return a - jnp.swapaxes(a, -1, -2)
-
-FUNCTIONS = {
-    "cayley": linalg.cayley,
-    "expm": lambda w: linalg.expm_skew_split(skew(w))[0],
-    "cholesky": linalg.cholesky_orthogonalize,
-    "reflector": lambda w: linalg.block_reflector(w[..., :128], 1e-3),
-}
-
-def products(function, devices):
-    mesh = sharding.make_mesh(devices, devices)
-
-    @jax.jit
-    @sharding.spread_over(mesh)
-    def both_ways(w):
-        found, pull_back = jax.vjp(function, w)
-        return sharding.gathered((found, pull_back(jnp.cos(found))), mesh)
-
-    w = jax.ShapeDtypeStruct((8, 256, 256), jnp.float32, sharding=sharding.replicated(mesh))
-    return sum(Program(both_ways.lower(w).compile().as_text()).flops().values())
-
-name, *devices = sys.argv[1:]
-one, *many = (products(FUNCTIONS[name], int(count)) for count in (1, *devices))
-print(json.dumps([found / one for found in many]))
-"""
-
-
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", ["cayley", "expm", "cholesky", "reflector"])
 def test_the_compiled_share_of_a_device_falls_up_to_256(name):
     root = pathlib.Path(__file__).resolve().parents[2]
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=256", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-c", COMPILED, name, *map(str, DEVICES)]
+    options = [f"--functions={name}", f"--devices={','.join(map(str, DEVICES))}"]
+    command = [sys.executable, "benchmarks/stack_shares.py", *options]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr
-    shares = json.loads(done.stdout)
+    shares = json.loads(done.stdout)[name]
     assert shares == sorted(shares, reverse=True) and shares[0] > 1 / 9  # control: someone does the work
     assert all(found <= 2 / devices for found, devices in zip(shares, DEVICES, strict=True)), shares
