@@ -19,6 +19,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 from absl import app, flags
+from compare import provenance
 
 from lipjax import _spread, linalg
 from lipjax.files import write_json
@@ -54,14 +55,13 @@ def main(argv):
     _spread.SMALL = _spread.SMALL_IN_COLUMNS = 0
     _spread.PANEL = 8
     devices = [int(count) for count in FLAGS.devices]
+    about = {**provenance(), "jax": jax.__version__}
     shares = {}
     for name in FLAGS.functions or FUNCTIONS:
         one, *many = (products(FUNCTIONS[name], count) for count in (1, *devices))
         shares[name] = [found / one for found in many]
     if FLAGS.to:
-        from compare import provenance  # imports what training needs
-
-        write_json(pathlib.Path(FLAGS.to), {"devices": devices, "shares": shares, **provenance()})
+        write_json(pathlib.Path(FLAGS.to), {"devices": devices, "shares": shares, **about})
     print(json.dumps(shares))
 
 

@@ -108,7 +108,11 @@ def plan(arguments, overrides: list[str]) -> None:
 def check(arguments) -> int:
     """Proves the certificates of a directory again, by NumPy alone."""
     with streams.guarded():  # a reader that is gone must not turn "proved" into exit code 1
-        workdir = zoo.located(arguments.workdir)
+        try:
+            workdir = zoo.located(arguments.workdir)
+        except UserError as error:
+            print(f"Error: {error}", file=sys.stderr)
+            return 2
         return checker.run(workdir, arguments.images, arguments.data, arguments.budget)
 
 
@@ -131,8 +135,11 @@ def compare(arguments) -> None:
     """Prints a table of runs, or writes it, with pictures."""
     from lipjax.evaluation.compare import print_comparison, read_compared, write_comparison
 
-    workdirs = map(zoo.located, arguments.workdirs)
-    runs = [read_compared(directory) for workdir in workdirs for directory in run_directories(workdir)]
+    runs = []
+    for typed in arguments.workdirs:
+        folder = zoo.located(typed)
+        name = typed if folder != typed else None  # tables name a network of the zoo as it was typed
+        runs += [read_compared(directory, name) for directory in run_directories(folder)]
     print_comparison(runs, _console(soft_wrap=False))
     if arguments.write is not None:
         for path in write_comparison(runs, pathlib.Path(os.path.expanduser(arguments.write))):

@@ -27,16 +27,20 @@ _NONE = "-"
 
 @dataclasses.dataclass(frozen=True)
 class ComparedRun:
-    """A run: its name, config fields by "group.field", seed, and report.json; {} if it is not certified yet."""
+    """A run: its name and directory, config by "group.field", seed, and report.json; {} before it is certified."""
 
     name: str
+    directory: pathlib.Path
     config: dict[str, Any]
     seed: int
     report: dict
 
 
-def read_compared(directory: pathlib.Path) -> ComparedRun:
-    """Raises: UserError if the directory holds no run, or a file in it is damaged."""
+def read_compared(directory: pathlib.Path, name: str | None = None) -> ComparedRun:
+    """Reads a run. name: what tables call it; None: its directory.
+
+    Raises: UserError if the directory holds no run, or a file in it is damaged.
+    """
     config, seed = load_config(directory)
     path = directory / "report.json"
     try:
@@ -49,7 +53,7 @@ def read_compared(directory: pathlib.Path) -> ComparedRun:
         raise UserError(f"{path} is damaged ({error}). Certify the run again: lipjax certify {directory}") from error
     if report.get("validation") is None and isinstance(report.get("step"), int):  # of an older lipjax
         report["validation"] = validation_metrics(directory, report["step"])
-    return ComparedRun(str(directory), flat(plain(config)), seed, report)
+    return ComparedRun(name or str(directory), directory, flat(plain(config)), seed, report)
 
 
 def rows(runs: Sequence[ComparedRun]) -> dict[str, list[tuple[str, list[str]]]]:
@@ -139,7 +143,7 @@ def write_comparison(runs: Sequence[ComparedRun], stem: pathlib.Path) -> list[pa
         raise UserError(f"{missing[0]} is not certified, which --write needs: lipjax certify {missing[0]}")
     found = []
     for run in runs:
-        row = records.record(run.name, run.seed, run.config["loss.epsilon"], run.report, pathlib.Path(run.name))
+        row = records.record(run.name, run.seed, run.config["loss.epsilon"], run.report, run.directory)
         found.append(row)
     table = records.markdown(found)
     paths = [stem.with_name(f"{stem.name}{end}") for end in (".md", ".json", "_radii.png", "_minutes.png")]

@@ -144,7 +144,8 @@ def as_markdown() -> str:
     page = [
         "# Fields of a config",
         "",
-        "Written by `python -m lipjax.training.config_reference > docs/config.md` from the comments of",
+        "This page lets you look up every field of a config, its default and what it does. It is written by",
+        "`python -m lipjax.training.config_reference > docs/config.md` from the comments of",
         "`lipjax/training/config.py`; `lipjax train --config=NAME --help` shows the same with the values of a config.",
         "A field is set by a config file, or by a flag: `--config.optimizer.learning_rate=0.01`. Radii are l2 in",
         "[0, 1]-pixel units. `config.loss` and `config.optimizer` have the fields of the loss, the optimizer and the",

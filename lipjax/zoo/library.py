@@ -74,12 +74,20 @@ def located(path: str) -> str:
     Args:
       path: as somebody typed it.
     Returns: the folder of lipjax's own network NAME; other paths, and a folder of this name, as they are.
+    Raises: UserError for zoo/NAME if there is neither such a network nor a folder "zoo" here.
     Example:
       >>> lipjax.zoo.located("runs/mine")
       'runs/mine'
     """
     lead, _, name = path.partition("/")
-    return str(HOME / name) if lead == "zoo" and not os.path.exists(path) and name in names() else path
+    if lead != "zoo" or os.path.exists(path):
+        return path
+    known = names()
+    if name in known:
+        return str(HOME / name)
+    if os.path.exists(lead):  # one's own folder, in which nothing of this name lies
+        return path
+    raise UserError(f"Expected a network of the zoo ({', '.join(known)}) after zoo/, got {name!r}.")
 
 
 def verified(folder: pathlib.Path) -> dict[str, Any]:

@@ -194,7 +194,7 @@ def test_compare_shows_what_differs_and_what_to_select_by(lipjax_command, certif
 
 def test_rows_of_reports_that_are_not_as_expected():
     def run(report, **config):
-        return compare.ComparedRun("a", {"seeds": [0], **config}, 0, report)
+        return compare.ComparedRun("a", pathlib.Path("a"), {"seeds": [0], **config}, 0, report)
 
     runs = [run({"radii": [0.5], "certified_accuracy": {"0.5": 0.25}}, depth=1), run({}, width=2)]
     found = compare.rows(runs)

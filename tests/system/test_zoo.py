@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import urllib.request
 from unittest import mock
@@ -259,9 +260,42 @@ def test_nothing_is_fetched_unasked():
 def test_names_on_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert zoo.located("zoo/digits_cayley") == str(zoo.directory("digits_cayley"))
-    assert zoo.located("zoo/unknown") == "zoo/unknown" and zoo.located("runs/digits_cayley") == "runs/digits_cayley"
+    assert zoo.located("runs/digits_cayley") == "runs/digits_cayley"
+    for command in (["check", "zoo/unknown"], ["predict", "zoo/unknown", "a.png"], ["compare", "zoo/unknown"]):
+        assert main(command) == 2
+        assert re.fullmatch(r"Error: .*\(digits_cayley, .*\) after zoo/, got 'unknown'\.\n", capsys.readouterr().err)
     (tmp_path / "zoo" / "digits_cayley").mkdir(parents=True)
     assert zoo.located("zoo/digits_cayley") == "zoo/digits_cayley"  # one's own goes before ours
+    assert zoo.located("zoo/unknown") == "zoo/unknown"
     assert main(["zoo", "card", "zoo/digits_cayley"]) == 0
     assert capsys.readouterr().out == lipjax.zoo.card("digits_cayley")
     assert main(["zoo", "card", "unknown"]) == 2
+
+
+def test_networks_of_the_zoo_are_asked_and_compared_by_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(
+        "lipjax.evaluation.predict.predict_files", lambda *given: asked.append(given) or [("a", "2", 0.5)]
+    )
+    assert main(["predict", "zoo/digits_liresnet", "a.png"]) == 0 and "0.5" in capsys.readouterr().out
+    assert asked == [(zoo.directory("digits_liresnet"), ["a.png"])]
+    assert main(["compare", "zoo/digits_liresnet", "zoo/digits_cayley"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "zoo/digits_liresnet" in out and "zoo/digits_cayley" in out and str(zoo.directory("digits_cayley")) not in out
+    )
+    assert re.search(r"model\.name +│ +\"liresnet\" │ +\"lipconvnet\" │", out)
+
+
+def test_retraining_takes_the_config_and_seed_of_the_network(tmp_path, monkeypatch, capsys):
+    taken = []
+    monkeypatch.setattr("lipjax.run.run", lambda config, workdir: taken.append((config, workdir)))
+    assert main(["zoo", "retrain", "zoo/digits_liresnet", f"--workdir={tmp_path / 'again'}"]) == 0
+    (config, workdir) = taken[0]
+    stored = json.loads((zoo.directory("digits_liresnet") / "config.json").read_text())
+    assert config.seeds == (stored["seed"],)
+    assert (config.model.name, config.num_epochs, workdir) == ("liresnet", 300, str(tmp_path / "again"))
+    (tmp_path / "again" / "frozen").mkdir(parents=True)
+    assert main(["zoo", "retrain", "digits_liresnet", f"--workdir={tmp_path / 'again'}"]) == 2
+    assert "holds a certified run" in capsys.readouterr().err and len(taken) == 1

@@ -14,7 +14,7 @@ from lipjax.evaluation.table import float32_line
 
 
 def plain_words(run: CertifiedRun) -> Markup:
-    """What the numbers mean to somebody who has read no paper, and what they do not mean."""
+    """The meaning of the numbers, and what they do not mean, for somebody who has read no paper."""
     total, radius = len(run.labels), run.report["radii"][0]
     right, proved = int(np.sum(run.predictions == run.labels)), num_certified(run, radius)
     label = radius_label(radius)
@@ -44,7 +44,7 @@ def _sizes(run: CertifiedRun, radius: float) -> str:
 
 
 def _attacked(run: CertifiedRun, proved: int, radius: float) -> str:
-    """What a search found about the images without a proof; nothing unless all images were attacked."""
+    """The findings of a search about images without a proof; nothing unless all images were attacked."""
     total = len(run.labels)
     found = run.report["attacked_accuracy"].get(radius_key(radius))
     if found is None or run.report["num_attacked_images"] != total:
@@ -79,7 +79,7 @@ def claim_section(run: CertifiedRun) -> Markup:
 
 
 def _float32(found: Any) -> tuple[str, str | None]:
-    """What is proved about float32, and the assumptions it rests on; None where nothing is."""
+    """A sentence about float32, and the assumptions that its proof rests on; None where nothing is proved."""
     if not isinstance(found, dict) or "error" in found:
         why = f" {float32_line(found)}" if isinstance(found, dict) else ""
         return f"Not covered: running the network in float32, which adds a rounding error of its own.{why}", None
