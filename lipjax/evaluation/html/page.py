@@ -103,7 +103,7 @@ def _index_page(runs: list[CertifiedRun], links: list[str]) -> str:
         f"Certified accuracies are proved in exact arithmetic; those of float32 are {FLOAT32}; those under attack are "
         "upper bounds. Each seed has a report of its own."
     )
-    return document(title, tag("h1", title), tag("p", _described(runs[0])), table(caption, columns, rows))
+    return document(title, tag("h1", title), tag("p", _described(runs[0])), table(caption, columns, rows, "wide"))
 
 
 _KINDS = {

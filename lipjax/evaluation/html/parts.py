@@ -154,13 +154,13 @@ def folded(summary: str, *content: Any) -> Markup:
 def table(
     caption: str, columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]], style: str | None = None
 ) -> Markup:
-    """A table that scrolls inside its own box; with a "long" column its rows become blocks on narrow screens.
+    """A table that scrolls inside its own box.
 
     Args: columns: title and kind, "number", "long" or "". rows: one value per column; the first names its row.
-      style: "matrix", whose titles stand upright on narrow screens.
+      style: on narrow screens; "matrix": titles stand upright. "wide", as with a "long" column: rows become blocks.
     """
     kinds = [kind or None for _, kind in columns]
-    wide = "long" in kinds
+    wide = style == "wide" or "long" in kinds
     head = [tag("th", title, scope="col", class_=kind) for (title, _), kind in zip(columns, kinds, strict=True)]
     body = []
     for first, *others in rows:
