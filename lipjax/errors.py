@@ -28,7 +28,7 @@ def require_extra(extra: str, *packages: str) -> None:
     if missing:
         raise MissingExtra(
             f"This part of lipjax needs {', '.join(missing)}, which a bare installation leaves out: "
-            f"pip install 'lipjax[{extra}]'.",
+            f"pip install 'lipjax[{extra}]', or in a clone pip install '.[{extra}]'.",
             name=missing[0],
         )
 

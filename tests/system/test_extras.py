@@ -38,7 +38,7 @@ def test_a_module_that_needs_more_names_the_extra(module):
     assert found.returncode == 1
     last = found.stderr.strip().splitlines()[-1]
     assert last.startswith("lipjax.errors.MissingExtra: This part of lipjax needs")
-    assert last.endswith("pip install 'lipjax[train]'.")
+    assert last.endswith("pip install 'lipjax[train]', or in a clone pip install '.[train]'.")
 
 
 def test_theory_and_the_checker_need_none_of_it():
