@@ -128,6 +128,26 @@ def evaluate(network: Network, norms: tuple, x):
     return logits, x, error, head_error
 
 
+def evaluate_in_batches(network: Network, images: np.ndarray, norms: tuple, batch_size: int) -> list[np.ndarray]:
+    """What `evaluate` returns, of any number of images, on the host.
+
+    A batch that is not full is padded to the next power of two: few images cost little, and few programs are made.
+    """
+    if batch_size < 1:
+        raise ValueError(f"Expected a batch_size of at least 1, got {batch_size}.")
+    none = np.empty((0, network.num_classes))
+    parts = [[none, np.empty((0, *network.head.in_shape)), np.empty(0), none]]
+    with float64_on_cpu():
+        network = jax.tree.map(jnp.asarray, network)
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            size = min(batch_size, 1 << (len(batch) - 1).bit_length())
+            padding = [(0, size - len(batch))] + [(0, 0)] * (images.ndim - 1)
+            found = evaluate(network, norms, jnp.asarray(np.pad(batch, padding)))
+            parts.append([np.asarray(a)[: len(batch)] for a in found])
+    return [np.concatenate(column) for column in zip(*parts, strict=True)]
+
+
 @jax.jit
 def _probe(large, small, nan):
     return (large + small) - large, nan != nan

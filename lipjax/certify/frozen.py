@@ -12,7 +12,7 @@ import numpy as np
 from lipjax import bounds, operators, shipping
 from lipjax.certify import layout
 from lipjax.certify.certificate import CLAIM, Certificate, certify_margins
-from lipjax.certify.float64 import check_arithmetic, checked_images, evaluate, float64_on_cpu, host_float64
+from lipjax.certify.float64 import check_arithmetic, checked_images, evaluate_in_batches, float64_on_cpu, host_float64
 from lipjax.certify.mlp import MLPCertifier
 from lipjax.errors import NotCertifiable, UserError
 from lipjax.network import Network, check_network, table_of
@@ -124,11 +124,24 @@ class FrozenNetwork:
         return self._bounds
 
     def liplt_report(self) -> bounds.LipLTReport | None:
-        """The report of how LipLT's constants were proved; None for networks that it does not take."""
+        """How LipLT's constants were proved: per activation, per chain of linear operators, and of the outputs.
+
+        Returns: a `bounds.LipLTReport`; None for a network that LipLT does not take (as `bounds.has_liplt` says), that
+          has layers without a proof, or whose constants leave the range of float64.
+        Example: without an activation the product of norms is all there is.
+          >>> frozen.liplt_report() is None
+          True
+        """
         return None if self._liplt is None else self._liplt[1]
 
     def head_report(self) -> dict | None:
-        """The basis of radii by an MLP head: the bound of |W1| and the curvatures that were needed; None for others."""
+        """The basis of radii by an MLP head: the bound of |W1| and the curvatures that certificates needed so far.
+
+        Returns: "norm" and "curvatures" ([[i, j, bound], ...]), as in certificate.json; None for other heads.
+        Example:
+          >>> frozen.head_report() is None
+          True
+        """
         return self._mlp.document() if isinstance(self.network.head, operators.MLPHead) else None
 
     def norm_estimates(self, vectors: dict | None = None, num_iters: int = 200) -> dict[str, float]:
@@ -155,24 +168,21 @@ class FrozenNetwork:
         return checked_images(images, self.in_shape)
 
     def evaluate(self, images, norms: tuple, batch_size: int) -> list[np.ndarray]:
-        """Evaluates all images: logits (n, k), features (n, d), bounds of errors of features (n,) and of heads (n, k).
+        """Evaluates all images in float64, batch by batch, with bounds of what rounding does to them.
 
-        norms: of the normalisation and every operator, those of `LayerBound.norms`.
-        A batch that is not full is padded to the next power of two: few images cost little, and few programs are made.
+        Args:
+          images: (n, *in_shape), float64 as `check_images` returns them.
+          norms: of the normalisation and every operator, those of `LayerBound.norms`; zeros if errors do not matter.
+          batch_size: images evaluated at a time.
+        Returns: logits (n, k), features (n, d), bounds of the l2 errors of the features (n,) and of the head's own
+          errors of the logits (n, k).
+        Raises: ValueError if batch_size < 1.
+        Example:
+          >>> logits, *_ = frozen.evaluate(np.array([[0.75, 0.25]]), (0.0, 0.0), 1)
+          >>> logits.tolist()
+          [[0.75, 0.25]]
         """
-        if batch_size < 1:
-            raise ValueError(f"Expected a batch_size of at least 1, got {batch_size}.")
-        none = np.empty((0, self.num_classes))
-        parts = [[none, np.empty((0, *self.network.head.in_shape)), np.empty(0), none]]
-        with float64_on_cpu():
-            network = jax.tree.map(jnp.asarray, self.network)
-            for start in range(0, len(images), batch_size):
-                batch = images[start : start + batch_size]
-                size = min(batch_size, 1 << (len(batch) - 1).bit_length())
-                padding = [(0, size - len(batch))] + [(0, 0)] * (images.ndim - 1)
-                found = evaluate(network, norms, jnp.asarray(np.pad(batch, padding)))
-                parts.append([np.asarray(a)[: len(batch)] for a in found])
-        return [np.concatenate(column) for column in zip(*parts, strict=True)]
+        return evaluate_in_batches(self.network, images, norms, batch_size)
 
     def __call__(self, images, batch_size: int = 256) -> np.ndarray:
         """Logits in float64, as `certify` computes them.
@@ -275,9 +285,13 @@ class FrozenNetwork:
         return certificate.predictions, certificate.radii
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All arrays by name: ops/<name>/<field>, head/<field>, input_mean, input_std.
+        """All arrays by the names that network.safetensors has them under.
 
-        Those of a composite's parts: ops/<name>/<place>/<field>.
+        Returns: ops/<name>/<field>, of a composite's parts ops/<name>/<place>/<field>, head/<field>, input_mean and
+          input_std -> float64 array, not to be written to.
+        Example:
+          >>> {name: array.shape for name, array in frozen.arrays().items()}
+          {'ops/dense/matrix': (2, 2), 'head/matrix': (2, 2), 'head/bias': (2,), 'input_mean': (1,), 'input_std': (1,)}
         """
         return layout.arrays_of_network(self.network)
 

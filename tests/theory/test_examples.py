@@ -48,6 +48,7 @@ FUNCTIONS = (
     *(f"bounds.{name}" for name in ("liplt_vectors", "liplt_estimate", "liplt_bound")),
     *("network.make_network", "freeze", "attacks.pgd_l2", "attacks.attack_l2"),
     *(f"FrozenNetwork.{name}" for name in ("__call__", "certify", "predict", "margin_lipschitz", "lipschitz_report")),
+    *(f"FrozenNetwork.{name}" for name in ("liplt_report", "head_report", "evaluate", "arrays")),
     *(f"FrozenNetwork.{name}" for name in ("save", "load", "margins", "norm_estimates", "export")),
     *("FrozenNetwork.to_onnx", "FrozenNetwork.to_torch_state", "nn.from_nnx"),
     *(f"zoo.{name}" for name in ("list", "load", "images", "card", "directory", "located", "add", "fetch")),

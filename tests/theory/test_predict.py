@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from frozen_helpers import frozen_network
 
-from lipjax.certify import frozen as module
+from lipjax.certify import float64 as module
 from lipjax.errors import UserError
 
 pytestmark = pytest.mark.quick_compiles
