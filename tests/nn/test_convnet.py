@@ -195,6 +195,7 @@ def test_an_imported_network_has_the_structure_of_a_fresh_one():
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, dict(fresh))
 
 
+@pytest.mark.nightly
 def test_other_layer_tuples_tanh_and_images_that_are_not_square():
     """Defaults of stride and padding; against a plain NCHW network with the original's flattening."""
     rng = np.random.default_rng(0)

@@ -3,11 +3,14 @@
 The golden files hold what the original PyTorch code computed in float64 (tests/golden/README.md).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_helpers import GOLDEN, load, relative
+from tiers import everyday
 from training_helpers import quick_compiles  # noqa: F401
 
 from lipjax import bounds, certify, interop, losses
@@ -63,12 +66,29 @@ def test_all_files_are_here():
     assert len(FILES) == 16 and ALWAYS < set(FILES)
 
 
-@pytest.mark.parametrize("name", cases(FILES))
-def test_logits_and_gradients(name):
+@functools.cache
+def evaluated(name):
+    """The golden arrays, the network and its logits."""
     arrays, model, variables, x = imported(name)
-    crc = "_crc_" in name
-    logits = jax.jit(model.apply)(variables, x)
-    assert relative(logits, arrays["output/logits" if crc else "output/logits_eval"]) < PARITY
+
+    @jax.jit
+    def run(variables, x):
+        network = model.apply(variables, method="build")
+        return network, network(x)
+
+    return arrays, *run(variables, x)
+
+
+@pytest.mark.parametrize("name", cases(FILES))
+def test_logits(name):
+    arrays, _, logits = evaluated(name)
+    assert relative(logits, arrays["output/logits" if "_crc_" in name else "output/logits_eval"]) < PARITY
+
+
+# Gradients through the layers of the others: tests/theory/test_parametrize_cayley.py and test_parametrize_soc.py.
+@pytest.mark.parametrize("name", everyday(FILES, "lipconvnet_soc_b1_maxmin_lln"))
+def test_gradients(name):
+    arrays, model, variables, x = imported(name)
     labels = jnp.asarray(arrays["input/labels"])
 
     @jax.jit
@@ -103,9 +123,7 @@ def test_logits_and_gradients(name):
 
 @pytest.mark.parametrize("name", cases(name for name in FILES if "_crc_" not in name))
 def test_certificates_of_the_first_paper(name):
-    arrays, model, variables, x = imported(name)
-    network = jax.jit(lambda v: model.apply(v, method="build"))(variables)
-    logits = jax.jit(lambda net, x: net(x))(network, x)
+    arrays, network, logits = evaluated(name)
     # The original divides by 1 / max(std), which is right where, as here, all are equal.
     lipschitz = float(arrays["input/L"]) * network.head.pairwise_lipschitz()
     ours = np.asarray(certify.certified_radius(logits, lipschitz))
@@ -118,11 +136,10 @@ def test_certificates_of_the_first_paper(name):
         assert (np.abs(ours - theirs) <= (1e-9 if "cayley" in name else 1e-3) * np.abs(theirs) + 1e-12).all()
 
 
-@pytest.mark.parametrize("name", ["lipconvnet_soc_b1_maxmin_lln", "lipconvnet_soc_b2_hh2_lln"])
+@pytest.mark.parametrize("name", cases(["lipconvnet_soc_b1_maxmin_lln", "lipconvnet_soc_b2_hh2_lln"]))
 def test_the_normalisation_is_the_originals(name):
     """sigma of every layer, through the norm of the normalised kernel."""
-    arrays, model, variables, _ = imported(name)
-    network = jax.jit(lambda v: model.apply(v, method="build"))(variables)
+    arrays, network, _ = evaluated(name)
     kernels = {n: op.kernel for n, op in zip(network.names, network.ops, strict=True) if n.endswith("/linear")}
     assert len(kernels) == sum(key.startswith("output/sigma/") for key in arrays)
     for layer, kernel in kernels.items():

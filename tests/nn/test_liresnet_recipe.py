@@ -114,7 +114,7 @@ def test_a_whole_network_of_the_original(name):
     assert relative(logits, arrays["output/logits_eval"]) > 1e-3  # control: batch means are not running means
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", everyday(NETS, NETS[0]))
 def test_the_proved_bound_of_an_imported_network_lies_closely_above_its_exact_norms(name):
     arrays, state, options = state_dict(name)
     model, variables = interop.from_torch("liresnet", state, **options)
@@ -153,6 +153,7 @@ def test_the_neck_is_the_originals():
     assert relative(grads[3], z["output/grad/bias"]) < PARITY
 
 
+@pytest.mark.nightly
 def test_the_dense_stack_is_the_originals():
     z, _ = load("liresmlp_cholesky")
     params = {name: jnp.asarray(z[f"param/{there}"]) for name, there in (("weight", "weights"), ("bias", "bias"))}
@@ -261,6 +262,7 @@ def test_a_training_network_has_no_certificate_and_estimates_no_contraction(key)
         bounds.operator_bounds(jax.tree.map(np.asarray, contractive))
 
 
+@pytest.mark.nightly
 def test_blocks_start_near_the_identity(key):
     for small, expected in ((True, 1 / (9 * 32)), (False, (9 * 32) ** -0.5)):
         params = initialised(recipe_model(width=32, small_init=small, dense_depth=0, neck="free"), key)["params"]
@@ -278,6 +280,7 @@ def losses_of(devices, num_steps, **changes):
     return np.array(found), state, run
 
 
+@pytest.mark.nightly
 @pytest.mark.x64_off
 def test_means_are_those_of_the_batch_of_all_devices():
     eps = 2.0**-23

@@ -83,6 +83,7 @@ def trained(model, steps, seed=0, rate=0.02):
     return {"params": params, COLLECTION: lip}
 
 
+@pytest.mark.nightly
 def test_a_training_step_advances_the_vectors_and_nothing_else_does():
     model = Net(SHAPE, 3, first=partial(AOC, 16, 4, 2))
     variables = initialised(model)
@@ -108,6 +109,7 @@ def test_a_training_step_advances_the_vectors_and_nothing_else_does():
         )
 
 
+@pytest.mark.nightly
 @pytest.mark.x64_off
 @pytest.mark.parametrize("last", everyday([3, 5], 3))
 def test_layers_that_have_trained_are_frozen_in_float64_and_orthogonal(last):

@@ -55,6 +55,11 @@ def initialised(model, seed=0):
     return jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, *model.input_shape)))
 
 
+@partial(jax.jit, static_argnums=0)
+def built(model, variables):
+    return model.apply(variables, method="build")
+
+
 def trained(model, steps, rate=0.02):
     """A few steps of Adam on random images and labels."""
     variables = initialised(model)
@@ -127,7 +132,7 @@ def test_starts():
     assert 0 < np.abs(bias).max() < 1 / 3
 
     def layer(model, variables, x):
-        for name, op in zip(*(lambda n: (n.names, n.ops))(model.apply(variables, method="build")), strict=True):
+        for name, op in zip(*(lambda n: (n.names, n.ops))(built(model, variables)), strict=True):
             if name.startswith("layer"):
                 x = op(x)
         return x
@@ -137,6 +142,7 @@ def test_starts():
     np.testing.assert_allclose(layer(model, initialised(model), x), x / math.sqrt(1 + 1e-4), atol=1e-9)
 
 
+@pytest.mark.nightly
 @pytest.mark.x64_off
 def test_layers_that_have_trained_are_frozen_in_float64_and_contract(tmp_path):
     model = Net(SHAPE, 3)
@@ -174,7 +180,7 @@ def test_strides_growing_maps_odd_channels_and_lot_as_the_backbone():
         (partial(BROResidual, 2, method="lot", centering=False), (6, 6, 2)),
     ):
         model = Net(SHAPE, 3, first=layer)
-        network = model.apply(initialised(model), method="build")
+        network = built(model, initialised(model))
         assert network.ops[-2].out_shape == shape
         rows = bounds.operator_bounds(jax.tree.map(np.asarray, network))
         assert all(row.proved <= 1 + 1e-12 for row in rows[1:])

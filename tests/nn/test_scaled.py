@@ -32,6 +32,7 @@ def build(model, variables, train):
     return model.apply(variables, train, method="build", mutable=["lip"])[0]
 
 
+@pytest.mark.nightly
 @pytest.mark.x64_off
 def test_layers_start_as_identities_train_and_are_certified_with_norms_of_at_most_one():
     model = Net(SHAPE, 3)

@@ -108,6 +108,7 @@ def test_the_network_of_adaptive_orthogonal_convolutions(staged):
     assert relative(logits, theirs) < PARITY
 
 
+@pytest.mark.nightly
 def test_centred_networks_of_adaptive_orthogonal_convolutions(staged):
     """The published configurations: convolutions without biases, a batch's means subtracted behind every layer."""
     state, options, golden, images = staged

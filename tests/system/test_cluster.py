@@ -38,15 +38,16 @@ from lipjax.training import cluster, lock, stopping
 from lipjax.training.loop import train
 
 # Nine steps of 16 images, saved after 2, 3, 4, 6, 8 and 9, all of which stay.
-WHOLE = {"mesh.data": -1, "checkpoint.keep": 10}
+WHOLE = {"mesh.data": -1, "checkpoint.keep": 10, "certify.attack_steps": 0}
 
 
 # 1500 steps, to be stopped in; the neck's 16384 entries are enough to be stored in parts.
 LONG = {"num_epochs": 500, "checkpoint.every_epochs": 100, "checkpoint.every_steps": 50, "model.neck_features": 256}
 
 
+@pytest.mark.parametrize("meshes", [(1,), pytest.param((1, 4, 8), marks=pytest.mark.nightly)], ids=str)
 @pytest.mark.x64_off
-def test_two_processes_of_two_devices_are_one_run(tmp_path):
+def test_two_processes_of_two_devices_are_one_run(tmp_path, meshes):
     with Processes(tiny_config(**WHOLE), tmp_path / "two") as processes:
         (code, out, err), (other_code, other_out, other_err) = processes.finish()
     assert (code, other_code) == (0, 0), f"{err}\n{other_err}"
@@ -55,17 +56,18 @@ def test_two_processes_of_two_devices_are_one_run(tmp_path):
     assert {"config.json", "checkpoints", "metrics.jsonl", "certificate.json", "report.json", "frozen"} <= written
     assert lock.LOCK not in written and len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1
     found = metrics(tmp_path / "two")
-    for devices in (1, 4):
+    assert_agree(found, metrics(trained()))  # of one process with one device
+    for devices in meshes[1:]:
         train(tiny_config(**{"mesh.data": devices}), tmp_path / str(devices), 0)
         assert_agree(found, metrics(tmp_path / str(devices)))
     train(tiny_config(), tmp_path / "seed", 1)  # control
     with pytest.raises(AssertionError):
         assert_agree(found, metrics(tmp_path / "seed"))
-    # What two processes saved in the middle of an epoch goes on in one, on one device and on eight.
-    for devices in (1, 8):
+    # What two processes saved in the middle of an epoch goes on in one.
+    for devices in meshes:
         copy = tmp_path / f"on_{devices}"
         keep_until(tmp_path / "two", copy, 4)
-        train(tiny_config(**{"mesh.data": devices}), copy, 0)
+        train(tiny_config(**WHOLE | {"mesh.data": devices}), copy, 0)
         assert metrics(copy)[:2] == found[:2]
         assert_agree(metrics(copy), found)
         assert latest_step(copy) == 9
@@ -128,6 +130,7 @@ def test_processes_that_were_started_differently_say_so(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.nightly
 def test_an_error_in_one_process_ends_the_others_with_a_word(tmp_path):
     with lock.exclusive(tmp_path / "run"):  # which only process 0 looks at, while process 1 waits for it
         with Processes(tiny_config(**WHOLE), tmp_path / "run") as processes:

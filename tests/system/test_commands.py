@@ -60,7 +60,7 @@ def test_the_console_script_is_this_command(lipjax_command):  # noqa: F811
 
 @pytest.mark.x64_off
 def test_lipjax_train_does_what_train_py_does(lipjax_command, tmp_path, monkeypatch):  # noqa: F811
-    config = config_file(**{"num_epochs": 1, "certify.attack_steps": 1})
+    config = config_file(**{"num_epochs": 1, "certify.attack_steps": 0})
     monkeypatch.chdir(tmp_path)
     code, out, err = lipjax_command("train", f"--config={config}")
     assert (code, err) == (0, "") and "Written to runs/tiny" in out
@@ -252,6 +252,7 @@ def test_another_model_by_its_name_alone_trains(train, tmp_path):  # noqa: F811
     assert (code, err) == (0, "") and "Training lipconvnet" in out
 
 
+@pytest.mark.nightly
 @pytest.mark.x64_off
 def test_own_images_train_by_name(lipjax_command, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)

@@ -7,6 +7,7 @@ import sys
 
 import matplotlib
 import pytest
+from tiers import everyday
 
 from docs import execute
 
@@ -29,6 +30,7 @@ def run(page, directory):
     return cells
 
 
+@pytest.mark.nightly
 @pytest.mark.x64_off
 def test_add_a_layer(tmp_path):
     cells = run(DOCS / "add_a_layer.md", tmp_path)
@@ -41,13 +43,16 @@ def test_your_network(tmp_path):
     assert sum(bool(cell.expected) for cell in cells) >= 5 and (tmp_path / "sklearn" / "certificate.json").exists()
 
 
+@pytest.mark.nightly
 def test_theory(tmp_path):
     cells = run(DOCS / "theory.ipynb", tmp_path)
     assert sum(cell.figures for cell in cells) == 4 and sum(bool(cell.expected) for cell in cells) >= 7
 
 
 @pytest.mark.x64_off
-@pytest.mark.parametrize("page", ["break_a_certificate.md", "first_certificate.md", "ship_it.md"])
+@pytest.mark.parametrize(
+    "page", everyday(["break_a_certificate.md", "first_certificate.md", "ship_it.md"], "first_certificate.md")
+)
 def test_a_page_that_does_not_train(page, tmp_path):
     cells = run(DOCS / page, tmp_path)
     assert sum(bool(cell.expected) for cell in cells) >= 3
@@ -63,7 +68,7 @@ def test_a_page_that_trains(page, made, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.x64_off
-@pytest.mark.parametrize("page", SHORT)
+@pytest.mark.parametrize("page", everyday(SHORT, "shipping.md"))
 def test_short_pages(page, tmp_path):
     cells = run(DOCS / page, tmp_path)
     assert any(cell.expected for cell in cells)

@@ -1,8 +1,8 @@
 """What tests/durations.json says is slow: it names tests that exist, and `-m "not slow"` leaves them out."""
 
-import ast
 import collections
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -14,8 +14,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def functions(path):
-    names = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
-    return {f"{path.relative_to(ROOT).as_posix()}::{name}" for name in names if name.startswith("test_")}
+    names = re.findall(r"^def (test_\w+)\(", path.read_text(), re.MULTILINE)
+    return {f"{path.relative_to(ROOT).as_posix()}::{name}" for name in names}
 
 
 def test_what_is_recorded_exists():

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 from checker_helpers import Forger, draw, honest_runs, linear_head, write_run
+from tiers import everyday
 
 from lipjax import checker, operators
 from lipjax.network import make_network
@@ -170,13 +171,15 @@ def check_mutations(honest, directory, count, seed):
     return codes
 
 
-def test_a_thousand_mutations_end_in_verdicts(tmp_path):
+@pytest.mark.parametrize("count", everyday([250, 1000], 250))
+def test_mutations_end_in_verdicts(tmp_path, count):
     honest = tiny_run(tmp_path / "honest")
     assert checker.check(honest)[0] == 0
     start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    codes = check_mutations(honest, tmp_path / "changed", 1000, seed=0)
+    codes = check_mutations(honest, tmp_path / "changed", count, seed=0)
     print(codes, time.process_time() - start)
-    assert codes[1] > 200 and codes[2] > 200 and codes[0] < 300  # control: what is changed matters
+    # Control: what is changed matters.
+    assert codes[1] > 0.2 * count and codes[2] > 0.2 * count and codes[0] < 0.3 * count
     assert time.process_time() - start < 300
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024  # kilobytes on Linux
 

@@ -1,5 +1,6 @@
 """SLL, CPL and sandwich layers against the papers' own code: outputs, effective arrays and every gradient."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -62,12 +63,16 @@ def close(ours, theirs, what):
     assert np.abs(np.asarray(ours) - theirs).max() <= 1e-9 * max(np.abs(theirs).max(), 1e-300), what
 
 
+def _with_gradients(layer, params, x, cotangent):
+    found, back = jax.vjp(lambda p, x: layer(p, x), params, x)
+    return found, back(cotangent)
+
+
 def compare(case, layer, params, y="output/y", grad="output/grad"):
     """layer: (params, x) -> y. Compares y and the gradients of sum(y * cotangent)."""
-    x, cotangent = case["input/x"], case["input/cotangent"]
-    found, back = jax.vjp(lambda p, x: layer(p, x), params, x)
+    run = jax.jit(functools.partial(_with_gradients, layer))
+    found, (of_params, of_x) = run(params, case["input/x"], case["input/cotangent"])
     close(found, case[y], "y")
-    of_params, of_x = back(cotangent)
     for name, gradient in of_params.items():
         close(gradient, case[f"{grad}/{name}"], name)
     grad_x = grad.replace("output/grad", "output/grad_x").replace("_exact", "")
@@ -88,9 +93,12 @@ def sll_layer(weight, bias, theta, x, **options):
     return step(made, scale * bias, x)
 
 
+apply = jax.jit(lambda op, x: op(x))
+
+
 def norm_of(operator):
     eye = np.eye(int(np.prod(operator.in_shape))).reshape(-1, *operator.in_shape)
-    return np.linalg.norm(np.asarray(operator(jnp.asarray(eye))).reshape(len(eye), -1), 2)
+    return np.linalg.norm(np.asarray(apply(operator, jnp.asarray(eye))).reshape(len(eye), -1), 2)
 
 
 @pytest.mark.parametrize("name", cases("sll"))
@@ -155,9 +163,10 @@ def test_cpl(name):
     params, x = case.params(weight, "bias"), case["input/x"]
     if "dense" in name:  # theirs is not the gradient of what they compute: their vector is replaced before backward
         exact = {"weights": case["output/grad_train_exact/weights"], "bias": case["output/grad_train/bias"]}
-        found, back = jax.vjp(train, params, x)
+        found, (gradients, of_x) = jax.jit(functools.partial(_with_gradients, train))(
+            params, x, case["input/cotangent"]
+        )
         close(found, case["output/y_train"], "y")
-        gradients, of_x = back(case["input/cotangent"])
         for key, gradient in gradients.items():
             close(gradient, exact[key], key)
         close(of_x, case["output/grad_x_train"], "x")

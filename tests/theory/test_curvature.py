@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
+from tiers import everyday
 
 from lipjax import curvature, losses
 from lipjax.errors import NotCertifiable
@@ -46,7 +47,7 @@ def test_parity_of_tables(classes):
         assert (np.diag(table) == 0).all() and np.abs(table - table.T).max() > 0.01  # control: the sides differ
 
 
-@pytest.mark.parametrize("classes", [10, 20])
+@pytest.mark.parametrize("classes", everyday([10, 20], 20))
 def test_parity_of_the_training_penalty_and_its_gradient(classes):
     z, w1, w2 = golden(classes)
     logits, labels = jnp.asarray(z["output/logits"]), jnp.asarray(z["input/labels"])

@@ -105,14 +105,16 @@ def test_certificates_hold_against_steps_towards_the_nearest_rival():
 
     network = jax.tree.map(jnp.asarray, frozen.network)
 
-    def gap(x, p, i):
+    @jax.jit
+    @jax.grad
+    def slope(x, p, i):
         logits = network(x[None])[0]
         return logits[p] - logits[i]
 
     flips = 0
     with float64_on_cpu():
         for image, p, i, radius in zip(images, found.predictions, found.rivals, found.radii, strict=True):
-            direction = np.asarray(jax.grad(gap)(jnp.asarray(image), p, i))
+            direction = np.asarray(slope(jnp.asarray(image), p, i))
             direction = -direction / np.linalg.norm(direction)
             inside = np.clip(image + 0.999 * radius * direction, 0, 1)
             outside = np.clip(image + 30 * radius * direction, 0, 1)
@@ -127,8 +129,9 @@ def test_freeze_gives_the_models_function(model_and_variables):
     frozen = lipjax.freeze(model, variables)
     x = np.random.default_rng(0).uniform(0, 1, (5, 8, 8, 1))
     double = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), variables)
-    np.testing.assert_allclose(frozen(x), np.asarray(model.apply(double, jnp.asarray(x))), rtol=1e-12, atol=1e-13)
-    single = np.asarray(model.apply(variables, jnp.asarray(x, jnp.float32)))
+    apply = jax.jit(model.apply)
+    np.testing.assert_allclose(frozen(x), np.asarray(apply(double, jnp.asarray(x))), rtol=1e-12, atol=1e-13)
+    single = np.asarray(apply(variables, jnp.asarray(x, jnp.float32)))
     assert single.dtype == np.float32
     np.testing.assert_allclose(frozen(x), single, rtol=1e-4, atol=1e-5)
     assert np.abs(frozen(x) - single).max() > 0  # control: the two are not the same computation

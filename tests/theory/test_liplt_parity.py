@@ -6,6 +6,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from liplt_helpers import ONE, estimate, off_diagonal, on_host
 
 from lipjax import bounds
@@ -52,6 +53,7 @@ def test_three_iterations_are_those_of_the_papers_code():
     assert abs(found.constants[-1] / golden()["output/liplt_m_exact"][-1] - 1) > 1e-3
 
 
+@pytest.mark.nightly
 def test_converged_constants_are_the_exact_ones():
     operators = golden_operators()
     pairwise, found = estimate(operators, golden_vectors("pi_start"), 4000)

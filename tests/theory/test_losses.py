@@ -107,12 +107,14 @@ def test_emma_makes_an_uncertified_rival_tie_exactly():
 
 @pytest.mark.parametrize("kind", ["emma", "margin", "gloro", "trades"])
 def test_gradients_stay_finite_where_rows_of_the_head_coincide(kind):
-    def total(matrix, logits):
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradients(matrix, logits):
         lipschitz = LinearHead(matrix, jnp.zeros(3)).pairwise_lipschitz()
         return getattr(losses, kind)(logits, jnp.array([0, 1]), lipschitz, 0.5).sum()
 
     for matrix in (jnp.ones((3, 4)), jnp.zeros((3, 4))):
-        grads = jax.grad(total, (0, 1))(matrix, jnp.zeros((2, 3)))
+        grads = gradients(matrix, jnp.zeros((2, 3)))
         assert all(np.isfinite(np.asarray(g)).all() for g in grads)
 
 
@@ -135,7 +137,7 @@ def test_certificate_regularization_parity():
         return losses.certificate_regularization(logits, labels, lipschitz, float(z["input/cr_gamma"])).mean()
 
     arguments = [jnp.asarray(z[name]) for name in ("input/features", "param/weight", "param/bias")]
-    value, grads = jax.value_and_grad(mean_loss, (0, 1, 2))(*arguments)
+    value, grads = jax.jit(jax.value_and_grad(mean_loss, (0, 1, 2)))(*arguments)
     assert relative(value, z["output/cr_loss"]) < PARITY
     for got, name in zip(grads, ("cr_grad_features", "cr_grad/weight", "cr_grad/bias"), strict=True):
         assert relative(got, z[f"output/{name}"]) < PARITY
@@ -176,12 +178,14 @@ def test_radii_without_limit_or_rows_that_coincide_leave_the_loss_finite():
     logits, labels = jnp.array([[2.0, 1.0], [1.0, 2.0], [1.0, 1.0]]), jnp.array([0, 0, 0])
     np.testing.assert_array_equal(losses.label_radius(logits, labels, jnp.zeros((2, 2))), [np.inf, -1, 0])
 
-    def total(matrix, logits):
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def values(matrix, logits):
         lipschitz = LinearHead(matrix, jnp.zeros(2)).pairwise_lipschitz()
         return losses.certificate_regularization(logits, labels, lipschitz, 2.0).sum()
 
     for matrix in (jnp.ones((2, 4)), jnp.eye(2, 4)):
-        value, grads = jax.value_and_grad(total, (0, 1))(matrix, logits)
+        value, grads = values(matrix, logits)
         assert np.isfinite(float(value)) and all(np.isfinite(np.asarray(g)).all() for g in grads)
 
 

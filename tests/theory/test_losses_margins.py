@@ -1,5 +1,6 @@
 """Losses that ask for margins, against their authors' code (golden files) and their definitions, and at their edges."""
 
+import functools
 import math
 import pathlib
 
@@ -33,7 +34,7 @@ def compare(z, name, loss, sign=1.0):
     def mean(logits):
         return sign * loss(logits, z["input/labels"]).mean()
 
-    value, gradient = jax.value_and_grad(mean)(z["input/logits"])
+    value, gradient = jax.jit(jax.value_and_grad(mean))(z["input/logits"])
     assert relative(value, z[f"output/{name}/loss"]) < PARITY, name
     assert relative(gradient, z[f"output/{name}/grad_logits"]) < PARITY, name
 
@@ -102,7 +103,7 @@ def test_parity_of_the_calibrated_loss(i):
         lipschitz = z[f"input/L{i}"] * LinearHead(weight, jnp.zeros(10)).pairwise_lipschitz()
         return losses.cll(logits, z["input/labels"], lipschitz, **setting).mean()
 
-    value, grads = jax.value_and_grad(mean_loss, (0, 1))(z["input/logits"], z["param/head.weight"])
+    value, grads = jax.jit(jax.value_and_grad(mean_loss, (0, 1)))(z["input/logits"], z["param/head.weight"])
     for name in (f"cll{i}", f"cll_soc{i}"):
         assert relative(value, z[f"output/{name}/loss"]) < PARITY
         for got, field in zip(grads, ("grad_logits", "grad_head_weight"), strict=True):
@@ -126,7 +127,7 @@ def test_parity_of_logit_annealing(i):
         return losses.logit_annealing(logits, labels, lipschitz, epsilon, **own).mean()
 
     arguments = (z["input/logits"], z["param/head.weight"], z[f"input/lc{i}"])
-    value, grads = jax.value_and_grad(mean_loss, (0, 1, 2))(*arguments)
+    value, grads = jax.jit(jax.value_and_grad(mean_loss, (0, 1, 2)))(*arguments)
     assert relative(value, z[f"output/emma{i}/loss"]) < PARITY
     for got, field in zip(grads, ("grad_logits", "grad_head_weight", "grad_lc"), strict=True):
         assert relative(got, z[f"output/emma{i}/{field}"]) < PARITY
@@ -230,8 +231,8 @@ def test_the_parts_of_a_batch_add_up_with_the_counts_of_the_whole():
         return losses.hkr(y, t, **own).mean()
 
     counts = losses.class_counts(t, 5)
-    expected, gradient = jax.value_and_grad(whole)(y)
-    found = jax.value_and_grad(in_parts)(y, counts)
+    expected, gradient = jax.jit(jax.value_and_grad(whole))(y)
+    found = jax.jit(jax.value_and_grad(in_parts))(y, counts)
     np.testing.assert_allclose(found[0], expected, rtol=1e-13)
     np.testing.assert_allclose(found[1], gradient, rtol=1e-12, atol=1e-15)
     assert abs(float(in_parts(y, None) - expected)) > 1e-3  # control: each part by its own counts
@@ -263,12 +264,14 @@ def test_values_and_gradients_are_finite_at_the_edges(name):
     labels = jnp.array([0, 0, 0, 0])
     logits = jnp.array([[0.0, 0.0, 0.0], [1e4, 0.0, -1e4], [-1e4, 0.0, 1e4], [1.0, 0.5, 0.0]])
 
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
     def total(y, matrix):
         lipschitz = LinearHead(matrix, jnp.zeros(3)).pairwise_lipschitz()
         return ALL[name](y, labels, lipschitz).sum()
 
     for matrix in (jnp.eye(3), jnp.ones((3, 3)), jnp.zeros((3, 3))):
-        value, grads = jax.value_and_grad(total, (0, 1))(logits, matrix)
+        value, grads = total(logits, matrix)
         assert np.isfinite(value) and all(np.isfinite(np.asarray(g)).all() for g in grads)
         assert float(jnp.abs(grads[0]).max()) > 0  # control
 

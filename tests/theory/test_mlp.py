@@ -117,6 +117,7 @@ def nearest_attack(frozen, images, labels, radii):
     return attacks.attack_l2(live, images, labels, radii, num_steps=40).distances
 
 
+@pytest.mark.nightly
 @pytest.mark.mixed_dtypes
 def test_frozen_certificates_hold_against_attack_and_are_larger_than_global_ones():
     frozen = frozen_network()

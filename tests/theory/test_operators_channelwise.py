@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checker_helpers import Forger, draw, linear_head, write_run
+from tiers import everyday
 
 from lipjax import NotCertifiable, activations, checker, operators
 from lipjax.network import make_network
@@ -59,7 +60,7 @@ def test_parity_of_the_n_activation(name, rate):
 
 
 @pytest.mark.quick_compiles
-@pytest.mark.parametrize("name", ["act_spline_fc", "act_spline_conv"])
+@pytest.mark.parametrize("name", everyday(["act_spline_fc", "act_spline_conv"], "act_spline_conv"))
 def test_parity_of_the_spline(name):
     z = load(name)
     channels, knots = z["output/coefficients"].shape

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import everyday
 
 from lipjax import conv, operators, spectral
 from lipjax.parametrize import aol
@@ -44,7 +45,7 @@ CONVOLUTIONS = {  # file: name of the raw kernel, padding, options
 }
 
 
-@pytest.mark.parametrize("file", CONVOLUTIONS)
+@pytest.mark.parametrize("file", everyday(CONVOLUTIONS, "aol_conv_dirac", "lbdn_aol_conv"))
 def test_parity_of_convolutions(file):
     (name, padding, options), z = CONVOLUTIONS[file], load(file)
     relu = jax.nn.relu if file.startswith("lbdn") else lambda y: y
@@ -80,7 +81,7 @@ def test_the_derivative_of_the_modulus_at_zero_decides_the_gradient_at_the_first
     assert relative(jax.grad(value)(raw), expected) > 0.1
 
 
-@pytest.mark.parametrize("file", ["aol_dense_down", "lbdn_aol_fc"])
+@pytest.mark.parametrize("file", everyday(["aol_dense_down", "lbdn_aol_fc"], "aol_dense_down"))
 def test_parity_of_dense_layers(file):
     z, own = load(file), file.startswith("aol")
     name, options = (RAW, {}) if own else ("weights", {"epsilon": 0.0})

@@ -76,9 +76,7 @@ CASES = [  # in, out, kernel, strides, order
 ]
 
 
-@pytest.mark.parametrize(
-    ("ci", "co", "k", "s", "order"), everyday(CASES, (3, 5, 3, 1, "aoc"), (4, 16, 4, 2, "aoc"), (2, 6, 4, 2, "scfac"))
-)
+@pytest.mark.parametrize(("ci", "co", "k", "s", "order"), everyday(CASES, (4, 16, 4, 2, "aoc"), (2, 6, 4, 2, "scfac")))
 def test_kernels_preserve_norms_at_any_size_and_contract_with_zeros(ci, co, k, s, order):
     sizes = ci, co, k, s
     raw = draw(aoc.raw_shapes(*sizes, order=order))
@@ -127,9 +125,7 @@ def test_single_columns_are_as_short_as_in_the_original():
 
 
 @pytest.mark.parametrize("method", bjorck.METHODS)
-@pytest.mark.parametrize(
-    ("shape",), everyday([((6, 6),), ((9, 4),), ((4, 9),), ((5, 1),), ((1, 5),)], ((6, 6),), ((4, 9),))
-)
+@pytest.mark.parametrize(("shape",), everyday([((6, 6),), ((9, 4),), ((4, 9),), ((5, 1),), ((1, 5),)], ((4, 9),)))
 def test_dense_methods(method, shape):
     raw = jnp.asarray(np.random.default_rng(1).normal(size=shape))
     found = np.asarray(jax.jit(lambda w, v: bjorck.orthogonalize(w, v, method, 40))(raw, vectors_of(raw)))

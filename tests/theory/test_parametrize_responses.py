@@ -17,7 +17,6 @@ pytestmark = pytest.mark.quick_compiles
 
 PARITY = 1e-9
 UNIT = 2.0**-53
-NIGHTLY = pytest.mark.nightly
 
 
 def compare(layer, z, names, *, images=True):
@@ -54,10 +53,10 @@ def padded(x, k, blocks):
 
 @pytest.mark.parametrize(
     "case",
-    [
-        *("bro_conv_up", "bro_conv_k1_s2", "lot_conv_start"),
-        *(pytest.param(case, marks=NIGHTLY) for case in ("bro_conv_k5", "lot_conv_down")),
-    ],
+    everyday(
+        ["bro_conv_up", "bro_conv_k1_s2", "lot_conv_start", "bro_conv_k5", "lot_conv_down"],
+        *("bro_conv_up", "lot_conv_start"),
+    ),
 )
 def test_convolution_of_the_original(case):
     z, meta = load(case)
@@ -82,7 +81,7 @@ def test_convolution_of_the_original(case):
         assert effective == (max(response.shape[2:]), bro.rank(*response.shape[:1:-1], c["mask_level"]))
 
 
-@pytest.mark.parametrize("case", ["v2", "lot", pytest.param("bro", marks=NIGHTLY)])
+@pytest.mark.parametrize("case", everyday(["v2", "lot", "bro"], "v2"))
 def test_backbone_of_the_original(case):
     """Layers with batch means; lot: the original places its response a pixel further, as zero taps before do."""
     z, meta = load(f"bronet_backbone_{case}")
@@ -177,7 +176,7 @@ def to_matrix(f, in_shape):
     ("kernel_size", "size"),
     everyday(
         [((3, 3), (5, 6)), ((2, 4), (3, 4)), ((5, 2), (2, 3)), ((3, 3), (1, 1)), ((1, 1), (4, 3))],
-        *[((2, 4), (3, 4)), ((5, 2), (2, 3))],
+        ((2, 4), (3, 4)),
     ),
 )
 def test_bro_is_the_reflector_of_the_whole_convolution(kernel_size, size):

@@ -37,7 +37,7 @@ def dense(apply, size, channels):
 @pytest.mark.quick_compiles
 @pytest.mark.parametrize(
     ("size", "scale"),
-    everyday(itertools.product([(1, 1), (2, 2), (1, 5), (3, 4), (5, 6)], [0.1, 3.0]), ((1, 5), 3.0), ((3, 4), 0.1)),
+    everyday(itertools.product([(1, 1), (2, 2), (1, 5), (3, 4), (5, 6)], [0.1, 3.0]), ((1, 5), 3.0)),
 )
 def test_the_response_is_the_exponential_of_the_convolution_whatever_its_norm(size, scale):
     kernel = skew(scale=scale)
@@ -101,7 +101,7 @@ def forms(raw, x, num_terms, out):
     ("num_terms", "size", "out"),
     everyday(
         [(5, (4, 6), 4), (3, (2, 3), 4), (5, (3, 3), 2), (None, (4, 4), 4), (12, (1, 1), 3)],
-        *[(5, (3, 3), 2), (None, (4, 4), 4)],
+        (5, (3, 3), 2),
     ),
 )
 def test_forms_and_their_gradients_agree(num_terms, size, out):

@@ -37,6 +37,7 @@ def run(accelerator, monkeypatch, tmp_path, capsys):
     return call
 
 
+@pytest.mark.nightly
 @pytest.mark.x64_off
 @pytest.mark.slow
 def test_a_case_is_checked_and_measured(run):

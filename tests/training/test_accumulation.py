@@ -186,7 +186,12 @@ def features_means_and_gradients(application):
 
 
 @pytest.mark.parametrize(
-    "application", [Application(remat=2), Application(scan=True), Application(remat=2, scan=True)], ids=str
+    "application",
+    everyday(
+        [Application(remat=2), Application(scan=True), Application(remat=2, scan=True)],
+        Application(remat=2, scan=True),
+    ),
+    ids=str,
 )
 def test_features_means_and_gradients_do_not_depend_on_the_plan(application):
     expected, found = features_means_and_gradients(Application()), features_means_and_gradients(application)
@@ -242,6 +247,7 @@ def test_a_run_may_be_resumed_with_other_switches_but_not_another_precision():
         check_same_run("there", meta, tiny_config(precision="bfloat16"), 0)
 
 
+@pytest.mark.nightly
 @pytest.mark.x64_off
 def test_a_loss_of_class_means_counts_the_whole_batch():
     """On eight devices in two micro-batches of 8 images, of which no device sees one of each class."""

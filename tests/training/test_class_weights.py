@@ -68,6 +68,7 @@ def reference():
     return first_step(skewed())
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "switches",
     everyday(
@@ -117,13 +118,14 @@ def test_validation_weighs_images_alike():
         run.__dict__["class_weights"] = weights
         return run.validator()(state)
 
-    found = validated(weights)
+    found, plain = validated(weights), validated(None)
+    alone = [validated(np.eye(3, dtype=np.float32)[c]) for c in range(3)]
     for name in ("accuracy", METRIC, "cross_entropy"):
-        alone = [validated(np.eye(3, dtype=np.float32)[c])[name] for c in range(3)]
-        expected = np.dot(weights * counts, alone) / np.dot(weights, counts)
+        of_class = [each[name] for each in alone]
+        expected = np.dot(weights * counts, of_class) / np.dot(weights, counts)
         np.testing.assert_allclose(found[name], expected, rtol=100 * EPS32)
-        np.testing.assert_allclose(validated(None)[name], np.dot(counts, alone) / counts.sum(), rtol=100 * EPS32)
-    accuracy = [validated(np.eye(3, dtype=np.float32)[c])["accuracy"] for c in range(3)]
+        np.testing.assert_allclose(plain[name], np.dot(counts, of_class) / counts.sum(), rtol=100 * EPS32)
+    accuracy = [each["accuracy"] for each in alone]
     assert abs(found["accuracy"] - np.dot(counts, accuracy) / counts.sum()) > 0.05  # control: an untrained network
     np.testing.assert_allclose(found["accuracy"], np.mean(accuracy), atol=1e-6)  # validation holds a fifth of each
 

@@ -144,6 +144,7 @@ def test_worker_processes_change_no_batch_and_end_with_the_iterator(imagenet, im
     assert set(multiprocessing.active_children()) == before
 
 
+@pytest.mark.nightly
 def test_worker_processes_leave_signals_to_the_run(imagenet):
     """A scheduler or Ctrl-C signals all processes of a run, which must read on until it has saved."""
     before = set(multiprocessing.active_children())

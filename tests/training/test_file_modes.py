@@ -54,6 +54,7 @@ def test_a_private_file_in_the_place_of_the_temporary_one_becomes_as_the_umask_s
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.nightly
 @pytest.mark.x64_off
 def test_all_files_of_a_run_respect_the_umask(tmp_path):
     before = os.umask(0o027)

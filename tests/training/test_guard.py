@@ -75,6 +75,7 @@ def test_nan_stops_the_run_says_where_and_keeps_the_last_good_state(tmp_path, mo
     assert differing(final_state(tmp_path, config), final_state(trained(), config)) == []
 
 
+@pytest.mark.nightly
 def test_a_learning_rate_that_overflows_is_seen_before_anything_is_saved(tmp_path):
     changes = {"learning_rate": 3e38, "warmup_epochs": 0.0, "weight_decay": 10.0}
     config = tiny_config(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tiers import everyday
 
 from lipjax.training.data import stream
 from lipjax.training.data.kept_buffers import KeptBuffers
@@ -42,7 +43,7 @@ def test_memory_that_somebody_holds_is_left_alone(hold):
     assert place(buffers.take()) == where
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", everyday([1, 4], 1))
 def test_arrays_of_jax_that_share_memory_keep_it(devices):
     """The hazard is real: the array of JAX lies where the batch lies. So it must hold, too, when the batch is gone."""
     split = NamedSharding(Mesh(np.array(jax.devices()[:devices]), ("data",)), PartitionSpec("data"))

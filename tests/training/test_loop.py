@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from tiers import everyday
 from training_helpers import (  # noqa: F401  quick_compiles is a fixture
     differing,
     final_state,
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.x64_off
 
 
 # Nine steps in three epochs, saved after 2, 3, 4, 6, 8 and 9: the first is the middle of an epoch, the second its end.
-@pytest.mark.parametrize(("step", "resumes_at"), [(5, 4), (7, 6)])
+@pytest.mark.parametrize(("step", "resumes_at"), everyday([(5, 4), (7, 6)], (5, 4)))
 def test_an_interrupted_run_resumed_is_the_uninterrupted_run_bit_for_bit(
     tmp_path, monkeypatch, capsys, step, resumes_at
 ):
@@ -139,6 +140,7 @@ def test_a_run_of_an_older_version_lacks_fields_and_resumes():
         check_same_run("run", meta, tiny_config(**{"optimizer.clip_norm": 2.0}), 0)
 
 
+@pytest.mark.nightly
 def test_a_directory_without_a_checkpoint_starts_anew_with_any_config(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_at(patch, 1)

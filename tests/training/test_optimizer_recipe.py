@@ -131,6 +131,7 @@ def test_slow_parameters_are_taken_once_there_are_any():
     assert optimizer.slow_parameters(params, optax.EmptyState()) is params
 
 
+@pytest.mark.nightly
 @pytest.mark.x64_off
 def test_what_is_kept_as_the_best_is_the_slow_parameters(tmp_path):
     """Also where another run starts from it."""
@@ -157,6 +158,7 @@ def test_what_is_kept_as_the_best_is_the_slow_parameters(tmp_path):
     assert differ(state.params, variables["params"]) < 0.5 and differ(state.params, state.opt_state.slow) < 1e-6
 
 
+@pytest.mark.nightly
 @pytest.mark.x64_off
 def test_between_epochs_the_slow_parameters_count_and_a_run_goes_on_as_it_was(tmp_path, monkeypatch):
     """Three steps an epoch, a synchronisation after every third one, a checkpoint at step 4; nothing is validated."""

@@ -160,6 +160,7 @@ class _StreamOf(StreamDataset):
         yield np.zeros((batch_size, *self.image_shape), np.uint8), np.zeros(batch_size, np.int32)
 
 
+@pytest.mark.nightly
 @pytest.mark.x64_off
 def test_a_plan_of_two_topologies_agrees_with_the_trace_and_with_xla():
     config = tiny_config(**{"mesh.data": -1})

@@ -8,6 +8,7 @@ import ml_collections
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from tiers import everyday
 from training_helpers import differing, quick_compiles, tiny_config  # noqa: F401  quick_compiles is a fixture
 
 import lipjax
@@ -92,6 +93,7 @@ def test_large_arrays_are_stored_by_their_largest_axis_that_divides():
         assert sharding.spec_of(shape, eight(8, 1)) == PartitionSpec()
 
 
+@pytest.mark.nightly
 @pytest.mark.x64_off
 @pytest.mark.usefixtures("small_parts")
 def test_a_state_lies_as_described_before_and_after_a_step():
@@ -161,6 +163,7 @@ def test_the_loss_curve_is_the_same_on_all_meshes(net, num_steps, meshes):
     assert (np.abs(off - expected) > allowed).any()  # control
 
 
+@pytest.mark.nightly
 @pytest.mark.x64_off
 @pytest.mark.usefixtures("small_parts")
 def test_start_batches_and_order_do_not_depend_on_the_mesh():
@@ -217,7 +220,7 @@ def lip_of(state):
 
 @pytest.mark.x64_off
 @pytest.mark.usefixtures("small_parts")
-@pytest.mark.parametrize(("data", "model"), [(8, 1), (2, 4)])
+@pytest.mark.parametrize(("data", "model"), everyday([(8, 1), (2, 4)], (2, 4)))
 def test_what_travels_in_a_training_step(data, model):
     run = Run(config_of("liresnet", data, model), 0)
     train_step = steps.make_train_step(run.model, run.optimizer, run.config, run.mesh, run.pixel_max)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiers import everyday
 from training_helpers import differing, quick_compiles, tiny_config  # noqa: F401  quick_compiles is a fixture
 
 from lipjax.training import objective, optimizer, sharding
@@ -30,6 +31,7 @@ def losses(run, num_steps):
     return np.array(found), state
 
 
+@pytest.mark.nightly
 @pytest.mark.x64_off
 def test_one_and_eight_devices_give_the_same_losses():
     one, state = losses(make_run(1), 4)
@@ -42,6 +44,7 @@ def test_one_and_eight_devices_give_the_same_losses():
     assert np.all(np.abs(other / one - 1) > 1000 * EPS32)  # control
 
 
+@pytest.mark.nightly
 def test_training_also_runs_with_x64_on():
     found, state = losses(make_run(1), 2)
     assert np.isfinite(found).all() and len(set(found)) == 2
@@ -50,7 +53,7 @@ def test_training_also_runs_with_x64_on():
 
 
 @pytest.mark.x64_off
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", everyday([1, 8], 8))
 def test_each_step_sees_the_batch_of_its_place_in_the_permutation(devices):
     run = make_run(devices)
     key, part = run.fresh_state().key, run.dataset.split("train")

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.x64_off
 GROWS = {"optimizer.final_fraction": 1.0, "optimizer.warmup_epochs": 1.0, "loss.epsilon_ramp": 0.0}
 
 
+@pytest.mark.nightly
 def test_a_finished_run_gets_more_epochs_as_if_asked_for_them_from_the_start(tmp_path, capsys):
     train(tiny_config(num_epochs=2, **GROWS), tmp_path / "grown", 0)
     load_best(tmp_path / "grown", Run(tiny_config(num_epochs=3, **GROWS), 0))  # of an epoch before it grew
