@@ -129,7 +129,7 @@ def evaluate(network: Network, norms: tuple, x):
 
 
 def evaluate_in_batches(network: Network, images: np.ndarray, norms: tuple, batch_size: int) -> list[np.ndarray]:
-    """What `evaluate` returns, of any number of images, on the host.
+    """Evaluates any number of images on the host, as `evaluate` does one batch.
 
     A batch that is not full is padded to the next power of two: few images cost little, and few programs are made.
     """

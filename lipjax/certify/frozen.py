@@ -124,7 +124,7 @@ class FrozenNetwork:
         return self._bounds
 
     def liplt_report(self) -> bounds.LipLTReport | None:
-        """How LipLT's constants were proved: per activation, per chain of linear operators, and of the outputs.
+        """The report of how LipLT's constants were proved: per activation, per chain of linear operators, of outputs.
 
         Returns: a `bounds.LipLTReport`; None for a network that LipLT does not take (as `bounds.has_liplt` says), that
           has layers without a proof, or whose constants leave the range of float64.
