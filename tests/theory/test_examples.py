@@ -102,7 +102,7 @@ def failures(name, text, names=GLOBALS):
     """The report of the examples in a docstring that do not give what they say; "" if all do."""
     test = doctest.DocTestParser().get_doctest(text, dict(names), name, None, None)
     report = []
-    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=report.append)
+    doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS).run(test, out=report.append)
     return "".join(report)
 
 
