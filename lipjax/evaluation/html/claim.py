@@ -27,7 +27,9 @@ def plain_words(run: CertifiedRun) -> Markup:
     )
     limits = (
         "It is not claimed that other images are classified rightly or have a proof; nor anything about larger "
-        "changes, even if they look harmless: a shift by a pixel, a rotation and another light are large in this sense."
+        "changes, even if they look harmless: a shift by a pixel, a rotation and another light are, as a rule, large "
+        "in this sense. The proof is about the stored network in exact arithmetic; what a float32 program keeps of it "
+        "is counted beside it."
     )
     return section("In plain words", tag("p", means, _attacked(run, proved, radius)), tag("p", limits))
 
