@@ -45,7 +45,10 @@ def products(function, devices: int) -> float:
         return sharding.gathered((found, pull_back(jnp.cos(found))), mesh)
 
     w = jax.ShapeDtypeStruct((8, 256, 256), jnp.float32, sharding=sharding.replicated(mesh))
-    return sum(Program(both_ways.lower(w).compile().as_text()).flops().values())
+    text = both_ways.lower(w).compile().as_text()
+    if text is None:
+        raise ValueError("Expected a compiled program whose text JAX can tell.")
+    return sum(Program(text).flops().values())
 
 
 def main(argv):
