@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lipjax import spectral
-from lipjax.linalg.unit import unit
+from lipjax.linalg.unit import of_peak_1, unit_of_peak_1
 from lipjax.numerics import gamma
 from lipjax.operators.heads import checked
 
@@ -90,10 +90,11 @@ def estimate(
     def advance(_, vectors):
         image = ((vectors @ constant_w1.T) * constant_negative) @ constant_w1
         # Where the curvature is 0 any vector will do.
-        return unit(image, vectors, batched=True)
+        return of_peak_1(image, vectors, batched=True)
 
-    vectors = jnp.broadcast_to(unit(jax.lax.stop_gradient(v), 0.0), (negative.shape[0], v.size))
+    vectors = jnp.broadcast_to(of_peak_1(jax.lax.stop_gradient(v), 0.0), (negative.shape[0], v.size))
     vectors = jax.lax.fori_loop(0, num_iters, advance, vectors)
+    vectors = unit_of_peak_1(vectors, vectors, batched=True)
     return (jnp.sum(negative * (vectors @ w1.T) ** 2, axis=1) / 4).reshape(classes.shape)
 
 

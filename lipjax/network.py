@@ -38,11 +38,13 @@ class Application:
       remat: number of consecutive layers rematerialised as one group (only its input is stored); 0 stores every
         activation.
       scan: whether layers that differ in nothing but the numbers in their arrays, one after the other, are one loop.
+      axes: of the mesh over which the batch is divided, inside `jax.shard_map`; () elsewhere.
     """
 
     precision: str = "float32"
     remat: int = 0
     scan: bool = False
+    axes: tuple[str, ...] = ()
 
 
 @jax.tree_util.register_dataclass
@@ -92,7 +94,7 @@ class Network:
         wide = x.dtype
         narrow = jnp.bfloat16 if application.precision == "bfloat16" else wide
         x = x.astype(narrow)
-        apply = functools.partial(_apply, narrow=narrow, wide=wide)
+        apply = functools.partial(_apply, narrow=narrow, wide=wide, axes=application.axes)
         if application.remat:
             apply = jax.checkpoint(apply)
         for start, length, count in _pieces(self, application):
@@ -143,20 +145,20 @@ def table_of(network: Network, title: str) -> str:
     return "\n".join([*lines, *(f"  {name:<{width}}  {text}" for name, text in rows)])
 
 
-def _apply(x, ops, *, narrow, wide):
+def _apply(x, ops, *, narrow, wide, axes):
     """Applies operators in turn. Returns the result and the means that were subtracted, by the operator's place."""
     means = {}
     for i, op in enumerate(ops):
         if narrow != wide:
             if isinstance(op, Composite):
-                y = _apply(x, op.parts(), narrow=narrow, wide=wide)[0]
+                y = _apply(x, op.parts(), narrow=narrow, wide=wide, axes=axes)[0]
                 x = x + y if op.adds_input else y
                 continue
             dtype = narrow if isinstance(op, Linear | Contraction | Centered) else wide
             x = x.astype(dtype)
             op = jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), op)
         if isinstance(op, Centers):
-            x, means[i] = op.with_mean(x)
+            x, means[i] = op.with_mean(x, axes)
         else:
             x = op(x)
         x = x.astype(narrow)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from lipjax import _spread
 from lipjax.bounds.liplt_path import Step, slope_parts
-from lipjax.linalg.unit import unit
+from lipjax.linalg.unit import of_peak_1, unit, unit_of_peak_1
 from lipjax.operators.base import Linear
 
 Vectors = dict[str, Float[Array, "..."]]
@@ -160,7 +160,7 @@ def chain_norms(path: Sequence[Step], vectors: Vectors, num_iters: int) -> tuple
     if not vectors:  # no activation
         return [], {}
     kept = [jax.lax.stop_gradient(vectors[str(s)]) for s in range(len(vectors))]
-    kept = [unit(v, v, batched=True) for v in kept]
+    kept = [of_peak_1(v, v, batched=True) for v in kept]
     fixed = jax.tree.map(lambda a: jax.lax.stop_gradient(a) if isinstance(a, jax.Array) else a, tuple(path))
 
     # One group of devices is one device, or all of them where each does everything.
@@ -177,14 +177,14 @@ def chain_norms(path: Sequence[Step], vectors: Vectors, num_iters: int) -> tuple
     def advance(_, vs):
         images = sweep(vs)
         (back,) = jax.linear_transpose(sweep, vs)(images)
-        return [unit(new, old, batched=True) for new, old in zip(back, vs, strict=True)]
+        return [of_peak_1(new, old, batched=True) for new, old in zip(back, vs, strict=True)]
 
     if num_iters <= 16:
         for i in range(num_iters):
             kept = advance(i, kept)
     else:
         kept = jax.lax.fori_loop(0, num_iters, advance, kept)
-    kept = jax.lax.stop_gradient(kept)
+    kept = [jax.lax.stop_gradient(unit_of_peak_1(v, v, batched=True)) for v in kept]
     images = images_of(path, kept)
     if groups > 1:  # one row of each start is not zero
         norms = [jnp.sum(_lengths(x.reshape(-1, *x.shape[2:])).reshape(x.shape[:2]), axis=0) for x in images]

@@ -4,6 +4,7 @@ import abc
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
 from lipjax.operators.base import Estimated, Operator, check_input, operator
 
@@ -41,23 +42,24 @@ class Contraction(_Around):
 class Centers(Operator):
     """A map that subtracts a mean over the batch: a translation for any one batch, if the rest of it is linear.
 
-    With a batch sharded over devices, under `jit`, the mean is that of all devices. The mean of bfloat16 images is
-    computed, and given, in float32.
+    With a batch sharded over devices, under `jit`, the mean is that of all devices; inside `jax.shard_map` if the axes
+    of the mesh are named. The mean of bfloat16 images is computed, and given, in float32.
     """
 
     @abc.abstractmethod
-    def with_mean(self, x) -> Any:
-        """(the output, mean); mean: (channels,), differentiable."""
+    def with_mean(self, x, axes: tuple[str, ...] = ()) -> Any:
+        """(the output, mean); mean: (channels,), differentiable. axes: over which `jax.shard_map` divides the batch."""
 
     def __call__(self, x):
         return self.with_mean(x)[0]
 
 
-def _without_mean(y, x=None):
+def _without_mean(y, axes, x=None):
     """y minus the mean over batch and pixels of y, or of y - x; and that mean."""
     dtype = jnp.float32 if y.dtype == jnp.bfloat16 else y.dtype
     wide = y.astype(dtype)
     mean = jnp.mean(wide if x is None else wide - x.astype(dtype), axis=tuple(range(y.ndim - 1)))
+    mean = lax.pmean(mean, axes) if axes else mean
     return (wide - mean).astype(y.dtype), mean
 
 
@@ -67,8 +69,8 @@ class Centered(_Around, Centers, Estimated):
 
     map: Any
 
-    def with_mean(self, x):
-        return _without_mean(self.map(x), x)
+    def with_mean(self, x, axes=()):
+        return _without_mean(self.map(x), axes, x)
 
     def estimate(self, v, num_iters: int):
         """The map's."""
@@ -85,6 +87,6 @@ class Centering(Centers):
     def out_shape(self):
         return self.in_shape
 
-    def with_mean(self, x):
+    def with_mean(self, x, axes=()):
         check_input(self, x)
-        return _without_mean(x)
+        return _without_mean(x, axes)

@@ -98,7 +98,7 @@ def operators_of(
             f"Form {form!r} computes exp(A) as a series, which needs a bound on the norm of A: normalise the kernel."
         )
     if form == "series":
-        fixed, paired = soc_frequency.packed_response(kernel, (h, w))
+        fixed, paired = soc_frequency.packed_response(kernel, (h, w), divided=False)
         return [operators.CircularSeries(fixed, paired, tuple(in_shape), features, terms, nonexpansive=nonexpansive)]
     ops: list = [] if c == m else [operators.PadChannels(tuple(in_shape), m)]
     ops.append(operators.ConvExponential(kernel, (h, w, m), terms, padding, nonexpansive, fast_gradient, groups))

@@ -17,10 +17,11 @@ from lipjax.spectral.series import terms_for
 Blocks = tuple[Array, Array]
 
 
-def packed_response(kernel: Float[Array, "kh kw c c"], size: tuple[int, int]) -> Blocks:
+def packed_response(kernel: Float[Array, "kh kw c c"], size: tuple[int, int], *, divided: bool = True) -> Blocks:
     """`conv.packed_response` of a skew kernel, without transposing it: K[t]^T = -K[-t], hence R(f) = -R(f)^H.
 
-    Args: kernel: HWIO, equal to its own `conv.skew_kernel` (unchecked). size: (h, w) of the images.
+    Args: kernel: HWIO, equal to its own `conv.skew_kernel` (unchecked). size: (h, w) of the images. divided: over the
+      devices, for matrix functions; else every device makes all blocks, which is sooner done than sent.
     Returns: (fixed, paired), skew-symmetric and skew-Hermitian blocks A(f).
     """
     kh, kw, c, _ = kernel.shape
@@ -28,7 +29,7 @@ def packed_response(kernel: Float[Array, "kh kw c c"], size: tuple[int, int]) ->
     # -conj: minus the rows of the fixed frequencies and of real parts, plus those of imaginary parts.
     signs = np.concatenate([-np.ones(r), np.tile([-1.0, 1.0], (n - r) // 2)])
     phases = signs[:, None] * _dft.packed_tap_phases((kh, kw), size)
-    if _spread.num_devices() > 1:
+    if divided and _spread.num_devices() > 1:
         return conv.tap_blocks(phases, kernel, r)
     product = _precision.product(jnp.asarray(phases, kernel.dtype), kernel.reshape(kh * kw, c * c))
     fixed, paired = lax.split(_dft.whole(product.reshape(n, c, c)), (r, n - r))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from lipjax.linalg.unit import unit
+from lipjax.linalg.unit import of_peak_1, unit, unit_of_peak_1
 from lipjax.spectral.arguments import Estimated, check_operator
 
 
@@ -35,10 +35,11 @@ def power_iteration(
     if num_iters < 0:
         raise ValueError(f"power_iteration: expected num_iters >= 0, got {num_iters}")
     v = lax.stop_gradient(v)
-    v = unit(v, v)
+    v = of_peak_1(v, v)
 
     def step(u: Array) -> Array:
-        return unit(adjoint(apply(u)), u)
+        # The direction is the same as that of a unit vector, and takes one sum over the entries instead of two.
+        return of_peak_1(adjoint(apply(u)), u)
 
     # Hoisting what the closures capture lets the loop see constants: nothing of it is kept for the gradient.
     closed, captured = jax.closure_convert(step, v)
@@ -48,7 +49,7 @@ def power_iteration(
             v = closed(v, *captured)
     else:
         v = lax.fori_loop(0, num_iters, lambda _, u: closed(u, *captured), v)
-    v = lax.stop_gradient(v)
+    v = lax.stop_gradient(unit_of_peak_1(v, v))
     image = apply(v)
     largest = lax.stop_gradient(jnp.max(jnp.abs(image)))
     positive = largest > 0

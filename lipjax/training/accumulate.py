@@ -8,12 +8,12 @@ from lipjax.errors import UserError
 from lipjax.training import sharding
 
 
-def accumulate(value_and_grad, built, batch, config, mesh: Mesh):
+def accumulate(value_and_grad, built, batch, config):
     """Applies value_and_grad(built, *batch), of a mean over images, to config.accumulation micro-batches in turn.
 
-    Image i is in micro-batch i modulo their number, so that every device keeps its own images.
+    Image i is in micro-batch i modulo their number, on every device of its own images.
 
-    Args: value_and_grad: returns ((mean, (logits, radii, means)), gradient). batch: arrays (b, ...).
+    Args: value_and_grad: returns ((mean, (logits, radii, means)), gradient). batch: arrays (b, ...), of one device.
     Returns: the same for the whole batch, its images in order.
     Raises: UserError if operators subtracted means: those of a micro-batch are not those of the batch.
     """
@@ -22,7 +22,6 @@ def accumulate(value_and_grad, built, batch, config, mesh: Mesh):
         return value_and_grad(built, *batch)
 
     def add(total, part):
-        part = jax.lax.with_sharding_constraint(part, sharding.batch_sharded(mesh))
         (mean, (logits, radii, means)), gradient = value_and_grad(built, *part)
         if means:
             raise UserError(centering_refused(count))

@@ -6,6 +6,7 @@ start of a step; what does not depend on images (`lipjax._spread`) is computed o
 
 import contextlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -139,6 +140,43 @@ def stored(tree, mesh: Mesh) -> Any:
 def gathered(tree, mesh: Mesh) -> Any:
     """Arrays inside jit, whole on every device. Their gradients are summed over the devices."""
     return tree if mesh.size == 1 else jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def averaged(value_and_grad: Callable, mesh: Mesh) -> Callable:
+    """Makes of a function of some images the same function of a batch that is divided over the devices, inside jit.
+
+    Each device calls it for its own images, and the means and gradients are averaged once, at the end: XLA alone would
+    add up the devices' parts at each use of an array that is used several times (the terms of a series, micro-batches).
+
+    Args: value_and_grad: (whole, *batch) -> ((mean, (arrays of images, ..., other means)), gradient): means over its
+      images, all together equally many on each device, and the gradient of the first. What it averages over images on
+      its way has to be averaged over the axes of the mesh (`Application.axes`).
+    Returns: that function of `whole`, the same on every device, and batch-sharded arrays.
+    """
+    if mesh.size == 1:
+        return value_and_grad
+
+    def of_shard(whole, *batch):
+        (mean, (*per_image, means)), gradient = value_and_grad(whole, *batch)
+        # In the precision of the network's arrays; each apart, so that one may be sent while another is computed.
+        mean, gradient = jax.tree.map(lambda leaf: jax.lax.pmean(leaf, mesh.axis_names), (mean, gradient))
+        return (mean, (tuple(per_image), means)), gradient
+
+    def of_batch(whole, *batch):
+        each, same = PartitionSpec(mesh.axis_names), PartitionSpec()
+        # Not check_vma, under which differentiation itself would add up, at each use. Without it the gradient of a
+        # device is that of the sum of all devices' means, with respect to its own copy of `whole`.
+        divided = jax.shard_map(
+            of_shard,
+            mesh=mesh,
+            in_specs=(same, *[each] * len(batch)),
+            out_specs=((same, (each, same)), same),
+            check_vma=False,
+        )
+        (mean, (per_image, means)), gradient = divided(whole, *batch)
+        return (mean, (*per_image, means)), gradient
+
+    return of_batch
 
 
 def side_by_side(arrays, mesh: Mesh) -> Any:

@@ -230,7 +230,9 @@ def make_train_step(
     """
     multiplied_by = mesh.devices.flat[0].platform if platform is None else platform
 
-    build, application = make_build(model, config, mesh), Application(config.precision, config.remat, config.scan)
+    build = make_build(model, config, mesh)
+    axes = mesh.axis_names if mesh.size > 1 else ()
+    application = Application(config.precision, config.remat, config.scan, axes)
 
     @sharding.spread_over(mesh)
     def step(state: TrainState, images, labels, schedule):
@@ -241,12 +243,13 @@ def make_train_step(
         # Of the whole batch, on all devices and in all micro-batches.
         class_counts = losses.class_counts(labels, model.num_classes)
 
-        # Parametrised once, applied to one micro-batch after the other, differentiated once.
+        # Parametrised once, applied by each device to one micro-batch of its images after the other, differentiated
+        # once.
         with products_for(config, multiplied_by):
             built, pull_back, lip = jax.vjp(lambda params: build(params, state.lip), state.params, has_aux=True)
 
-        def objective(built, pixels, labels):
-            network, constants = built
+        def objective(built, constant, pixels, labels):
+            (network, constants), (lip, class_counts, schedule) = built, constant
             # The normalisation is no parameter: nothing needs the gradient of the pixels.
             fixed = jax.lax.stop_gradient({"input_mean": network.input_mean, "input_std": network.input_std})
             network = dataclasses.replace(network, **fixed)
@@ -258,9 +261,16 @@ def make_train_step(
             loss = jnp.mean(_counted(each, labels, class_weights))
             return loss, (logits, radius_estimate(network, constants, features, logits), means)
 
-        (loss, (logits, radii, means)), cotangents = accumulate(
-            jax.value_and_grad(objective, has_aux=True), built, (pixels, labels), config, mesh
-        )
+        def of_shard(whole, pixels, labels):
+            built, constant = whole
+
+            def value_and_grad(built, *part):
+                return jax.value_and_grad(objective, has_aux=True)(built, constant, *part)
+
+            return accumulate(value_and_grad, built, (pixels, labels), config)
+
+        whole = built, (lip, class_counts, schedule)
+        (loss, (logits, radii, means)), cotangents = sharding.averaged(of_shard, mesh)(whole, pixels, labels)
         with products_for(config, multiplied_by):
             grads = sharding.stored(pull_back(cotangents)[0], mesh)
         constants, lip = built[1], advance_means(lip, means)

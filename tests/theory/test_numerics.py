@@ -5,12 +5,14 @@ import math
 from fractions import Fraction
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lipjax import numerics
-from lipjax.linalg.unit import unit
+from lipjax.linalg.unit import of_peak_1, unit, unit_of_peak_1
+from lipjax.spectral import power_iteration
 
 LIPJAX = Path(numerics.__file__).parent
 NAMES = {name for name in vars(numerics) if name.isupper()} | {"gamma", "exact_gamma", "gamma32"}
@@ -59,3 +61,30 @@ def test_vectors_are_scaled_to_norm_1_wherever_they_lie(scale):
     rows = unit(v, 7.0, batched=True)
     np.testing.assert_allclose(rows, [[0.6, 0.8], [7, 7], [-5 / 13, 12 / 13]], rtol=1e-15)
     np.testing.assert_allclose(unit(v, v), v / scale / 194**0.5, rtol=1e-15)
+    peaks = of_peak_1(v, 7.0, batched=True)
+    np.testing.assert_allclose(peaks, [[0.75, 1], [7, 7], [-5 / 12, 1]], rtol=1e-15)
+    np.testing.assert_allclose(unit_of_peak_1(peaks, 7.0, batched=True)[::2], rows[::2], rtol=1e-15)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(jnp.float32, 1e-30), (jnp.float32, 1e30), (jnp.bfloat16, 1e-30)])
+def test_norms_are_estimated_wherever_they_lie_with_one_sum_a_step(dtype, scale):
+    """Squares of 1e-30 and 1e30 are no float32 numbers, nor are A^T A v for |A| = 1e30: maps of 1e15 at most."""
+    diagonal = jnp.array([3.0, 4.0, 0.0], dtype)
+    start = jnp.full(3, scale, dtype)
+    for size in (1.0, 1e-15, 1e15):
+        apply = lambda v, size=size: dtype(size) * diagonal * v  # noqa: E731
+        sigma, v = power_iteration(apply, apply, start, 12)
+        eps = float(jnp.finfo(dtype).eps)
+        # The other direction falls by (3 / 4)^2 a step; each of the roundings of a step errs by eps / 2.
+        np.testing.assert_allclose(float(sigma) / size, 4.0, rtol=0.75**48 + 8 * eps)
+        np.testing.assert_allclose(np.linalg.norm(np.float64(v)), 1, rtol=4 * eps)
+    text = str(jax.make_jaxpr(lambda v: power_iteration(apply, apply, v, 12))(start))
+    # One at the start and one a step, one of the image; and two sums of squares.
+    assert (text.count("reduce_max["), text.count("reduce_sum[")) == (14, 2)
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_what_is_not_finite_does_not_look_as_if_it_were(value):
+    assert not np.isfinite(unit(jnp.array([value, 1.0]), np.nan)).all()
+    sigma, _ = power_iteration(lambda v: value * v, lambda v: value * v, jnp.ones(2), 2)
+    assert not np.isfinite(sigma)
