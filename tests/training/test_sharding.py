@@ -25,6 +25,7 @@ LIPCONVNET = {"name": "lipconvnet", "depth": 2, "num_blocks": 2, "width": 4, "in
 NETS = {
     "liresnet": {},
     "soc": LIPCONVNET | {"padding": "CIRCULAR", "train_terms": None, "eval_terms": None, "form": "response"},
+    "spatial": LIPCONVNET | {"train_terms": 3, "eval_terms": 3},
     "series": LIPCONVNET | {"padding": "CIRCULAR", "train_terms": 3, "eval_terms": 3, "form": "series"},
     "cayley": LIPCONVNET | {"layer": "cayley", "head": "orthonormal"},
 }
