@@ -286,8 +286,15 @@ def torch_row(precision: str, device, args) -> dict[str, Any]:
     params, vectors = jax.device_get((state.params, state.lip["vectors"]))
     images = torch.tensor(pixels, device=where).permute(0, 3, 1, 2)  # the channels last in memory
     targets = torch.tensor(labels, device=where).long()
-    options = {name: config.optimizer[name] for name in ("learning_rate", "weight_decay")}
-    net = torch_liresnet.LiResNet(run.model, params, vectors, where, num_iters=config.power_iterations, **options)
+    rate, decay = config.optimizer.learning_rate, config.optimizer.weight_decay
+    net = torch_liresnet.LiResNet(
+        run.model,
+        params,
+        vectors,
+        where,
+        num_iters=config.power_iterations,
+        optimizer=lambda leaves: torch.optim.AdamW(leaves, rate, weight_decay=decay),
+    )
     for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
         backend.allow_tf32 = precision != "float32"
     context = functools.partial(torch.autocast, where.type, torch.bfloat16) if precision == "bfloat16" else None
