@@ -43,6 +43,7 @@ CASES = {
         {},
     ),
     "estimates": ({"name": "liresnet", "depth": 16, "width": 128}, CIFAR, {"power_iterations": 10}),
+    "liplt": ({"name": "convnet", "variant": "6c2f"}, CIFAR, {"lipschitz": "liplt"}),
 }
 
 
@@ -59,13 +60,13 @@ def compiled_build(config, shape, mesh):
     """Compiles what a training step does without images, and its gradient; arrays are abstract."""
     model = get_model(config.model, input_shape=shape, num_classes=10)
     optimizer = optimizers.make_optimizer(config.optimizer, 100, 10)
-    state: step.TrainState = jax.eval_shape(lambda: step.init_state(model, optimizer, jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: step.init_state(model, optimizer, jax.random.key(0), config.lipschitz))
     build = step.make_build(model, config, mesh)
 
     def placed(tree, shardings):
         return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)
 
-    state = placed(state, sharding.state_shardings(state, mesh))
+    state: step.TrainState = placed(abstract, sharding.state_shardings(abstract, mesh))
     params, lip = state.params, state.lip
     built = jax.eval_shape(build, params, lip)[0]
     cotangents = placed(built, jax.tree.map(lambda _: sharding.replicated(mesh), built))
