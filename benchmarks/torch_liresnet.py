@@ -54,10 +54,10 @@ class Map:
     def __init__(self, vector, strides=1, padding=0, groups=1):
         self.vector, self.strides, self.padding, self.groups = vector, strides, padding, groups
 
-    def __call__(self, kernel, x):
+    def __call__(self, kernel, x, bias=None):
         if kernel.ndim == 2:
-            return tf.linear(x, kernel)
-        return tf.conv2d(x, kernel, stride=self.strides, padding=self.padding, groups=self.groups)
+            return tf.linear(x, kernel, bias)
+        return tf.conv2d(x, kernel, bias, stride=self.strides, padding=self.padding, groups=self.groups)
 
     def _adjoint(self, kernel, y):
         if kernel.ndim == 2:
@@ -178,17 +178,18 @@ class LiResNet:
     def logits(self, built, pixels):
         """In a training step, where means are those of the batch. pixels: (b, 3, h, w) in [0, 1]."""
         p, model, means = self.p, self.model, []
-        x = self.maps["stem"](built["stem"], (pixels - self.centre) / self.std)
-        x = _maxmin(x + p["stem bias"][:, None, None])
+        x = _maxmin(self.maps["stem"](built["stem"], (pixels - self.centre) / self.std, p["stem bias"]))
         for kernel, bias in zip(built["added" if model.centering else "blocks"], p["biases"], strict=True):
-            y = tf.conv2d(x, kernel.contiguous(memory_format=self.format), padding=kernel.shape[2] // 2)
-            if model.centering:
-                means.append(y.mean((0, 2, 3)))
-                y, bias = x + y, bias - means[-1]
-            x = _maxmin(y + bias[:, None, None])
-        x = tf.conv2d(x, built["neck"].contiguous(memory_format=self.format), stride=4)
-        if model.neck == "free":
-            x = _maxmin(x + p["neck bias"][:, None, None])
+            kernel, padding = kernel.contiguous(memory_format=self.format), kernel.shape[2] // 2
+            if not model.centering:
+                x = _maxmin(tf.conv2d(x, kernel, bias, padding=padding))
+                continue
+            added = tf.conv2d(x, kernel, padding=padding)
+            means.append(added.mean((0, 2, 3)))
+            x = _maxmin(x + added + (bias - means[-1])[:, None, None])
+        neck = built["neck"].contiguous(memory_format=self.format)
+        x = tf.conv2d(x, neck, p.get("neck bias"), stride=4)
+        x = _maxmin(x) if model.neck == "free" else x
         x = x.permute(0, 2, 3, 1).flatten(1)  # ours has the channels last
         x = _maxmin(tf.linear(x, built["features"], p["features bias"]))
         if model.dense_depth:

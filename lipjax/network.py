@@ -145,7 +145,7 @@ def table_of(network: Network, title: str) -> str:
     return "\n".join([*lines, *(f"  {name:<{width}}  {text}" for name, text in rows)])
 
 
-def _apply(x, ops, *, narrow, wide, axes):
+def _apply(x, ops, *, narrow, wide, axes=()):
     """Applies operators in turn. Returns the result and the means that were subtracted, by the operator's place."""
     means = {}
     for i, op in enumerate(ops):
