@@ -14,7 +14,7 @@ from lipjax.training.config import default_config
 def get_config():
     config = default_config(model="lipnext", loss="logit_annealing", optimizer="nadam")
     config.batch_size = 128
-    config.num_epochs = 30
+    config.num_epochs = 15
     config.power_iterations = 3
 
     config.data.name = "cifar10"
@@ -31,5 +31,6 @@ def get_config():
 
     config.optimizer.learning_rate = 2e-3
     config.checkpoint.every_steps = 100
-    config.certify.attack_images = 1000
+    config.certify.radii = (36 / 255, 72 / 255, 108 / 255, 1.0)
+    config.certify.attack_images = 500
     return config.lock()
