@@ -91,14 +91,19 @@ def _groups(results: Results) -> list[tuple[str, list[dict[str, Any]], list[dict
     return found
 
 
+def _on_one_axis(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether the validations of several rows certified at one radius."""
+    return len(rows) > 1 and len({row["epsilon"] for row in rows}) == 1
+
+
 def write_pictures(folder: pathlib.Path, path: pathlib.Path) -> None:
     """Writes the pictures that the section of a results file shows."""
     if path.stem.endswith("_costs"):
         return
     for number, (_, _, good) in enumerate(_groups(Results(path))):
-        if good:
+        if len(good) > 1:
             records.plot_radii(folder / f"{path.stem}_{number}_radii.png", good)
-        if len({row["epsilon"] for row in good}) == 1:
+        if _on_one_axis(good):
             records.plot_minutes(folder / f"{path.stem}_{number}_minutes.png", good)
 
 
@@ -113,9 +118,9 @@ def section(path: pathlib.Path) -> str:
         bad = [row for row in rows if "failed" in row]
         parts += [f"\nFailed: {row['config']}, seed {row['seed']}: {row['failed']}\n" for row in bad]
         stem = f"{path.stem}_{number}"
-        if good:
+        if len(good) > 1:
             parts.append(f"\n![Certified accuracy over the radius]({stem}_radii.png)\n")
-        if len({row["epsilon"] for row in good}) == 1:
+        if _on_one_axis(good):
             parts.append(f"\n![Certified accuracy over the minutes of training]({stem}_minutes.png)\n")
         parts.append(_missing(path.stem, rows) + "\n")
     if not parts:

@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import json
 import math
 import os
 import pathlib
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
 from lipjax.certify.radius import radius_label
@@ -32,7 +34,7 @@ def record(name: str, seed: int, epsilon: float | None, report: Mapping[str, Any
     Returns: name, seed, step; radii; clean, proved, float32, attacked: fractions of images, the latter three as lists
       over the radii or None; images, of, attacked_images; training: minutes, processor_minutes, epochs, and the
       seconds of one epoch, or None; curve: of each validation [step, minutes, processor minutes, accuracy, certified
-      accuracy by estimates]; epsilon.
+      accuracy by estimates]; frontier: as `frontier`; epsilon.
     Raises: UserError if the report lacks a number.
     """
     try:
@@ -54,7 +56,18 @@ def record(name: str, seed: int, epsilon: float | None, report: Mapping[str, Any
         raise UserError(f"{directory}/report.json is damaged ({error!r}). Certify the run again.") from error
     clock, rows = read_clock(directory), _metrics(directory)
     ends = {row["step"] for row in rows}
-    return found | {"training": training_time(clock, ends, step), "curve": curve(rows, clock), "epsilon": epsilon}
+    found |= {"training": training_time(clock, ends, step), "curve": curve(rows, clock)}
+    return found | {"frontier": frontier(directory, 1.25 * max(radii, default=1.0)), "epsilon": epsilon}
+
+
+def frontier(directory: pathlib.Path, last: float) -> list[list[float]]:
+    """Certified accuracy over the radius, 65 pairs from 0 to the last, by a run's certificate.json; [] without one."""
+    try:
+        images = json.loads((directory / "certificate.json").read_text(encoding="utf-8"))["images"]
+        right = np.array([row["radius"] if row["label"] == row["prediction"] else -1.0 for row in images], np.float64)
+    except (OSError, ValueError, TypeError, LookupError):  # `lipjax check` says what is wrong with it
+        return []
+    return [[float(radius), float(np.mean(right > radius))] for radius in np.linspace(0, last, 65).round(6)]
 
 
 def _over(by_radius: Mapping[str, float] | None, radii: Sequence[float]) -> list[float] | None:
@@ -233,8 +246,11 @@ def plot_radii(path: pathlib.Path, records: Sequence[Record], title: str = "") -
     figure, axes = _figure()
     for row in records:
         if row.get("proved"):
-            accuracies = [row["clean"], *row["proved"]]
-            axes.plot([0.0, *row["radii"]], [100 * a for a in accuracies], "o-", markersize=3, label=_label(row))
+            points = [(0.0, row["clean"]), *zip(row["radii"], row["proved"], strict=True)]
+            points = sorted(points + [tuple(point) for point in row.get("frontier") or ()])
+            marks = [i for i, (radius, _) in enumerate(points) if radius in row["radii"]]
+            style: dict[str, Any] = {"marker": "o", "markersize": 3, "markevery": marks, "label": _label(row)}
+            axes.plot([radius for radius, _ in points], [100 * accuracy for _, accuracy in points], **style)
     axes.set(xlabel="l2 radius, pixels in [0, 1]", ylabel="certified accuracy, test images (%)", title=title)
     _save(figure, axes, path)
 

@@ -54,6 +54,13 @@ def test_a_record_has_the_time_of_all_steps_by_those_that_were_measured(tmp_path
     }
     assert found["curve"] == [[4, 40 / 60, 80 / 60, 0.5, 0.25]]
     assert (found["proved"], found["float32"], found["attacked"]) == ([0.5, 0.125], None, [0.625, 0.25])
+    assert found["frontier"] == []
+    images = [(0, 0, 0.25), (0, 0, 0.5), (1, 0, 0.75), (1, 1, 0.0)]  # label, prediction, radius
+    images = [dict(zip(("label", "prediction", "radius"), image, strict=True)) for image in images]
+    (tmp_path / "certificate.json").write_text(json.dumps({"images": images}))
+    found = records.record("net", 3, 36 / 255, REPORT, tmp_path)
+    assert len(found["frontier"]) == 65 and found["frontier"][0] == [0.0, 0.5] and found["frontier"][-1] == [1.25, 0.0]
+    assert [[0.234375, 0.5], [0.253906, 0.25]] == [p for p in found["frontier"] if 0.22 < p[0] < 0.27]
     json.dumps(found, allow_nan=False)
     with pytest.raises(UserError, match="report.json is damaged"):
         records.record("net", 3, None, {**REPORT, "certified_accuracy": {"1": 0.5}}, tmp_path)
