@@ -16,7 +16,8 @@ or of CRM's weight, growth per epoch) becomes the same part of the run.
 What was done is skipped: a row of the results for each config, fields, seed and budget. The same command goes on with
 what was interrupted, from its last checkpoint: Ctrl-C, SIGTERM, or a kill of this process. A run that fails, or that a
 machine without memory kills, has a row that says why; --again tries it again. Several comparisons may write one results
-file.
+file. How much is attacked does not make another row: take a row out of its file, and the same command, with other
+--config.certify.attack_* fields, certifies and attacks what was trained, in the same --workdir.
 """
 
 import argparse

@@ -247,7 +247,8 @@ def plot_radii(path: pathlib.Path, records: Sequence[Record], title: str = "") -
     for row in records:
         if row.get("proved"):
             points = [(0.0, row["clean"]), *zip(row["radii"], row["proved"], strict=True)]
-            points = sorted(points + [tuple(point) for point in row.get("frontier") or ()])
+            points += [tuple(point) for point in row.get("frontier") or ()]
+            points.sort(key=lambda point: (point[0], -point[1]))  # at 0 the accuracy, then what is certified
             marks = [i for i, (radius, _) in enumerate(points) if radius in row["radii"]]
             style: dict[str, Any] = {"marker": "o", "markersize": 3, "markevery": marks, "label": _label(row)}
             axes.plot([radius for radius, _ in points], [100 * accuracy for _, accuracy in points], **style)

@@ -15,7 +15,9 @@ def of_peak_1(v: Array, fallback: Array | float, *, batched: bool = False) -> Ar
     """
     largest = jnp.max(jnp.abs(v), axis=_axes(v, batched), keepdims=True)
     positive = largest > 0
-    return jnp.where(positive, v / jnp.where(positive, largest, 1), fallback)
+    # XLA multiplies by the reciprocal of the peak, which is no normal number for the largest peaks: an eighth's is.
+    shrink = jnp.where(largest > 1, 0.125, 1.0).astype(largest.dtype)
+    return jnp.where(positive, (v * shrink) / jnp.where(positive, largest * shrink, 1), fallback)
 
 
 def unit_of_peak_1(v: Array, fallback: Array | float, *, batched: bool = False) -> Array:

@@ -80,7 +80,7 @@ def located(path: str) -> str:
       'runs/mine'
     """
     lead, _, name = path.partition("/")
-    if lead != "zoo" or os.path.exists(path):
+    if lead != "zoo" or not name or os.path.exists(path):
         return path
     known = names()
     if name in known:

@@ -65,6 +65,9 @@ def test_vectors_are_scaled_to_norm_1_wherever_they_lie(scale):
     np.testing.assert_allclose(peaks, [[0.75, 1], [7, 7], [-5 / 12, 1]], rtol=1e-15)
     np.testing.assert_allclose(unit_of_peak_1(peaks, 7.0, batched=True)[::2], rows[::2], rtol=1e-15)
     assert np.isnan(unit(jnp.array([np.inf, 1.0]), 7.0)).any()  # not taken for zero
+    for peak in (1e38, 3e38):  # whose reciprocals are no normal float32 numbers
+        found = jax.jit(of_peak_1)(jnp.array([0.75, 1.0, 0.0], jnp.float32) * jnp.float32(peak), 7.0)
+        np.testing.assert_allclose(found, [0.75, 1, 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "scale"), [(jnp.float32, 1e-30), (jnp.float32, 1e30), (jnp.bfloat16, 1e-30)])

@@ -256,16 +256,23 @@ def test_a_run_may_be_resumed_with_other_switches_but_not_another_precision():
         check_same_run("there", meta, tiny_config(precision="bfloat16"), 0)
 
 
-@pytest.mark.nightly
+PARTS = [({"model.centering": True}, {"mesh.data": 4}), ({}, {"accumulation": 2, "mesh.data": 8})]
+
+
 @pytest.mark.x64_off
-def test_a_loss_of_class_means_counts_the_whole_batch():
-    """On eight devices in two micro-batches of 8 images, of which no device sees one of each class."""
-    found = []
-    for switches in ({}, {"accumulation": 2, "mesh.data": 8}):
-        run = Run(tiny_config(**{**SGD, "loss.name": "hkr", "loss.alpha": 0.25, **switches}), 0)
-        _, metrics = run.batch_runner(0)(run.fresh_state(), 0, {})
+@pytest.mark.parametrize("both, parted", everyday(PARTS, PARTS[0]))
+def test_means_over_images_and_classes_are_those_of_the_whole_batch(both, parted):
+    """On several devices, also in micro-batches of one image a device: none of them sees all classes."""
+    found, states = [], []
+    for switches in ({}, parted):
+        changes = SGD | {"model.depth": 2, "loss.name": "hkr", "loss.alpha": 0.25} | both | switches
+        run = Run(tiny_config(**changes), 0)
+        state, metrics = run.batch_runner(0)(run.fresh_state(), 0, {})
         found.append([float(metrics[name]) for name in ("loss", "grad_norm")])
+        states.append([np.array(leaf) for leaf in jax.tree.leaves((state.params, state.lip))])
     np.testing.assert_allclose(*found, rtol=100 * EPS32)
+    for one, many in zip(*states, strict=True):  # of centering, the running means are among them
+        np.testing.assert_allclose(one, many, rtol=1e-5, atol=1e-5)
     # Control: by their own counts the values of a micro-batch are others.
     logits, labels = jnp.eye(3)[jnp.array([0, 0, 1])], jnp.array([0, 0, 1])
     counts = (None, jnp.full(3, 4))
