@@ -87,9 +87,7 @@ def test_every_layer_trains_freezes_and_certifies(name, tmp_path):
 
 @pytest.mark.nightly
 @pytest.mark.x64_off
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n == "cayley" else pytest.mark.nightly) for n, i in LAYERS.items() if i.norm]
-)
+@pytest.mark.parametrize("name", [name for name, layer in LAYERS.items() if layer.norm])
 def test_the_network_of_the_comparison_is_proved_with_every_layer(name, tmp_path):
     frozen, product = proved(tiny(name), tmp_path)
     assert product <= LAYERS[name].norm * ROUNDING

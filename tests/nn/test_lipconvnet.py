@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 from tiers import everyday
 from training_helpers import equations, final_state, npz_file, quick_compiles, scratch, tiny_config  # noqa: F401
 
-from lipjax import FrozenNetwork, NotCertifiable, UserError, bounds, freeze, operators
+from lipjax import FrozenNetwork, NotCertifiable, UserError, bounds, freeze, losses, operators
 from lipjax.evaluation import evaluate
 from lipjax.models import LipConvnet, get_model
 from lipjax.nn import COLLECTION, LAYERS
@@ -185,7 +186,6 @@ def test_frozen_networks_certify_save_and_load(name, tmp_path):
     assert [op["type"] for op in document["ops"]] == [type(op).__name__ for op in frozen.network.ops]
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize("name", everyday(["soc, response", "soc, zero padding", "cayley", "mlp"], "cayley"))
 def test_no_perturbation_inside_the_radius_changes_the_class(name):
     """Steps straight at the nearest boundary of the linearised network; outside the radius they do change it."""
@@ -212,7 +212,7 @@ def test_no_perturbation_inside_the_radius_changes_the_class(name):
             moved = x - images
             length = np.sqrt((moved**2).sum((1, 2, 3), keepdims=True))
             x = images + moved * np.minimum(1, radii / length)
-        return np.argmax(np.asarray(network(jnp.asarray(x))), axis=1) != certificate.predictions
+        return np.argmax(np.asarray(run(network, jnp.asarray(x))), axis=1) != certificate.predictions
 
     assert not attacked(1 - 1e-9).any()
     assert attacked(30.0).any()  # control
@@ -276,8 +276,8 @@ MLP = {"model.head": "mlp", "model.variant": "pooled", "model.head_features": 10
 
 
 @pytest.mark.x64_off
-def test_a_step_with_the_curvature_of_an_mlp_head():
-    """Traced alone: what it computes is compared with the papers' in tests/theory/test_curvature.py."""
+def test_a_step_with_the_curvature_of_an_mlp_head_is_traced_with_the_shapes_of_its_state():
+    """Not run: the numbers of its loss are those of the test below."""
     images, labels = jax.ShapeDtypeStruct((16, 8, 8, 1), jnp.uint8), jax.ShapeDtypeStruct((16,), jnp.int32)
     counted = []
     for loss in ("curvature", "cross_entropy"):
@@ -288,6 +288,29 @@ def test_a_step_with_the_curvature_of_an_mlp_head():
         assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
         counted.append(len(list(equations(traced.jaxpr))))
     assert counted[0] > counted[1]  # control: without it there is less to do
+
+
+@pytest.mark.x64_off
+@pytest.mark.parametrize("classes", [4, 21])  # a table of all pairs; the pairs of every image
+def test_the_curvature_loss_of_a_step_is_that_of_the_exact_curvatures(classes):
+    """Of one feature: a Hessian is then one number, sum_h w^-_h w1_h^2 / 4, which power iteration gives exactly."""
+    rng = np.random.default_rng(0)
+    w1, b1, w2, b2 = (rng.normal(size=s).astype(np.float32) for s in ((6, 1), (6,), (classes, 6), (classes,)))
+    network = types.SimpleNamespace(head=operators.MLPHead(*map(jnp.asarray, (w1, b1, w2, b2))))
+    logits, labels = rng.normal(size=(5, classes)).astype(np.float32), rng.integers(0, classes, 5)
+    constants, lip = {"lipschitz": jnp.ones((classes, classes))}, {"head": {"vector": jnp.ones(1)}}
+    config = ConfigDict({"name": "curvature", "curvature_weight": 5.0})
+    seen = jnp.asarray(logits), jnp.asarray(labels)
+    found = step._per_example_loss(config, network, lip, *seen, constants, {}, None)
+    # table[i, j]: how far logit i less logit j bends downwards; the larger of both sides counts.
+    table = (np.maximum(w2[None] - w2[:, None], 0) * w1[:, 0] ** 2).sum(2) / 4
+    order = [[i for i in np.argsort(-row) if i != label][:9] for row, label in zip(logits, labels, strict=True)]
+    curvatures = np.maximum(table, table.T)[labels[:, None], np.array(order)]
+    expected = losses.curvature_penalty(*seen, jnp.asarray(curvatures), 5.0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    # Controls: one side alone is another loss, and so is cross-entropy.
+    for other in (table[labels[:, None], np.array(order)], 0 * curvatures):
+        assert np.abs(losses.curvature_penalty(*seen, jnp.asarray(other), 5.0) / expected - 1).max() > 0.01
 
 
 @pytest.mark.nightly

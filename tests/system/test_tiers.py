@@ -1,5 +1,6 @@
 """What tests/durations.json says is slow: it names tests that exist, and `-m "not slow"` leaves them out."""
 
+import ast
 import collections
 import pathlib
 import re
@@ -66,3 +67,34 @@ def test_cases_that_are_not_of_every_day_are_nightly():
     for chosen in ((), ("c",)):  # a name that is gone, and no test of every day
         with pytest.raises(ValueError, match="Expected some of"):
             everyday(["a", "b"], *chosen)
+
+
+def names(node):
+    return {getattr(part, "id", getattr(part, "attr", None)) for part in ast.walk(node)}
+
+
+def chosen_in_vain(source):
+    """Test functions that are nightly as a whole, or in a module that is, and choose cases of every day."""
+    tree, found = ast.parse(source), []
+    of_module = [names(node) for node in tree.body if isinstance(node, ast.Assign) and "pytestmark" in names(node)]
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            marks = of_module + [names(decorator) for decorator in node.decorator_list]
+            whole = any("nightly" in mark and "parametrize" not in mark for mark in marks)
+            if whole and any("parametrize" in mark and mark & {"everyday", "nightly"} for mark in marks):
+                found.append(node.name)
+    return found
+
+
+def test_no_test_that_is_nightly_chooses_cases_of_every_day():
+    """The mark of the function is on all its cases: the chosen ones would be left out with the others."""
+    files = sorted((ROOT / "tests").glob("*/test_*.py"))
+    assert {str(path): found for path in files if (found := chosen_in_vain(path.read_text()))} == {}
+    night, cases = "@pytest.mark.nightly\n", '@pytest.mark.parametrize("a", everyday([1, 2], 1))\n'
+    by_hand = '@pytest.mark.parametrize("a", [1, pytest.param(2, marks=pytest.mark.nightly)])\n'
+    test, module = "def test(a): pass\n", "pytestmark = [pytest.mark.nightly, pytest.mark.x64_off]\n"
+    for source in (night + cases + test, cases + night + test, night + by_hand + test, module + cases + test):
+        assert chosen_in_vain(source) == ["test"], source
+    plain = '@pytest.mark.parametrize("a", [1])\n'
+    for source in (cases + test, by_hand + test, night + test, night + plain + test, night + test + cases + test):
+        assert chosen_in_vain(source) == [], source

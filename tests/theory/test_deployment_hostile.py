@@ -86,8 +86,14 @@ def wrong(frozen, points, predictions):
     return np.stack(found) != predictions
 
 
-@pytest.mark.parametrize("kind", everyday(["dense", "conv"], "conv"))
-@pytest.mark.parametrize("place", everyday(["first layer", "last layer"], "first layer"))
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    everyday(
+        [(kind, place) for kind in ("dense", "conv") for place in ("first layer", "last layer")],
+        ("conv", "first layer"),
+        ("dense", "last layer"),
+    ),
+)
 def test_biases_that_compensate_each_other(kind, place):
     parts = layers(np.random.default_rng(5), kind)
     images = np.random.default_rng(6).uniform(0.4, 0.6, (48, 4, 4, 1))

@@ -189,13 +189,10 @@ def test_planned_data_sets_have_the_sizes_of_the_real_ones():
     assert stream.size("train") == 1_281_167 - 12_812
 
 
-@pytest.mark.nightly
 @pytest.mark.x64_off
 @pytest.mark.parametrize(
     "name",
-    everyday(
-        ["digits", "liresnet:imagenet", "lipconvnet:cifar10,mlp", "mnist_4c3f_crm"], "digits", "lipconvnet:cifar10,mlp"
-    ),
+    everyday(["digits", "liresnet:imagenet", "lipconvnet:cifar10,mlp", "mnist_4c3f_crm"], "lipconvnet:cifar10,mlp"),
 )
 def test_configs_of_each_family_are_planned(name):
     check_traced(name)

@@ -237,9 +237,9 @@ def test_what_travels_in_a_training_step(net, data, model):
     size = sizes(jitted.lower(run.fresh_state(), *arrays, 0, SCHEDULE))
     assert set(size) <= {"all-gather", "all-reduce", "reduce-scatter"} and "all-reduce" in size
     params = sum(leaf.nbytes for leaf in jax.tree.leaves(run.fresh_state().params))
-    # Gradients are added up once. Beside them: the means of three centred blocks, forward and backward; the gradients
-    # with respect to ten rows of the head and the margins' constants; sums of squares, the loss and flags.
-    few = 4 * (2 * 3 * 4 + 10 * 10 + 100)
+    # Gradients are added up once. Beside them, in nets that centre no blocks: the loss, other numbers of the batch and
+    # flags, 53 bytes as measured. An array of eight numbers that is sent twice is too much.
+    few = 4 * 20
     assert 0.5 * params <= size["all-reduce"] + size.get("reduce-scatter", 0) <= params + few
     # What is gathered: parameters from their parts.
     assert size.get("all-gather", 0) <= (model > 1) * params
