@@ -85,9 +85,8 @@ def test_every_layer_trains_freezes_and_certifies(name, tmp_path):
     assert product > ROUNDING if norm is None else product <= norm * ROUNDING  # control: nothing holds plain layers
 
 
-@pytest.mark.nightly
 @pytest.mark.x64_off
-@pytest.mark.parametrize("name", [name for name, layer in LAYERS.items() if layer.norm])
+@pytest.mark.parametrize("name", everyday((n for n, layer in LAYERS.items() if layer.norm), "cayley"))
 def test_the_network_of_the_comparison_is_proved_with_every_layer(name, tmp_path):
     frozen, product = proved(tiny(name), tmp_path)
     assert product <= LAYERS[name].norm * ROUNDING

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import everyday
 from training_helpers import made_up_images, npz_file, quick_compiles, tiny_config  # noqa: F401
 
 from lipjax.errors import UserError
@@ -67,10 +68,12 @@ def reference():
     return first_step(skewed())
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize(
     "switches",
-    [{"accumulation": 4}, {"accumulation": 2, "scan": True, "mesh.data": 4}, {"mesh.data": 8}],
+    everyday(
+        [{"accumulation": 4}, {"accumulation": 2, "scan": True, "mesh.data": 4}, {"mesh.data": 8}],
+        {"accumulation": 2, "scan": True, "mesh.data": 4},
+    ),
     ids=str,
 )
 def test_weighted_gradients_do_not_depend_on_micro_batches_and_devices(switches):
