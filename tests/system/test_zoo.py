@@ -69,7 +69,8 @@ def test_onnxruntime_gives_the_classes_of_the_certificate(name, tmp_path):
     off = np.abs(logits[count, predicted] - logits[count, rivals] - margins)
     assert 1e-9 < off.max() <= 2 * report["float32"]["bound"]["largest"]  # float32 it was
     assert np.mean(same) == 1 if name in SMALL else np.mean(same) > 0.999
-    assert np.mean(predicted == images["labels"]) > 0.9  # control: they are classes of these images
+    # Control: they are classes of these images.
+    assert abs(np.mean(predicted == images["labels"]) - report["clean_accuracy"]) < 0.05
 
 
 def copied(directory):
@@ -251,7 +252,7 @@ def test_redirections_lead_to_nothing_weaker(tmp_path):
 def test_nothing_is_fetched_unasked():
     with pytest.raises(UserError, match="Nothing is fetched unasked"):
         zoo.load("https://example.org/zoo/mine")
-    with pytest.raises(UserError, match=r"\(digits_cayley, .*\) or the path of one, got 'unknown'"):
+    with pytest.raises(UserError, match=r"\(.*digits_cayley, .*\) or the path of one, got 'unknown'"):
         zoo.load("unknown")
     with pytest.raises(UserError, match="Expected a folder of networks"):
         zoo.list("nowhere")
@@ -263,7 +264,7 @@ def test_names_on_the_command_line(tmp_path, monkeypatch, capsys):
     assert zoo.located("runs/digits_cayley") == "runs/digits_cayley"
     for command in (["check", "zoo/unknown"], ["predict", "zoo/unknown", "a.png"], ["compare", "zoo/unknown"]):
         assert main(command) == 2
-        assert re.fullmatch(r"Error: .*\(digits_cayley, .*\) after zoo/, got 'unknown'\.\n", capsys.readouterr().err)
+        assert re.fullmatch(r"Error: .*\(.*digits_cayley, .*\) after zoo/, got 'unknown'\.\n", capsys.readouterr().err)
     (tmp_path / "zoo" / "digits_cayley").mkdir(parents=True)
     assert zoo.located("zoo/digits_cayley") == "zoo/digits_cayley"  # one's own goes before ours
     assert zoo.located("zoo/unknown") == "zoo/unknown"
