@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -350,6 +351,8 @@ class Checkpointer:
         if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
             self._failed = True
             return error  # another process died; the directory is not to blame
+        # What Orbax leaves of the save when it gives up; the garbage collector would tell of it at any time after.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         # Orbax raises the error of a failed save again at every later call, so this manager is of no more use.
         if jax.process_count() > 1:  # where another takes all processes, of which perhaps only this one failed
