@@ -8,8 +8,8 @@ Run: python train.py --config=configs/cifar10_lipnext_small.py --workdir=DIR
 Measured on all 10,000 test images: accuracy 61.71 %, proved at l2 radius 36/255 53.06 %, 72/255 44.32 %, 108/255
 36.56 %, 1 10.93 %; for the float32 program, too, 52.16, 43.40, 35.57 and 10.22 %; under attack, on 500 of them, 52.8,
 45.4, 39.0 and 19.4 %. Seed 0, the code of commit b65d1d3, --config.certify.dtype=float32, 26 minutes of one core of an
-AMD EPYC, and 5 for certification and attack. The network is in the zoo as cifar10_lipnext. Longer runs and other
-settings have not been tried.
+AMD EPYC, and 6 of the clock for certification and attack. The network is in the zoo as cifar10_lipnext. Longer runs and
+other settings have not been tried.
 """
 
 from lipjax.training.config import default_config

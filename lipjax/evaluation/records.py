@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from lipjax.certify.radius import radius_label
+from lipjax.certify.radius import certified_accuracy, radius_label
 from lipjax.errors import UserError
 from lipjax.files import replacing
 from lipjax.training.clock import read_clock, read_rows
@@ -64,10 +64,11 @@ def frontier(directory: pathlib.Path, last: float) -> list[list[float]]:
     """Certified accuracy over the radius, 65 pairs from 0 to the last, by a run's certificate.json; [] without one."""
     try:
         images = json.loads((directory / "certificate.json").read_text(encoding="utf-8"))["images"]
-        right = np.array([row["radius"] if row["label"] == row["prediction"] else -1.0 for row in images], np.float64)
+        predicted, labels, radii = (np.array([row[key] for row in images]) for key in ("prediction", "label", "radius"))
+        places = np.linspace(0, last, 65).round(6).tolist()
+        return [[place, certified_accuracy(predicted, labels, radii, place)] for place in places]
     except (OSError, ValueError, TypeError, LookupError):  # `lipjax check` says what is wrong with it
         return []
-    return [[float(radius), float(np.mean(right > radius))] for radius in np.linspace(0, last, 65).round(6)]
 
 
 def _over(by_radius: Mapping[str, float] | None, radii: Sequence[float]) -> list[float] | None:
