@@ -144,8 +144,10 @@ class Program:
     def collectives(self) -> list[Collective]:
         """Every collective operation in the program that joins more than one device.
 
-        Programs for TPUs write an asynchronous one into each fusion that goes on beside it: one channel, shape and
-        place in the source. A channel alone does not tell: those inside `shard_map` all have the same on CPUs.
+        Programs for TPUs write an asynchronous one into the fusion that starts it, into each that goes on beside it and
+        into the one that ends it: one channel, shape and place in the source. What goes on may be in a loop whose
+        turns all carry the same one along, so that it is executed as often as the rarest of them. A channel alone does
+        not tell: those inside `shard_map` all have the same on CPUs.
         """
         found: dict[tuple, Collective] = {}
         for computation, instruction, times in self._executed():
@@ -162,7 +164,7 @@ class Program:
             key = (kind, instruction.name)
             if channel and computation in self._fused:
                 key = (kind, channel[1], re.sub(r"\{[^}]*\}", "", instruction.shape), source[1] if source else "")
-            if group > 1 and (key not in found or found[key].times < times):
+            if group > 1 and (key not in found or found[key].times > times):
                 found[key] = Collective(kind, group, size, times)
         return list(found.values())
 

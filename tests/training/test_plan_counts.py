@@ -173,6 +173,53 @@ ENTRY %main (x: bf16[4,8]) -> f32[] {
 """
 
 
+# As libtpu writes an asynchronous gather that goes on beside what a loop computes, in each of its turns.
+CHAIN = """HloModule jit_f, is_scheduled=true, replica_count=1, num_partitions=16
+
+%start (s: f32[2,4]) -> (f32[2,4], f32[32,4], u32[]) {
+  %s = f32[2,4]{1,0} parameter(0)
+  %g.1 = f32[32,4]{1,0} all-gather(%s), channel_id=5, replica_groups=mesh['a'=16] {'a'}, metadata={op_name="f/w"}
+  ROOT %begun = (f32[2,4], f32[32,4], u32[]) custom-call(%g.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (b: f32[2,4]) -> f32[32,4] {
+  %b = f32[2,4]{1,0} parameter(0)
+  ROOT %g.2 = f32[32,4]{1,0} all-gather(%b), channel_id=5, replica_groups=mesh['a'=16] {'a'}, metadata={op_name="f/w"}
+}
+
+%done (d: f32[2,4]) -> f32[32,4] {
+  %d = f32[2,4]{1,0} parameter(0)
+  %g.3 = f32[32,4]{1,0} all-gather(%d), channel_id=5, replica_groups=mesh['a'=16] {'a'}, metadata={op_name="f/w"}
+  ROOT %ended = f32[32,4] custom-call(%g.3), custom_call_target="AsyncCollectiveDone"
+}
+
+%body (p: (f32[2,4])) -> (f32[2,4]) {
+  %p = (f32[2,4]{1,0}) parameter(0)
+  ROOT %f = (f32[2,4]) fusion(%p), kind=kOutput, calls=%beside
+}
+
+%both (r: (f32[2,4])) -> (f32[2,4]) {
+  %r = (f32[2,4]{1,0}) parameter(0)
+  %r.1 = (f32[2,4], f32[32,4], u32[]) fusion(%r), kind=kCustom, calls=%start
+  %r.2 = (f32[2,4]) while(%r.1), body=%body, backend_config={"known_trip_count":{"n":"8"}}
+  ROOT %r.3 = f32[32,4] fusion(%r.2), kind=kCustom, calls=%done
+}
+
+ENTRY %main (x: f32[2,4]) -> f32[32,4] {
+  %x = f32[2,4]{1,0} parameter(0)
+  ROOT %all = (f32[2,4]) call(%x), to_apply=%both
+}
+"""
+
+
+def test_what_loops_carry_along_is_sent_once():
+    assert [(c.kind, c.bytes, c.times) for c in hlo.Program(CHAIN).collectives()] == [("all-gather", 512, 1)]
+    often = CHAIN.replace(
+        "call(%x), to_apply=%both", 'while(%x), body=%both, backend_config={"known_trip_count":{"n":"3"}}'
+    )
+    assert [c.times for c in hlo.Program(often).collectives()] == [3]
+
+
 def test_notations_of_collectives():
     program_ = hlo.Program(PROGRAM)
     assert program_.num_devices == 16 and program_.unknown_loops == 1
