@@ -162,6 +162,7 @@ def _forward(x: Array, ridge: float, method: str):
     shift = ridge * jnp.mean(jnp.diagonal(gram, axis1=-2, axis2=-1), -1)[..., None, None]
     shift = jnp.where(shift == 0, 1, shift)  # x = 0, of which L^-1 x = 0 whatever the shift
     lower, inverse = factor(gram + shift * jnp.eye(gram.shape[-1], dtype=gram.dtype), method)
+    inverse = _spread.in_groups(inverse)  # a factor here and, turned, of the gradient
     w = matmul(inverse, x)
     return w, (lower, inverse, w)
 

@@ -18,6 +18,7 @@ from training_helpers import quick_compiles, tiny_config  # noqa: F401  quick_co
 from benchmarks.sharding import compiled_build, describe
 from lipjax import _spread, bounds, linalg, operators
 from lipjax.parametrize import soc_frequency
+from lipjax.plan import hlo
 from lipjax.training import sharding
 
 
@@ -92,6 +93,24 @@ def test_matrix_functions_are_the_same_on_a_mesh(name, shape):
     for a, b, limit in zip(one, many, allowed, strict=True):
         np.testing.assert_allclose(b, a, rtol=0, atol=limit)
     assert any(np.abs(a - c).max() > limit for a, c, limit in zip(one, other, allowed, strict=True))  # control
+
+
+@pytest.mark.usefixtures("everything", "quick_compiles")
+def test_factors_of_a_factorisation_are_gathered_once():
+    """Forward and backward: L^-1 (a factor of three products), L^T and the gradient of x x^T; results, once each."""
+
+    @sharding.spread_over(eight())
+    def both(w):
+        found, pull_back = jax.vjp(linalg.cholesky_orthogonalize, w)
+        return _spread.gathered(found), pull_back(jnp.cos(found))[0]
+
+    everywhere = sharding.replicated(eight())
+    w = jax.ShapeDtypeStruct((1, 256, 512), jnp.float32, sharding=everywhere)
+    text = jax.jit(both, out_shardings=everywhere).lower(w).compile().as_text()
+    size = {"square": 256 * 256 * 4, "result": 256 * 512 * 4}
+    found = [c for c in hlo.Program(text or "").collectives() if c.kind == "all-gather" and c.bytes >= size["square"]]
+    assert all(c.times == 1 and c.group == 8 for c in found)
+    assert sorted(c.bytes for c in found) == 3 * [size["square"]] + 2 * [size["result"]]
 
 
 @pytest.mark.usefixtures("everything")
