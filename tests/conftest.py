@@ -1,6 +1,7 @@
 """What every test starts from: 64-bit JAX on 8 host CPU devices, checked array annotations, warnings as errors."""
 
 import contextlib
+import gc
 import os
 
 # Read once, when JAX first makes its backends. Eight devices on one CPU let the tests of meshes run anywhere; to the
@@ -33,6 +34,12 @@ def pytest_collection_modifyitems(items):
     """
     for item in durations.slow_items(items):
         item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish():
+    """What is imported and collected stays: the garbage collector need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

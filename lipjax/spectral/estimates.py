@@ -23,7 +23,8 @@ def power_iteration(
       v: start vector, any nonzero norm; one that A maps to zero is kept as it is.
       num_iters: number of steps, >= 0.
     Returns: (sigma, v): sigma <= |A| up to rounding, differentiable with respect to what `apply` closes over with v
-      held constant (so d sigma / dA = u v^T at convergence; 0 where A v = 0); v of norm 1, without gradient.
+      held constant (so d sigma / dA = u v^T at convergence; 0 where A v = 0); v of norm 1, without gradient. NaN where
+      A v is not finite.
     Raises: ValueError if num_iters is negative.
     Source: Miyato et al. 2018, arXiv:1802.05957, with v detached.
     Example:
@@ -52,10 +53,10 @@ def power_iteration(
     v = lax.stop_gradient(unit_of_peak_1(v, v))
     image = apply(v)
     largest = lax.stop_gradient(jnp.max(jnp.abs(image)))
-    positive = largest > 0
-    largest = jnp.where(positive, largest, 1)
+    zero = largest == 0  # which an image that is not a number is not
+    largest = jnp.where(zero, 1, largest)
     squares = jnp.sum(jnp.abs(image / largest) ** 2)
-    sigma = jnp.where(positive, largest * jnp.sqrt(jnp.where(positive, squares, 1)), 0)
+    sigma = jnp.where(zero, 0, largest * jnp.sqrt(jnp.where(zero, 1, squares)))
     return sigma, v
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-FEW = 60
+FEW = 40
 # A test with the argument `examples` tries so many, and many more at night.
 few_and_nightly_many = pytest.mark.parametrize(
     "examples",

@@ -143,6 +143,8 @@ def test_power_iteration_of_zeros_and_extremes(num_iters, dtype):
     (sigma, _), gradient = value_and_grad(scale * jnp.eye(3, dtype=dtype), v, num_iters)
     np.testing.assert_allclose(sigma / scale, 1, rtol=1e-6)
     assert np.isfinite(gradient).all()
+    for entry in (np.nan, np.inf):  # weights that are no numbers have no norm, least of all 0
+        assert np.isnan(iterate(jnp.full((2, 3), entry, dtype), v, num_iters)[0])
 
 
 def test_power_iteration_traces_no_gradient_through_the_loop():
