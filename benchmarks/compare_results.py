@@ -111,7 +111,8 @@ def section(path: pathlib.Path) -> str:
     """Tables and pictures of a results file, a table for each budget, and what is missing."""
     results = Results(path)
     if path.stem.endswith("_costs"):
-        return _costs_section(path.stem.removesuffix("_costs"), results.rows)
+        study = path.stem.removesuffix("_costs")
+        return _costs_section(study, _with_trained(results.rows, Results(path.with_name(f"{study}.json")).rows))
     parts = []
     for number, (words, rows, good) in enumerate(_groups(results)):
         parts.append(f"**{words}.** {_where(rows)}\n\n{records.markdown(good)}")
@@ -126,6 +127,12 @@ def section(path: pathlib.Path) -> str:
     if not parts:
         parts.append(records.markdown([]) + _missing(path.stem, []) + "\n")
     return "\n" + "".join(parts)
+
+
+def _with_trained(rows: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of costs, and what the first run of a config that has none of them has cost."""
+    found = {row["config"]: row for row in reversed(trained) if "failed" not in row}
+    return [*rows, *(row for config, row in reversed(found.items()) if config not in {row["config"] for row in rows})]
 
 
 def _costs_section(study: str, rows: Sequence[dict[str, Any]]) -> str:

@@ -257,10 +257,12 @@ def test_a_comparison_skips_what_is_done_and_goes_on_with_what_was_stopped(tmp_p
     assert len({directory_of(command) for command in log if "train" in command}) == 1
 
     log.clear()
-    results = compare_results.Results(tmp_path / "found_costs.json")
+    results = compare_results.Results(path.with_name(f"{path.stem}_costs.json"))
     assert compare.measure_costs(["digits", "compared:xs"], [], results, child=child_of(log, [])) == []
     assert compare.measure_costs(["compared:xs"], [], results, child=child_of(log, [])) == [] and len(log) == 2
-    assert "| xs | 7 |" in compare_results.section(results.path)
+    costs = compare_results.section(results.path)
+    assert "| xs | 7 |" in costs and costs.count("| digits | 7 |") == 1
+    assert costs.count("| digits_lipnext | 7 |") == 1  # of its training alone
 
     path.write_text("{")
     with pytest.raises(UserError, match="is damaged"):
