@@ -27,6 +27,7 @@ def _digits():
         yield
 
 
+IMAGES = 2  # decimal arithmetic takes its time
 _apply = jax.jit(lambda op, x: op(x))
 
 
@@ -49,9 +50,9 @@ def from_the_end(frozen, images):
 @pytest.mark.parametrize("name", everyday(NETWORKS, "elementwise", "residual"))
 def test_no_float32_evaluation_is_further_off_than_proved(name):
     frozen = frozen_network(name)
-    images = pixels(frozen, 4)
+    images = pixels(frozen, IMAGES)
     exact = evaluate(frozen.network, images, object)
-    np.testing.assert_allclose(exact.astype(float), frozen(images, 4), rtol=0, atol=1e-12)  # the same function
+    np.testing.assert_allclose(exact.astype(float), frozen(images, IMAGES), rtol=0, atol=1e-12)  # the same function
     bound, worst = deployment.float32_error(frozen, images), 0.0
     assert np.isfinite(bound).all()
     for run in (as_one_program, operator_by_operator, from_the_end):
@@ -93,10 +94,10 @@ EXACT = (
 def test_no_operator_adds_more_than_its_part(name):
     frozen = frozen_network(name)
     network = frozen.network
-    x = (pixels(frozen, 4).astype(np.float32) - np.float32(0.3)) / np.float32(0.7)
+    x = (pixels(frozen, IMAGES).astype(np.float32) - np.float32(0.3)) / np.float32(0.7)
     parts = float32.locals_of(network, frozen.lipschitz_report())[1:]
     for op, local in zip(network.ops, parts, strict=True):
-        exact, nowhere = apply(op, numbers(x, object), object), np.zeros(4)
+        exact, nowhere = apply(op, numbers(x, object), object), np.zeros(IMAGES)
         found = added(op, local, x.astype(np.float64), nowhere)
         single = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), op)
         computed = [apply(op, x, np.float32), np.asarray(_apply(single, jnp.asarray(x)))]
@@ -109,7 +110,7 @@ def test_no_operator_adds_more_than_its_part(name):
             assert np.max(errors / found[1]) > 1e-4, op
         x = computed[0]
     exact = apply(network.head, numbers(x, object), object)
-    _, both = deployment._head_local(network.head, x.astype(np.float64), np.zeros(4))
+    _, both = deployment._head_local(network.head, x.astype(np.float64), np.zeros(IMAGES))
     error = np.abs(numbers(apply(network.head, x, np.float32), object) - exact).astype(float)
     for allowed in both:
         assert (error <= allowed).all() and np.max(error / allowed) > 1e-3
