@@ -138,8 +138,11 @@ class Cayley(nn.Module):
         size, fan_in = (shape[0], shape[1]), side**2 * shape[-1]
         kernel = self.param("kernel", symmetric_uniform(fan_in**-0.5), (side, side, shape[-1], self.features))
         alpha = self.param("alpha", lambda key: cayley.initial_alpha(kernel, size))
-        blocks = cayley.packed_response(kernel, alpha, size)
-        ops.append(operators.CircularConv.from_blocks(*blocks, shape, nonexpansive=True))
+
+        def blocks(on):
+            return cayley.packed_response(kernel, alpha, on, size)
+
+        ops.append(operators.conv_of_blocks(blocks, side, shape, nonexpansive=True, train=train))
         return with_bias(self, ops, self.use_bias, self.activation, symmetric_uniform(fan_in**-0.5))
 
 

@@ -236,8 +236,11 @@ class SandwichConv(nn.Module):
         raw = self.param("kernel", symmetric_uniform((side**2 * columns) ** -0.5), (side, side, columns, features))
         alpha = self.param("alpha", lambda key: cayley.initial_alpha(raw, size))
         bias, psi = _bias(self, side**2 * columns, features)
-        blocks = sandwich.blocks(raw, alpha, size, outputs=features)
-        linear = operators.CircularConv.from_blocks(*blocks, (*size, columns))
+
+        def blocks(on):
+            return sandwich.blocks(raw, alpha, on, outputs=features, layer_size=size)
+
+        linear = operators.conv_of_blocks(blocks, side, (*size, columns))
         activation = _activation(self, self.activation, linear.out_shape)
         op = operators.Sandwich(linear, sandwich.bias(bias, psi), activation, features, nonexpansive=train)
         return ops + _named(self, "sandwich", op)

@@ -4,6 +4,7 @@ Padding kernel_size // 2 zeros on each side, circular convolution, cropping: eac
 and a training step counts 1. Certification proves the norm of the blocks. Such a layer belongs to one size of maps.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,13 +45,12 @@ def _reordered(kind: str, in_shape: tuple[int, ...], kernel_size: int, strides: 
     return [reordering], reordering.out_shape
 
 
-def _padded(shape: tuple[int, ...], kernel_size: int, crop: bool, blocks: Callable) -> list:
+def _padded(shape: tuple[int, ...], kernel_size: int, crop: bool, blocks: Callable, train: bool) -> list:
     """The padding, the convolution with blocks((h, w) of the padded map), and the cropping."""
     side = kernel_size // 2
     margins = (side, side), (side, side)
     pad = operators.ZeroPad(shape, margins)
-    fixed, paired = blocks(pad.out_shape[:2])
-    response = operators.CircularConv.from_blocks(fixed, paired, pad.out_shape, nonexpansive=True)
+    response = operators.conv_of_blocks(blocks, kernel_size, pad.out_shape, nonexpansive=True, train=train)
     if kernel_size == 1:
         return [response]
     return [pad, response, operators.Crop(response.out_shape, margins)] if crop else [pad, response]
@@ -85,7 +85,7 @@ class BROConv(nn.Module):
         def blocks(size):
             return bro.packed_response(kernel, size, shape[-1], self.features, ridge=self.ridge)
 
-        ops += _padded(shape, k, self.crop, blocks)
+        ops += _padded(shape, k, self.crop, blocks, train)
         return with_bias(self, ops, self.use_bias, self.activation, symmetric_uniform((k**2 * rank) ** -0.5))
 
 
@@ -111,7 +111,11 @@ class LOTConv(nn.Module):
         ops, shape = _reordered("LOTConv", in_shape, k, self.strides)
         start = _unit_columns if shape[-1] == self.features else torch_conv
         kernel = self.param("kernel", start, (k, k, shape[-1], self.features))
-        ops += _padded(shape, k, self.crop, lambda size: lot.packed_response(kernel, size, num_iters=self.num_iters))
+
+        def blocks(size):
+            return lot.packed_response(kernel, size, num_iters=self.num_iters)
+
+        ops += _padded(shape, k, self.crop, blocks, train)
         return with_bias(self, ops, self.use_bias, self.activation, torch_bias(k**2 * shape[-1]))
 
 
@@ -148,11 +152,12 @@ class BROResidual(nn.Module):
         kernel = bro.residual(weight, gamma, num_layers=self.num_layers)
 
         def blocks(size):
-            if self.method == "lot":
-                return lot.packed_response(kernel, size, backbone=True)
+            if self.method == "lot":  # which divides by the root of the pixels; those of a kernel of one tap are one
+                over = kernel if k > 1 else kernel / math.sqrt(shape[0] * shape[1])
+                return lot.packed_response(over, size, backbone=True)
             return bro.packed_response(kernel, size, ridge=self.ridge)
 
-        ops = _padded(shape, k, self.crop, blocks)
+        ops = _padded(shape, k, self.crop, blocks, train)
         shift: Any = 0.0
         if self.centering:
             mean = self.variable(COLLECTION, "mean", jnp.zeros, (channels,), weight.dtype)

@@ -25,7 +25,7 @@ from lipjax.operators.base import (
     operator_class,
 )
 from lipjax.operators.channelwise import LinearSpline, NActivation, PartialAbs
-from lipjax.operators.circular import CircularConv, CircularSeries
+from lipjax.operators.circular import CircularConv, CircularSeries, conv_of_blocks
 from lipjax.operators.elementwise import LeakyReLU, ReLU, Sigmoid, Softplus, Tanh
 from lipjax.operators.exponential import ConvExponential
 from lipjax.operators.heads import LinearHead, MLPHead
@@ -133,6 +133,7 @@ __all__ = [
     "Tanh",
     "Translation",
     "ZeroPad",
+    "conv_of_blocks",
     "norm_per_image",
     "operator",
     "operator_class",

@@ -29,15 +29,30 @@ def response(
 
 
 def packed_response(
-    kernel: Float[Array, "kh kw i o"], alpha: Float[Array, ""], size: tuple[int, int]
+    kernel: Float[Array, "kh kw i o"],
+    alpha: Float[Array, ""],
+    size: tuple[int, int],
+    layer_size: tuple[int, int] | None = None,
 ) -> tuple[Float[Array, "r o i"], Float[Array, "q 2 o i"]]:
     """`response` without redundancy, as `conv.packed_response`: one transform for each pair of frequencies +-f.
 
-    Args: as `response`.
+    Args:
+      kernel, alpha, size: as `response`.
+      layer_size: for kernels of one tap, which have the same block at each frequency: the map over whose half grid the
+        norm is taken, where that is not `size`.
     Returns: (fixed, paired), what `operators.CircularConv.from_blocks` takes.
+    Raises: ValueError for a larger kernel with another layer_size than size.
     """
     blocks = conv.packed_response(kernel, size)
-    fixed, paired = (_scale(alpha, _squared_norm(blocks, size)) * part for part in blocks)
+    squared = _squared_norm(blocks, size)
+    if layer_size is not None and tuple(layer_size) != tuple(size):
+        if kernel.shape[:2] != (1, 1):
+            raise ValueError(
+                f"A kernel of shape {kernel.shape} has another norm on maps of {layer_size} than of {size}: expected "
+                "one tap, or one size."
+            )
+        squared = squared * (_half_grid(layer_size) / _half_grid(size))
+    fixed, paired = (_scale(alpha, squared) * part for part in blocks)
     return linalg.cayley(fixed), jnp.stack(linalg.cayley_split(paired[:, 0], paired[:, 1]), 1)
 
 
@@ -61,6 +76,10 @@ def _squared_norm(blocks: tuple[Array, Array], size: tuple[int, int]) -> Array:
     fixed, paired = blocks
     times = 1.0 + (np.arange(len(paired)) < _dft.grid((size[0], size[1])).num_mirrored)
     return jnp.sum(fixed**2) + jnp.sum(jnp.asarray(times, paired.dtype) * jnp.sum(paired**2, (1, 2, 3)))
+
+
+def _half_grid(size: tuple[int, int]) -> int:
+    return size[0] * (size[1] // 2 + 1)
 
 
 def _scale(alpha: Array, squared: Array) -> Array:

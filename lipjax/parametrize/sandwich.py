@@ -48,6 +48,7 @@ def blocks(
     outputs: int,
     gain: float = 1.0,
     room: float = BELOW_ONE,
+    layer_size: tuple[int, int] | None = None,
 ) -> tuple[Float[Array, "r o n"], Float[Array, "q 2 o n"]]:
     """`dense` for circular convolutions: for each frequency the Cayley transform of the kernel's response.
 
@@ -55,7 +56,7 @@ def blocks(
       kernel: HWIO, centred; A's input channels first, then B's.
       alpha: as of `cayley.response`, whose norm is over the half grid.
       size: (h, w) of the images, even or odd.
-      outputs, gain, room: as of `dense`.
+      outputs, gain, room: as of `dense`. layer_size: as of `cayley.packed_response`.
     Returns: (fixed, paired), what `operators.CircularConv.from_blocks` takes.
     Raises: ValueError if the kernel has not more input than output channels, or than `outputs`.
     Source: as `dense`.
@@ -66,7 +67,7 @@ def blocks(
             f"Expected a kernel HWIO with more input than output channels, and than outputs = {outputs}, got shape "
             f"{kernel.shape}."
         )
-    fixed, paired = cayley.packed_response(kernel, alpha, size)
+    fixed, paired = cayley.packed_response(kernel, alpha, size, layer_size)
     return room * gain**0.5 * fixed, room * gain**0.5 * paired
 
 

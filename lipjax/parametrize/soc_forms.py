@@ -31,10 +31,12 @@ def operators_of(
 
     The arguments up to padding say what is computed; form, train and batch_size only how:
       "spatial": p convolutions in turn (`ConvExponential`).
-      "response": the matrix function per frequency, once, then one product per frequency (`CircularConv`).
+      "response": the matrix function per frequency, once, then one product per frequency (`CircularConv`; of kernels of
+        one tap `Conv`).
       "series": the series acts on the images' spectrum, and no matrix function is formed (`CircularSeries`).
     "auto" takes for a training step what `soc_frequency.choose_form` expects to be fastest. Otherwise, where padding is
     circular, "auto", "series" (which holds nothing that can be certified) and an exact exponential take the response.
+    Of kernels of one tap "auto" takes the response with any padding: one matrix, and a convolution with it (`Conv`).
 
     Args:
       kernel: HWIO (kh, kw, m / groups, m), skew, m = max(in_shape[-1], features).
@@ -70,7 +72,10 @@ def operators_of(
     terms = num_terms
     if num_terms is None and promised_norm is not None:
         terms = series.terms_for(promised_norm, 1e-6)
-    if padding == "ZERO" or groups > 1:
+    one_tap = kernel.shape[:2] == (1, 1) and groups == 1
+    if one_tap and form == "auto" and not fast_gradient:
+        form = "response"  # a matrix, with any padding
+    elif padding == "ZERO" or groups > 1:
         form = "spatial"
     elif form == "auto" and train:
         num_devices = _spread.num_devices()
@@ -90,9 +95,14 @@ def operators_of(
     everywhere = {num_terms} if other_terms == 0 else {num_terms, other_terms}
     nonexpansive = all(_is_nonexpansive(number, promised_norm) for number in everywhere)
     if form == "response":
-        fixed, paired = soc_frequency.exponential_blocks(kernel, (h, w), num_terms, out_channels=features)
-        blocks = fixed[..., :c], paired[..., :c]
-        return [operators.CircularConv.from_blocks(*blocks, tuple(in_shape), nonexpansive=nonexpansive)]
+
+        def blocks(size):
+            fixed, paired = soc_frequency.exponential_blocks(kernel, size, num_terms, out_channels=features)
+            return fixed[..., :c], paired[..., :c]
+
+        return [
+            operators.conv_of_blocks(blocks, max(kernel.shape[:2]), in_shape, nonexpansive=nonexpansive, train=train)
+        ]
     if terms is None:
         raise ValueError(
             f"Form {form!r} computes exp(A) as a series, which needs a bound on the norm of A: normalise the kernel."
