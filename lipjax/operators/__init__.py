@@ -25,11 +25,12 @@ from lipjax.operators.base import (
     operator_class,
 )
 from lipjax.operators.channelwise import LinearSpline, NActivation, PartialAbs
-from lipjax.operators.circular import CircularConv, CircularSeries, conv_of_blocks
+from lipjax.operators.circular import CircularConv, CircularSeries
 from lipjax.operators.elementwise import LeakyReLU, ReLU, Sigmoid, Softplus, Tanh
 from lipjax.operators.exponential import ConvExponential
 from lipjax.operators.heads import LinearHead, MLPHead
 from lipjax.operators.linear import Bias, Conv, ConvTranspose, Dense, Normalize, Translation
+from lipjax.operators.one_tap import conv_of_blocks
 from lipjax.operators.pairs import Householder, Householder2, MaxMin, MaxPoolPairs, ProjectionPool
 from lipjax.operators.potential import PotentialStep, Sandwich
 from lipjax.operators.reshape import ChannelShuffle, Crop, CropChannels, Flatten, PadChannels, SpaceToDepth, ZeroPad

@@ -40,7 +40,7 @@ INSIDE = {
         ("chain", "text"),
         ("base",),
         ("channelwise", "circular", "exponential", "linear", "pairs", "reshape", "softplus", "training_only"),
-        ("elementwise", "grid", "heads", "potential", "residual", "tokens"),
+        ("elementwise", "grid", "heads", "one_tap", "potential", "residual", "tokens"),
     ),
     "parametrize": (
         ("aol", "bjorck", "bro", "cayley", "cholesky", "exponential", "lln", "lot", "residual", "soc_frequency"),
