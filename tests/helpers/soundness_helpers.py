@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-FEW = 40
+FEW = 60
 # A test with the argument `examples` tries so many, and many more at night.
 few_and_nightly_many = pytest.mark.parametrize(
     "examples",
