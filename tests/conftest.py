@@ -28,7 +28,7 @@ STARTED = pytest.StashKey[float]()
 
 
 def pytest_collection_modifyitems(items):
-    """Marks as slow what took more than half a second when durations were recorded (tests/durations.json).
+    """Marks as slow what took more than 0.4 s of processor time when durations were recorded (tests/durations.json).
 
     Of a file in which everything is slow the first case of the cheapest function is not: quick runs touch every file.
     """

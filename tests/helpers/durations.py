@@ -15,7 +15,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 
 FILE = pathlib.Path(__file__).parents[1] / "durations.json"
-SLOW = 0.5
+SLOW = 0.4
 """Processor seconds from which on a test function, all its cases together, is slow."""
 LEAST = 0.2
 """Processor seconds from which on a test function is listed."""
