@@ -131,8 +131,12 @@ def section(path: pathlib.Path) -> str:
 
 def _with_trained(rows: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of costs, and what the first run of a config that has none of them has cost."""
-    found = {row["config"]: row for row in reversed(trained) if "failed" not in row}
-    return [*rows, *(row for config, row in reversed(found.items()) if config not in {row["config"] for row in rows})]
+    found: dict[str, dict[str, Any]] = {}
+    for row in trained:
+        if "failed" not in row:
+            found.setdefault(row["config"], row)
+    measured = {row["config"] for row in rows}
+    return [*rows, *(row for config, row in found.items() if config not in measured)]
 
 
 def _costs_section(study: str, rows: Sequence[dict[str, Any]]) -> str:

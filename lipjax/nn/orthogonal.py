@@ -108,7 +108,8 @@ class SOC(nn.Module):
             train=train,
             batch_size=self.batch_size,
             fast_gradient=self.fast_gradient,
-            # One answer in training and out of it: the same norms are then estimated in both.
+            # One answer in training and out of it: the same norms are then estimated in both. Where it is yes, a kernel
+            # of one tap counts as 1 in training, and evaluation estimates its norm.
             other_terms=self.eval_terms if train else self.train_terms,
             groups=groups,
         )

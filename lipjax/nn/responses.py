@@ -2,6 +2,7 @@
 
 Padding kernel_size // 2 zeros on each side, circular convolution, cropping: each has norm 1 at most, so the layer has,
 and a training step counts 1. Certification proves the norm of the blocks. Such a layer belongs to one size of maps.
+Of kernels of one tap it is an ordinary convolution (`operators.conv_of_blocks`), proved as such.
 """
 
 import math

@@ -29,7 +29,10 @@ def conv_of_blocks(
       kernel_size: sides of the kernel.
       in_shape: (h, w, c) of the images.
       nonexpansive: as of `CircularConv`. train: of a training step, which then counts 1 without an estimate.
-    Returns: `Conv`, in training within `Contraction`, for one tap; otherwise `CircularConv`.
+    Returns: `Conv`, within `Contraction` in a training step of what is nonexpansive, for one tap; otherwise
+      `CircularConv`. The norms of both are proved when they are certified.
+    Raises: ValueError for blocks that do not fit in_shape.
+    Error: none beyond that of the blocks. Source: ours; a constant response is that of a kernel of one tap.
     Example: one matrix instead of five, for the pairs of frequencies of 3 x 3 pixels.
       >>> kernel = jnp.ones((1, 1, 2, 4))
       >>> lipjax.operators.conv_of_blocks(lambda size: lipjax.conv.packed_response(kernel, size), 1, (3, 3, 2))
