@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -38,7 +39,8 @@ class Local:
 
     sums(x) that of `float32_sums.errors_at_images`, with `inner` for its norm, `bias`, `leaves` and `whole`, and with
     the Lipschitz constant `sums`; 0 for operators that are not in `SUMS`. Of a composite it is what the addition of x
-    and g(x) adds, absolute + relative (|x|_2 + |g(x)|_2) + sums |x|_2, 0 without one, and `parts` are those of g.
+    and g(x) adds, absolute + relative (|x|_2 + |g(x)|_2) + sums |x|_2, 0 without one, and `parts` are those of g;
+    `shares` are 1 and the product of the parts' norms, over the norm of the whole.
 
     Nothing that the operator computes exceeds offset + gain |x|_2. A bias behind it may join a sum of `terms`; None
     leaves that to the operator before.
@@ -50,6 +52,7 @@ class Local:
     offset: float = 0.0
     gain: float = 1.0
     terms: int | None = 0
+    shares: tuple[float, float] = 1.0, 1.0
     inner: float = 1.0
     bias: np.ndarray | None = None
     leaves: int = LEAVES
@@ -114,33 +117,64 @@ def _sum_before(ops: Sequence, i: int) -> int | None:
     return i if i >= 0 and isinstance(ops[i], SUMS) else None
 
 
+class _Factors(NamedTuple):
+    """By what the operators behind one enlarge what it adds: at most, and if they only meet numbers of it that are as
+    large at one channel as at its partner, in the other half of the channels.
+    """
+
+    most: float = 1.0
+    in_pairs: float = 1.0
+
+    def before(self, op) -> "_Factors":
+        """The factors in front of an operator that is neither a sum nor a composite, from those behind it."""
+        if type(op) is operators.MaxMin:  # afterwards they are as large at both channels, and stay so at the next
+            return _Factors(_PAIR * self.in_pairs, self.in_pairs)
+        factor = _COPIES.get(type(op), 1.0)
+        alone = isinstance(op, operators.Elementwise | operators.Translation)  # each channel by itself
+        return _Factors(factor * self.most, factor * (self.in_pairs if alone else self.most))
+
+    def around(self, block: Local, inner: "_Factors", adds_input: bool) -> "_Factors":
+        """The factors in front of a composite, from those behind it and those in front of its parts."""
+        beside, through = block.shares
+        if adds_input:  # g and the sum may read different versions, whose errors do not cancel
+            ways = zip(self, inner, strict=True)
+            return _Factors(*((beside * own + through * of_g) * ENLARGEMENT32 for own, of_g in ways))
+        if inner.most <= 1:  # of one input, of which the composite's own constant speaks
+            return inner
+        return _Factors(*(max(through, 1.0) * factor * ENLARGEMENT32 for factor in inner))
+
+
+_ALONE = _Factors()
+
+
 def _merged(
-    ops: Sequence, found: Sequence[Local], copies: float = 1.0, joining: int = 0
-) -> tuple[list[Local], float, int]:
+    ops: Sequence, found: Sequence[Local], copies: _Factors = _ALONE, joining: int = 0
+) -> tuple[list[Local], _Factors, int]:
     """The rounding of merged operators: both numbers of a pair may be computed twice, with other roundings each time,
     and what follows a sum may join it.
 
-    copies: the factor by which the former enlarges what the last operator adds. joining: how many biases and inputs of
-      blocks behind all operators may join a sum that ends them. Where more than `MOST_JOINED` may join one sum, nothing
-      is claimed. Returns: the bounds, and both of what lies before all operators.
+    copies: the factors by which what follows enlarges what the last operator adds. joining: how many biases and inputs
+      of blocks behind all operators may join a sum that ends them. Where more than `MOST_JOINED` may join one sum,
+      nothing is claimed. Returns: the bounds, and both of what lies before all operators.
     """
     enlarged = []
     for i, (op, local) in reversed(list(enumerate(zip(ops, found, strict=True)))):
         if isinstance(op, SUMS):
-            copies, local = 1.0, dataclasses.replace(local, whole=not joining)
+            copies, local = _ALONE, dataclasses.replace(local, whole=not joining)
             if joining + (local.bias is not None) > MOST_JOINED:
                 local = dataclasses.replace(local, absolute=math.inf)
             joining = 0
-        absolute, relative, parts, inner = local.absolute * copies, local.relative * copies, (), copies
+        absolute, relative, parts = local.absolute * copies.most, local.relative * copies.most, ()
         if isinstance(op, operators.Composite):
             parts, inner, joining = _merged(op.parts(), local.parts, copies, joining + op.adds_input)
-        elif isinstance(op, operators.Translation):  # a Bias right behind a sum is counted there
-            joining += not isinstance(op, operators.Bias) or _sum_before(ops, i) is None
-        elif local.terms is not None:
-            joining = 0
+            copies = copies.around(local, inner, op.adds_input)
+        else:
+            copies = copies.before(op)
+            if isinstance(op, operators.Translation):  # a Bias right behind a sum is counted there
+                joining += not isinstance(op, operators.Bias) or _sum_before(ops, i) is None
+            elif local.terms is not None:
+                joining = 0
         enlarged.append(dataclasses.replace(local, absolute=absolute, relative=relative, parts=tuple(parts)))
-        # No product stands beside the sum of a residual block.
-        copies = max(copies, inner) * _COPIES.get(type(op), 1.0)
     return enlarged[::-1], copies, joining
 
 
@@ -330,12 +364,14 @@ def _(op: operators.L2Pool, row: LayerBound, terms: int) -> Local:
 @_local.register
 def _(op: operators.Composite, row: LayerBound, terms: int) -> Local:
     parts, terms = _locals(op.parts(), row.parts, terms)
+    product = math.prod(part.claimed for part in row.parts)
+    shares = (1 / row.claimed, product / row.claimed) if row.claimed > 0 else (math.inf, math.inf)
     if not op.adds_input:
-        return Local(terms=terms, parts=tuple(parts))
+        return Local(terms=terms, shares=shares, parts=tuple(parts))
     # Of the sum alone: the input may join a sum before it, as a bias does, and the sum rounds.
     tiny = _TINY * math.sqrt(math.prod(op.in_shape))
     joined = gamma32(terms + 8) + gamma32(4)
-    return Local(tiny, gamma32(2) + _TINY, joined, terms=terms, parts=tuple(parts))
+    return Local(tiny, gamma32(2) + _TINY, joined, terms=terms, shares=shares, parts=tuple(parts))
 
 
 class HeadConstants:

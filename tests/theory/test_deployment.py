@@ -60,7 +60,7 @@ def test_no_float32_evaluation_is_further_off_than_proved(name):
         assert (error <= bound).all(), run
         worst = max(worst, error.max())
     assert worst > 1e-9  # control: float32 it was
-    assert bound.max() < 3e3 * worst
+    assert bound.max() < 4e3 * worst
     gap = float32_gap(frozen, images)
     assert (gap <= bound * (1 + 1e-6)).all() and gap.max() > 1e-9
 

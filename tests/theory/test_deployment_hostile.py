@@ -7,7 +7,7 @@ from deployment_helpers import draw, float32_class, in_order
 from tiers import everyday
 
 from lipjax import operators
-from lipjax.certify import FrozenNetwork, deployment
+from lipjax.certify import FrozenNetwork, deployment, float32
 from lipjax.network import make_network
 
 # Orders of 0 ... n - 1, or None for halves of halves.
@@ -169,3 +169,66 @@ def test_many_biases_that_join_one_sum(biases):
     assert error == biases * bias  # nothing of the biases is left
     assert error <= proved
     assert np.isfinite(proved) == (biases <= 2)  # of more nothing is claimed; two are counted
+
+
+def largest_growth(ops, channels):
+    """By how much a bound of the errors of all versions of a channel may grow in norm, the largest of all channels."""
+    growth = 0.0
+    for bound in np.eye(channels):
+        for op in ops:
+            if isinstance(op, operators.MaxMin):  # either number may be of the version that is further off
+                bound = np.tile(np.maximum(*np.split(bound, 2)), 2)
+            elif isinstance(op, operators.ChannelShuffle):
+                bound = np.asarray(op(bound.reshape(1, 1, 1, -1))).ravel()
+        growth = max(growth, np.linalg.norm(bound))
+    return growth
+
+
+SHAPE = (1, 1, 4)
+SORTS, MOVES = operators.MaxMin(SHAPE), operators.ChannelShuffle(SHAPE, 2)
+BETWEEN = (
+    operators.Bias(np.ones(4), SHAPE),
+    operators.ReLU(SHAPE),
+    operators.PositionalBias(np.ones((1, 1, 1)), SHAPE),
+)
+
+
+@pytest.mark.parametrize(
+    ("ops", "growth"),
+    [
+        ((SORTS,), 2**0.5),
+        ((SORTS, SORTS, SORTS), 2**0.5),
+        ((SORTS, *BETWEEN, SORTS), 2**0.5),
+        ((SORTS, MOVES, SORTS), 2.0),  # a factor that were kept across moved channels would be too small here
+        ((SORTS, MOVES, SORTS, *BETWEEN, SORTS), 2.0),
+    ],
+    ids=["one", "three", "between", "moved", "moved once"],
+)
+def test_versions_of_pairs_grow_as_much_as_they_can(ops, growth):
+    assert largest_growth(ops, 4) == pytest.approx(growth)
+    bound = float32._merged(ops, [float32.Local() for _ in ops])[1].most
+    assert growth <= bound <= growth * (1 + 1e-5)
+
+
+def test_a_potential_step_may_read_two_versions_of_its_input():
+    """What lies in front of k steps is off 1 + 2 k times as much behind them, where the constant of each is 1."""
+    forward, back = (operators.Dense(np.array([[a]])) for a in (1.0, -1.0))
+    steps = [operators.PotentialStep(op, np.zeros(1), operators.ReLU((1,))) for op in (forward, back)]
+    x, off = 1.0, 2.0**-10
+    versions, exact, worst = [x - off, x + off], x, []
+    for step in steps:
+        exact, own = float(np.asarray(step(np.array([[exact]])))[0, 0]), float(step.linear.matrix[0, 0])
+        # Those of a step share what its product made of one of the versions: of that which is worse.
+        ways = [[v - 2 * own * max(own * read, 0.0) for v in versions] for read in versions]
+        versions = max(ways, key=lambda found: max(abs(v - exact) for v in found))
+        worst.append(max(abs(v - exact) for v in versions) / off)
+    assert worst == [3, 5]
+    for count, expected in enumerate(worst, 1):
+        ops = [operators.Dense(np.eye(1)), operators.ReLU((1,)), operators.Bias(np.ones(1), (1,)), *steps[:count]]
+        head = operators.LinearHead(np.ones((2, 1)), np.zeros(2))
+        network = make_network([(f"op{i}", op) for i, op in enumerate(ops)], head)
+        frozen = FrozenNetwork(jax.tree.map(np.asarray, network))
+        rows = frozen.lipschitz_report()
+        assert [row.claimed for row in rows[4:]] == pytest.approx([1.0] * count)
+        alone = float32._locals((network.normalize, *ops), rows)[0][3].absolute
+        assert expected <= float32.locals_of(frozen.network, rows)[3].absolute / alone <= expected * (1 + 1e-5)
