@@ -10,6 +10,7 @@ from lipjax.training import optimizer as optimizers
 from lipjax.training import step
 from lipjax.training.checkpoint import Checkpointer
 from lipjax.training.config import load_config
+from lipjax.training.restoring import restore_state
 
 
 def best_meta(directory: str | os.PathLike) -> dict:
@@ -27,10 +28,14 @@ def restore_best(directory: str | os.PathLike, input_shape: tuple[int, ...], num
     config, _ = load_config(directory)
     model = get_model(config.model, input_shape=input_shape, num_classes=num_classes)  # pyright: ignore[reportArgumentType]
     optimizer = optimizers.make_optimizer(config.optimizer, 1, config.num_epochs, config.train_head_only)
-    abstract = jax.eval_shape(lambda: step.init_state(model, optimizer, jax.random.key(0), config.lipschitz))
+
+    def fresh():
+        return step.init_state(model, optimizer, jax.random.key(0), config.lipschitz)
+
+    abstract = jax.eval_shape(fresh)
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed), abstract)
     with _checkpointer(directory) as checkpointer:
-        found, meta = checkpointer.restore_best(abstract)
+        found, meta = restore_state(checkpointer, abstract, jax.jit(fresh), checkpointer.best_step())
     return model, optimizers.slow_parameters(found.params, found.opt_state), found.lip, meta
 
 

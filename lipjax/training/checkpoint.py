@@ -219,6 +219,14 @@ class Checkpointer:
         except Exception as error:
             raise self._corrupt(step, _first_line(error)) from error
 
+    def lacking(self, abstract_state: Any, step: int | None = None) -> list[str]:
+        """Names of the leaves of a state that a step (default: the latest) was saved without.
+
+        Raises: UserError if the step does not exist or is damaged.
+        """
+        step = self._existing(step)
+        return sorted(_leaves(abstract_state).keys() - self._saved(step).keys())
+
     def restore_best(self, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         """`restore` of the best step, or of the latest if no step was saved with a metric."""
         return self.restore(abstract_state, self.best_step())
@@ -317,13 +325,17 @@ class Checkpointer:
             raise self._corrupt(step, what)
         self._verified.add(step)
 
-    def _check_structure(self, step: int, abstract_state: Any) -> None:
-        expected = _leaves(abstract_state)
+    def _saved(self, step: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Shapes and dtypes of what was saved, as of `_leaves`."""
+        self._verify(step)
         try:
             metadata = self._manager.item_metadata(step)
-            saved = _leaves(metadata.state.tree)  # pyright: ignore[reportOptionalMemberAccess]
+            return _leaves(metadata.state.tree)  # pyright: ignore[reportOptionalMemberAccess]
         except Exception as error:
             raise self._corrupt(step, _first_line(error)) from error
+
+    def _check_structure(self, step: int, abstract_state: Any) -> None:
+        expected, saved = _leaves(abstract_state), self._saved(step)
         lines = []
         for name in sorted({*expected, *saved}):
             want, came = expected.get(name), saved.get(name)

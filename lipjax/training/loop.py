@@ -31,6 +31,7 @@ from lipjax.training.data import (
     open_generated,
 )
 from lipjax.training.metrics import MetricWriter
+from lipjax.training.restoring import restore_state
 from lipjax.training.same_run import check_not_foreign, check_same_run, plain
 from lipjax.training.step import METRIC
 from lipjax.training.terminal import Terminal, progress_of
@@ -95,7 +96,7 @@ class Run:
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, self.shardings
         )
         # Made whole and then divided, so that it is the same on any mesh, bit for bit.
-        self._initialise = jax.jit(lambda: sharding.gathered(initialise(), self.mesh), out_shardings=self.shardings)
+        self.initial_state = jax.jit(lambda: sharding.gathered(initialise(), self.mesh), out_shardings=self.shardings)
 
     def __str__(self) -> str:
         """A line for people about what is trained."""
@@ -142,7 +143,7 @@ class Run:
 
     def fresh_state(self) -> steps.TrainState:
         """The state before the first step."""
-        state = self._initialise()
+        state = self.initial_state()
         if self.config.init_from:
             state = warm_start.state_from(self.config.init_from, state, self.model, self.mesh, self.data_identity)
             state = jax.jit(lambda whole: whole, out_shardings=self.shardings)(state)
@@ -290,7 +291,7 @@ def train(config, workdir: str | os.PathLike, seed: int, writable: bool = True, 
         if latest is None:
             state = run.fresh_state()
         else:
-            state, _ = checkpointer.restore(run.abstract_state)
+            state, _ = restore_state(checkpointer, run.abstract_state, run.initial_state)
             progress.print(f"Resuming {workdir} from step {latest} of {run.total_steps}.")
         with MetricWriter(workdir, resume_step=latest, console=console) as writer:
             _train_epochs(run, state, checkpointer, writer, meta.get("epoch_totals", {}))
@@ -387,7 +388,7 @@ def load_best(workdir: str | os.PathLike, run: Run):
         # Whole on every device, whatever the parts that the run stores it in: it is going to be frozen.
         whole = sharding.replicated(run.mesh)
         target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), run.abstract_state)
-        state, meta = checkpointer.restore_best(target)
+        state, meta = restore_state(checkpointer, target, run.initial_state, checkpointer.best_step())
     step = int(state.step)
     check_same_run(workdir, meta, run.config, run.seed, run.data_identity, done=(step, run.steps_per_epoch))
     params = optimizers.slow_parameters(state.params, state.opt_state)

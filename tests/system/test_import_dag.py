@@ -103,7 +103,7 @@ INSIDE = {
         ("accumulate", "cluster", "metrics", "objective", "optimizer"),
         ("checkpoint", "choices", "guard", "lock"),
         ("step",),
-        ("data",),
+        ("data", "restoring"),
         ("checks", "config", "config_file"),
         ("best", "config_reference", "export", "same_run"),
         ("prepare", "warm_start"),

@@ -1,5 +1,8 @@
 """What a run has trained, taken up again: more epochs, and its variables in Python."""
 
+import dataclasses
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +17,13 @@ from training_helpers import (  # noqa: F401  quick_compiles is a fixture
 
 import lipjax
 from lipjax.errors import UserError
+from lipjax.nn import COLLECTION
 from lipjax.training import trained as trained_module
+from lipjax.training.checkpoint import Checkpointer
 from lipjax.training.loop import Run, load_best, train
+from lipjax.training.restoring import restore_state
 from lipjax.training.same_run import check_same_run, plain
+from lipjax.training.step import METRIC
 
 pytestmark = pytest.mark.x64_off
 
@@ -92,3 +99,47 @@ def test_a_run_without_the_size_of_its_images_loads_by_its_data(monkeypatch):
     expected, _, _ = load_best(trained(), Run(tiny_config(), 0))
     model, variables = trained_module.load_trained(trained())
     jax.tree.map(np.testing.assert_array_equal, variables, expected)
+
+
+def saved_without(source, directory, name):
+    """The last checkpoint of a run, as a lipjax would have saved it that did not estimate the norm of a layer."""
+    with Checkpointer(source / "checkpoints", best_metric=METRIC, read_only=True) as checkpointer:
+        state, meta = checkpointer.restore(Run(tiny_config(), 0).abstract_state)
+    vectors = {layer: vector for layer, vector in state.lip["vectors"].items() if layer != name}
+    assert len(vectors) == len(state.lip["vectors"]) - 1
+    state = dataclasses.replace(state, lip={**state.lip, "vectors": vectors})
+    directory.mkdir()
+    shutil.copy(source / "config.json", directory)
+    with Checkpointer(directory / "checkpoints", best_metric=METRIC) as checkpointer:
+        checkpointer.save(int(state.step), state, meta, 1.0)
+    return state
+
+
+def test_vectors_of_estimates_that_an_older_lipjax_did_not_make_begin_anew(tmp_path):
+    run = Run(tiny_config(), 0)
+    name = next(iter(run.abstract_state.lip["vectors"]))
+    state = saved_without(trained(), tmp_path / "old", name)
+    fresh = run.initial_state()
+    with Checkpointer(tmp_path / "old" / "checkpoints", best_metric=METRIC, read_only=True) as checkpointer:
+        with pytest.raises(UserError, match=f"lip.vectors.{name}.* expected, but not saved"):  # control
+            checkpointer.restore(run.abstract_state)
+        resumed, _ = restore_state(checkpointer, run.abstract_state, run.initial_state)
+    assert jax.tree.structure(resumed) == jax.tree.structure(run.abstract_state)
+    for layer, vector in resumed.lip["vectors"].items():
+        expected = fresh if layer == name else state
+        jax.tree.map(np.testing.assert_array_equal, vector, expected.lip["vectors"][layer])
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, state.params)
+    for variables in (load_best(tmp_path / "old", run)[0], lipjax.training.load_trained(tmp_path / "old")[1]):
+        jax.tree.map(np.testing.assert_array_equal, variables["params"], state.params)
+        assert variables[COLLECTION]["vectors"].keys() == run.abstract_state.lip["vectors"].keys()
+
+
+def test_other_missing_parts_are_still_refused(tmp_path):
+    state = saved_without(trained(), tmp_path / "old", next(iter(Run(tiny_config(), 0).abstract_state.lip["vectors"])))
+    abstract = jax.eval_shape(lambda: state)
+    more = dataclasses.replace(abstract, params={**abstract.params, "another": jax.ShapeDtypeStruct((2,), jnp.float32)})
+    with (
+        Checkpointer(tmp_path / "old" / "checkpoints", best_metric=METRIC, read_only=True) as checkpointer,
+        pytest.raises(UserError, match=r"params.another: float32\[2\] expected, but not saved"),
+    ):
+        restore_state(checkpointer, more, lambda: state)
