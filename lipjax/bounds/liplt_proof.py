@@ -221,7 +221,7 @@ class LipLTBound:
                     found[j, k] = ChainBound(self._name(j), self._name(k), value, parts, details)
         for (j, k), chain in found.items():
             maps = self._maps(j, k)
-            if chain.method.startswith(_PRODUCT) and maps:
+            if chain.method.startswith(_PRODUCT) and maps and self._gain(j, k):
                 details = {**chain.details, "estimate": chain_proofs.lower_estimate(maps)}
                 found[j, k] = dataclasses.replace(chain, details=details)
         return found
@@ -235,7 +235,7 @@ class LipLTBound:
         return None if any(m is None for m in maps) else maps
 
     def _direct(self, j: int, k: int) -> ChainBound:
-        """The least of the product of the chain's norms and what is proved of the composition."""
+        """The least of the product of the chain's norms and, where it matters, what is proved of the composition."""
         head, tail = self._sides(j, k)
         between = [p for p in self._between(j, k) if not p.step.is_plain]
         norms = [n for n, _ in (*head, *tail)] + [p.norm for p in between]
@@ -244,6 +244,8 @@ class LipLTBound:
         ops = [p.step.op for p in between if not isinstance(p.step.op, Flatten)]
         if len(norms) - (len(between) - len(ops)) <= 1:
             return dataclasses.replace(best, method="norm of the only operator")
+        if not self._gain(j, k):  # slopes between -b and b: no constant reads it
+            return best
         composed = None
         if not (head or tail) and all(isinstance(op, Conv) and op.padding == "CIRCULAR" for op in ops):
             composed = _proved(chain_proofs.circular_bound, ops)

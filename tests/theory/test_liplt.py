@@ -83,6 +83,23 @@ def test_gains_over_products_for_relu_and_none_for_abs():
     assert gains[-1.0, 1.0] == pytest.approx(1, abs=1e-6)
 
 
+def test_chains_that_no_constant_reads_are_not_composed(monkeypatch):
+    """Slopes between -b and b have the linear part 0: of the chains across such an activation nothing is needed."""
+    composed, original = [], chains.composition_bound
+    monkeypatch.setattr(chains, "composition_bound", lambda maps: composed.append(len(maps)) or original(maps))
+    operators, counts = random_mlp(2, (6,) * 5), {}
+    for slope in ((-1.0, 1.0), (-1.0, 0.5)):
+        composed.clear()
+        _, report = bounds.liplt_bound(operators, slope)
+        counts[slope] = len(composed)
+        wanted = oracle([op.matrix for op in operators], [slope] * 3)
+        np.testing.assert_allclose([row.claimed for row in report.layers], wanted[:-1], rtol=1e-6)
+        assert len(report.chains) == 6  # all of them are stated, and bound what they are of
+        norms = np.cumprod([norm(op.matrix) for op in operators[:3]])
+        assert all(row.claimed <= norms[-1] * (1 + 1e-6) for row in report.chains if row.start == "input")
+    assert counts == {(-1.0, 1.0): 0, (-1.0, 0.5): 3}
+
+
 def test_slopes_may_differ_from_place_to_place():
     operators, slopes = random_mlp(3, (5, 6, 7, 4)), [(0.0, 1.0), (0.2, 0.9)]
     wanted = oracle([op.matrix for op in operators], slopes)
