@@ -89,6 +89,7 @@ def test_a_network_of_all_kinds_trains_freezes_and_is_proved_to_be_a_contraction
     assert lipjax.FrozenNetwork.load(tmp_path).sha256() == frozen.sha256()
 
 
+@pytest.mark.nightly
 def test_a_training_step_advances_the_vectors_and_counts_the_constants_as_one():
     model = Net(SHAPE, 3)
     variables = initialised(model)

@@ -48,7 +48,7 @@ def function(module, shape, x):
     return jax.jit(jax.value_and_grad(run, has_aux=True))
 
 
-@pytest.mark.parametrize("name", everyday(LAYERS, "soc", "cayley, strided"))
+@pytest.mark.parametrize("name", everyday(LAYERS, "cayley, strided"))
 def test_one_matrix_is_the_function_of_all_frequencies(name, monkeypatch):
     module, shape = LAYERS[name], (4, 6, 4) if "strided" in name else SHAPE
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, *shape)))

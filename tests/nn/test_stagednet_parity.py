@@ -81,6 +81,7 @@ def staged_logits(state, golden, image, norms=lambda place, y: y, head=None):
     return (golden[10]["output/W"] if head is None else head) @ x + state["10.bias"]
 
 
+@pytest.mark.nightly
 def test_the_network_of_adaptive_orthogonal_convolutions(staged):
     state, options, golden, images = staged
     model, variables = interop.from_torch("orthogonium", state, **options)

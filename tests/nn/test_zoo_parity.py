@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_helpers import nhwc, relative
-from tiers import everyday
 from training_helpers import quick_compiles  # noqa: F401
 
 from lipjax import bounds, interop, losses
@@ -63,7 +62,8 @@ def check_gradients(arrays, found, skip=()):
 BRONETS = ("net_bronet_bro", "net_bronet_cholesky", "net_bronet_v2")
 
 
-@pytest.mark.parametrize("name", everyday(BRONETS, "net_bronet_bro"))
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", BRONETS)
 def test_logits_of_bronet(name):
     arrays, state, options = load(name)
     model, variables = interop.from_torch("bronet", state, **options)

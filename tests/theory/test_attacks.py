@@ -178,6 +178,7 @@ def test_every_image_has_its_own_epsilon_and_the_box_is_optional(method):
         assert (moved.min() >= 0 and moved.max() <= 1) == (box is not None)
 
 
+@pytest.mark.nightly
 def test_restarts_and_targets_only_help():
     _, certificate, _ = small()
     epsilon = 2 * certificate.radii

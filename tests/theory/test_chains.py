@@ -14,6 +14,8 @@ from lipjax.operators import (
     Flatten,
 )
 
+pytestmark = pytest.mark.quick_compiles
+
 
 @pytest.mark.parametrize("name", everyday(CHAINS, "strides", "circular", "reordered", "shifted"))
 def test_host_maps_are_the_operators_and_their_adjoints(name):

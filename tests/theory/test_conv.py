@@ -12,6 +12,8 @@ from tiers import everyday
 
 from lipjax import conv
 
+pytestmark = pytest.mark.quick_compiles
+
 CASES = [  # size, kernel, strides, padding
     ((5, 6), (3, 3), 1, "ZERO"),
     ((5, 6), (4, 2), 1, "ZERO"),

@@ -18,6 +18,8 @@ from lipjax.certify.frozen import float64_on_cpu
 from lipjax.errors import NotCertifiable, UserError
 from lipjax.network import make_network
 
+pytestmark = pytest.mark.quick_compiles
+
 
 @pytest.fixture(scope="module")
 def model_and_variables():

@@ -13,6 +13,8 @@ from golden_helpers import relative
 from lipjax import linalg
 from lipjax.linalg import cholesky
 
+pytestmark = pytest.mark.quick_compiles
+
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "liresmlp_cholesky.npz"
 UNIT = {"float32": 2.0**-24, "float64": 2.0**-53}
 

@@ -10,6 +10,8 @@ from tiers import everyday
 
 from lipjax import linalg
 
+pytestmark = pytest.mark.quick_compiles
+
 UNIT = {"float32": 2.0**-24, "float64": 2.0**-53}
 
 
@@ -51,7 +53,7 @@ def test_the_error_is_as_documented(shape, dtype):
             assert np.linalg.norm(exact(x, ridge) - exact(x, ridge + 1e-4), 2, (-2, -1)).max() > allowed  # control
 
 
-@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("constant", everyday([False, True], True))
 @pytest.mark.parametrize(("shape",), everyday([((2, 6, 3),), ((70, 66),)], ((70, 66),)))
 def test_gradient_along_a_direction(shape, constant):
     """Central differences, with the middle's e where it is a constant: h^2 from truncation, u / h from rounding."""

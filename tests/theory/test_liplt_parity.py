@@ -16,6 +16,8 @@ from lipjax.operators import (
     Flatten,
 )
 
+pytestmark = pytest.mark.quick_compiles
+
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "crm_liplt.npz"
 
 

@@ -21,6 +21,8 @@ from lipjax.network import make_network
 from lipjax.operators.grid import Circulants, on_grid
 from lipjax.spectral import norms
 
+pytestmark = pytest.mark.quick_compiles
+
 
 def full(op, **changes):
     """The same convolution with one group and dilation 1, by its dense kernel."""

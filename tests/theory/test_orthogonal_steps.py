@@ -11,6 +11,8 @@ import scipy.linalg
 from lipjax import linalg
 from lipjax.linalg import orthogonal_steps
 
+pytestmark = pytest.mark.quick_compiles
+
 U32, U64 = 2.0**-24, 2.0**-53
 
 

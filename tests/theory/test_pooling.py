@@ -11,6 +11,8 @@ import pytest
 
 from lipjax import pooling
 
+pytestmark = pytest.mark.quick_compiles
+
 PI = math.pi
 GOLDEN = Path(__file__).parents[1] / "golden"
 ANGLES = np.array([0.0, 1e-300, 1e-9, 0.7, PI / 2, 2.5, PI - 1e-9, PI])

@@ -53,13 +53,11 @@ def reference():
     return three_steps(make_run())
 
 
+@pytest.mark.nightly
 @pytest.mark.x64_off
 @pytest.mark.parametrize(
     "switches",
-    everyday(
-        [{"accumulation": 2, "remat": 2, "mesh.data": 8}, {"accumulation": 4, "remat": 1, "scan": True}],
-        {"accumulation": 2, "remat": 2, "mesh.data": 8},
-    ),
+    [{"accumulation": 2, "remat": 2, "mesh.data": 8}, {"accumulation": 4, "remat": 1, "scan": True}],
     ids=str,
 )
 def test_the_switches_change_nothing_but_rounding(switches):

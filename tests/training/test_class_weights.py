@@ -71,8 +71,7 @@ def reference():
 @pytest.mark.parametrize(
     "switches",
     everyday(
-        [{"accumulation": 4}, {"accumulation": 2, "scan": True, "mesh.data": 4}, {"mesh.data": 8}],
-        {"accumulation": 2, "scan": True, "mesh.data": 4},
+        [{"accumulation": 4}, {"accumulation": 2, "scan": True, "mesh.data": 4}, {"mesh.data": 8}], {"mesh.data": 8}
     ),
     ids=str,
 )

@@ -69,6 +69,7 @@ def test_a_run_trains_resumes_and_certifies(capsys):
         loop.train(crm_config(lipschitz="product"), directory, 0)
 
 
+@pytest.mark.nightly
 def test_validation_estimates_by_liplt_from_the_vectors_of_training():
     directory, _ = trained()
     config = crm_config()

@@ -141,7 +141,7 @@ def moved(params, relative):
 @pytest.mark.parametrize(
     ("net", "num_steps", "meshes"),
     [
-        ("liresnet", 20, [(2, 4)]),
+        pytest.param("liresnet", 20, [(2, 4)], marks=pytest.mark.nightly),
         pytest.param("cayley", 4, [(8, 1)], marks=pytest.mark.nightly),
         pytest.param(
             "liresnet", 20, [(2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (4, 2), (1, 8)], marks=pytest.mark.nightly
@@ -226,7 +226,7 @@ def lip_of(state):
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize(
     ("net", "data", "model"),
-    everyday([("liresnet", 8, 1), ("liresnet", 2, 4), ("spatial", 8, 1)], ("liresnet", 2, 4), ("spatial", 8, 1)),
+    everyday([("liresnet", 8, 1), ("liresnet", 2, 4), ("spatial", 8, 1)], ("liresnet", 2, 4)),
 )
 def test_what_travels_in_a_training_step(net, data, model):
     run = Run(config_of(net, data, model), 0)
