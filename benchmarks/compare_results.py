@@ -1,5 +1,6 @@
 """The rows of comparisons (compare.py), kept in files of benchmarks/results/, and the pages of docs/ that show them."""
 
+import collections
 import contextlib
 import fcntl
 import json
@@ -81,14 +82,28 @@ def with_tables(text: str, root: pathlib.Path = ROOT) -> str:
 
 
 def _groups(results: Results) -> list[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]]:
-    """(what is equal, in words; rows; those that did not fail, the best one first) for each budget."""
+    """(what is equal, in words; rows; those that did not fail, the best one first) for each budget.
+
+    Rows with other fields than most say so in their names.
+    """
     found = []
-    for budget, fields in dict.fromkeys((row["budget"], tuple(row["fields"])) for row in results.rows):
-        rows = [row for row in results.rows if (row["budget"], tuple(row["fields"])) == (budget, fields)]
-        good = sorted((row for row in rows if "failed" not in row), key=lambda row: -row["proved"][0])
+    for budget in dict.fromkeys(row["budget"] for row in results.rows):
+        rows = [row for row in results.rows if row["budget"] == budget]
+        fields, _ = collections.Counter(tuple(row["fields"]) for row in rows).most_common(1)[0]
+        named = [{**row, "name": _named(row, fields)} for row in rows if "failed" not in row]
+        good = sorted(named, key=lambda row: -row["proved"][0])
         changed = f", {', '.join(f'`{field}`' for field in fields)}" if fields else ""
         found.append((f"{budget} of training each{changed}", rows, good))
     return found
+
+
+def _named(row: dict[str, Any], usual: Sequence[str]) -> str:
+    """The name of a row, with the fields that the others do not have, or the names of those that it lacks."""
+    own = [field.removeprefix("--config.") for field in row["fields"] if field not in usual]
+    set_there = {field.partition("=")[0] for field in row["fields"]}
+    lacking = [field.partition("=")[0] for field in usual if field.partition("=")[0] not in set_there]
+    own += [f"{name.removeprefix('--config.')} of the config" for name in lacking]
+    return f"{row['name']} ({', '.join(own)})" if own else row["name"]
 
 
 def _on_one_axis(rows: Sequence[dict[str, Any]]) -> bool:

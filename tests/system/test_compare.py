@@ -269,6 +269,24 @@ def test_a_comparison_skips_what_is_done_and_goes_on_with_what_was_stopped(tmp_p
         compare_results.Results(path)
 
 
+def test_rows_with_other_fields_than_most_say_so(tmp_path, monkeypatch):
+    path, usual = tmp_path / "found.json", ["--config.batch_size=64", "--config.optimizer.learning_rate=0.01"]
+    monkeypatch.setattr(compare, "provenance", lambda: {"commit": "a", "hardware": "a machine", "load": 0.5})
+    for config, fields in (
+        ("digits", usual),
+        ("digits_lipnext", usual),
+        ("compared:xs", [*usual[:1], "--config.optimizer.learning_rate=0.001"]),
+        ("compared:xs,aol", usual[1:]),
+    ):
+        results, child = compare_results.Results(path), child_of([], [])
+        compare.compare([config], (1.0, "epochs"), [0], fields, results, tmp_path / "runs", child=child)
+    text = compare_results.section(path)
+    assert text.count("of training each") == 1
+    assert f"1 epochs of training each, {', '.join(f'`{field}`' for field in usual)}." in text
+    assert "| digits |" in text and "| digits_lipnext |" in text
+    assert "| xs (optimizer.learning_rate=0.001) |" in text and "| xs,aol (batch_size of the config) |" in text
+
+
 def test_a_signal_reaches_the_child_which_ends_before_its_parent(tmp_path):
     code, output = compare.run_child([compare.sys.executable, "-c", "print('a'); raise SystemExit(3)"])
     assert (code, output) == (3, "a\n")
