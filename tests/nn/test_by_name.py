@@ -126,9 +126,7 @@ def test_networks_as_published_train_freeze_and_certify(name, tmp_path):
         assert (pool.groups, pool.strides, rows["pool"]) == (4, 2, pytest.approx(1, abs=1e-9))
 
 
-@pytest.mark.parametrize(
-    "name", everyday((name for name, layer in LAYERS.items() if layer.dense is not None), "plain", "aoc")
-)
+@pytest.mark.parametrize("name", everyday((name for name, layer in LAYERS.items() if layer.dense is not None), "aoc"))
 def test_dense_counterparts(name):
     class Net(LayeredModel):
         def layers(self):

@@ -76,6 +76,7 @@ def radii(directory):
     return [row["radius"] for row in json.loads((directory / "certificate.json").read_text())["images"]]
 
 
+@pytest.mark.nightly
 @pytest.mark.x64_off
 def test_several_seeds_and_certify_again(train, lipjax_command, tmp_path):
     config = config_file(seeds=(0, 1), **{"certify.attack_steps": 0})

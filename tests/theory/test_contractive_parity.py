@@ -19,12 +19,10 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 ALWAYS = {
     "sll_dense_wide",
     "sll_conv_q",
-    "sll_conv_narrow",
     "cpl_dense_wide",
     "cpl_compared_conv",
     "sandwich_fc_up",
     "sandwich_conv_s2",
-    "sandwich_lin",
 }
 
 

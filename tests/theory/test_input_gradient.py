@@ -16,7 +16,7 @@ from lipjax.network import make_network
 
 
 @pytest.mark.quick_compiles
-@pytest.mark.parametrize("name", everyday(NETWORKS, "residual", "potential"))
+@pytest.mark.parametrize("name", everyday(NETWORKS, "potential"))
 def test_gradients_are_those_of_automatic_differentiation(name):
     frozen = frozen_network(name)
     with float64_on_cpu():

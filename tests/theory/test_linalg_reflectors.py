@@ -32,7 +32,7 @@ def exact(v, ridge):
     ("shape", "dtype"),
     everyday(
         itertools.product([(2, 3, 1), (150, 130), (9, 40, 37)], ["float32", "float64"]),
-        *[((2, 3, 1), "float64"), ((9, 40, 37), "float32")],
+        ((9, 40, 37), "float32"),
     ),
 )
 def test_the_error_is_as_documented(shape, dtype):

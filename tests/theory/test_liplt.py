@@ -56,7 +56,7 @@ def random_mlp(seed, widths):
 SLOPES = [(0.0, 1.0), (0.1, 1.0), (-0.5, 1.5), (0.0, 0.25), (-1.0, 0.5), (0.7, 0.7)]
 
 
-@pytest.mark.parametrize(("slope",), everyday([(slope,) for slope in SLOPES], *[(SLOPES[i],) for i in (0, 2)]))
+@pytest.mark.parametrize(("slope",), everyday([(slope,) for slope in SLOPES], (SLOPES[2],)))
 def test_dense_networks_have_the_constants_of_the_definition(slope):
     operators = random_mlp(1, (7, 9, 8, 6, 4))
     wanted = oracle([op.matrix for op in operators], [slope] * 3)

@@ -19,7 +19,7 @@ PARITY = 1e-9  # relative, float64: the golden files' own tolerance
 
 
 @pytest.mark.parametrize("setting", everyday(["0", "1"], "1"))
-@pytest.mark.parametrize("head", ["lln", "plain"])
+@pytest.mark.parametrize("head", everyday(["lln", "plain"], "plain"))
 @pytest.mark.parametrize(
     ("name", "loss"),
     [

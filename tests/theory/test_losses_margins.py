@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tiers import everyday
 
 from lipjax import losses
 from lipjax.operators import LinearHead
@@ -42,7 +43,7 @@ def compare(z, name, loss, sign=1.0):
 # ---- parity --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", ["losses_offset", "losses_offset_k"])
+@pytest.mark.parametrize("file", everyday(["losses_offset", "losses_offset_k"], "losses_offset_k"))
 def test_parity_of_offsets_and_hinges(file):
     z = loaded(file)
 
@@ -112,7 +113,7 @@ def test_parity_of_the_calibrated_loss(i):
     assert relative(mean_loss(z["input/logits"], z["param/head.weight"]), z[f"output/cll{i}/loss"]) > 1e-4
 
 
-@pytest.mark.parametrize("i", [0, 1])
+@pytest.mark.parametrize("i", everyday([0, 1], 1))
 def test_parity_of_logit_annealing(i):
     z = loaded("la_losses")
     labels, epsilon = z["input/labels"], float(z[f"input/eps{i}"])

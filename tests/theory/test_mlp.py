@@ -71,7 +71,7 @@ def certified(weights, features):
     return certifier.feature_radii(p, np.asarray(features), margins * (1 - 1e-12)), certifier
 
 
-@pytest.mark.parametrize("classes", [10, 20])
+@pytest.mark.parametrize("classes", everyday([10, 20], 10))
 def test_the_certifier_reaches_the_dual_radius_and_leaves_out_what_cannot_matter(classes):
     _, features, weights = golden(classes)
     radii, certifier = certified(weights, features)

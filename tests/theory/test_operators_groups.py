@@ -97,7 +97,7 @@ def skew(groups, channels, seed=0, scale=1.0):
     return np.asarray(conv.skew_kernel(jnp.asarray(raw), groups))
 
 
-@pytest.mark.parametrize("padding", ["ZERO", "CIRCULAR"])
+@pytest.mark.parametrize("padding", everyday(["ZERO", "CIRCULAR"], "CIRCULAR"))
 def test_exponentials_of_groups(padding, key):
     kernel = skew(2, 4, scale=0.2)
     op = operators.ConvExponential(jnp.asarray(kernel), (3, 4, 4), 8, padding, groups=2)

@@ -45,7 +45,7 @@ def compare(layer, z, params, expected, *, images=True):
         assert relative(grads[name], gradient) < PARITY
 
 
-@pytest.mark.parametrize("case", everyday(AOC, "groups", "transposed_s2"))
+@pytest.mark.parametrize("case", everyday(AOC, "groups"))
 def test_adaptive_orthogonal_convolution_of_the_original(case):
     """Transposed layers have the kernel of the convolution whose adjoint they are."""
     z, c = golden(f"aoc_{case}")
