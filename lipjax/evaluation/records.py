@@ -9,9 +9,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from lipjax.certify.radius import certified_accuracy, radius_label
 from lipjax.errors import UserError
@@ -284,6 +282,9 @@ def _label(row: Record) -> str:
 
 
 def _figure():
+    import matplotlib  # here, because it takes half a second
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7.6, 4.8), layout="constrained")
     axes = figure.add_subplot()
     # Ten colours, then dashed, so that no two of twenty lines are alike.

@@ -4,7 +4,6 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -164,6 +163,8 @@ def plot_certified_accuracy(path: pathlib.Path, certificate, labels, attack, rad
     grid = np.linspace(0, limit, 400)
     proved = 1 - np.searchsorted(shown, grid, side="right") / len(shown)
     proved[0] = np.mean(correct)
+    from matplotlib.figure import Figure  # here, because it takes half a second
+
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(grid, 100 * proved, label="certified (proved)")

@@ -105,6 +105,7 @@ def test_auto_takes_one_of_the_forms_and_the_response_outside_of_training():
     assert "CircularConv" in evaluated and not evaluated & {"ConvExponential", "CircularSeries"}
 
 
+@pytest.mark.nightly
 def test_a_training_step_advances_the_vectors_and_evaluation_does_not():
     model = one_block(head="orthonormal")
     variables = made(model)

@@ -64,7 +64,8 @@ def in_their_layout(grads, depth):
     }
 
 
-@pytest.mark.parametrize("name", everyday(NETS, NETS[0]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", NETS)
 def test_a_whole_network_of_the_original(name):
     """Evaluation; then the loss of a training step, its gradients, the Lipschitz estimate and the running means."""
     arrays, state, options = state_dict(name)

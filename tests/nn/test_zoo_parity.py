@@ -255,6 +255,7 @@ def sandwich_convolution(x, weight, bias, psi, alpha, strided):
     return np.fft.ifft2(2**0.5 * np.einsum("fgoi,ofg->ifg", first.conj(), hidden)).real
 
 
+@pytest.mark.nightly
 def test_the_network_of_sandwiches(monkeypatch):
     """Against the original's definition in NumPy: its own sizes, which are fixed, are too large to compare."""
     rng, o, dense, classes = np.random.default_rng(0), 4, 6, 3

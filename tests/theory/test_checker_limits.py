@@ -140,6 +140,7 @@ def test_a_small_directory_with_a_huge_grid_is_refused(tmp_path):
     assert code == 1 and not any("layers" in line for line in lines), lines
 
 
+@pytest.mark.nightly
 def test_thousands_of_taps_are_refused(tmp_path):
     code, lines = within(many_taps(tmp_path / "fewer", 1500))  # control: without images, and with fewer taps
     assert code == 1 and not any("long" in line for line in lines), lines

@@ -8,9 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 DASH = "–"
@@ -221,6 +219,9 @@ def figure(name: str, alternative: str, caption: str, draw: Callable[[Any], None
     options |= {"axes.labelcolor": INK, "axes.edgecolor": MUTED, "axes.facecolor": "none", "grid.color": LINE}
     options |= {"axes.spines.top": False, "axes.spines.right": False, "xtick.color": MUTED, "ytick.color": MUTED}
     options |= {"xtick.labelcolor": INK, "ytick.labelcolor": INK}
+    import matplotlib  # here, because it takes half a second
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(options):
         made = Figure(figsize=(4.8, 3.4), layout="constrained", facecolor="none")
         axes = made.add_subplot()
