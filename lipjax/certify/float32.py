@@ -4,26 +4,20 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from lipjax import _dft, operators, spectral
 from lipjax.bounds import LayerBound
-from lipjax.certify.float32_sums import LEAVES, MOST_JOINED, MOVED, SUMS
+from lipjax.certify.float32_merging import merged, sum_before
+from lipjax.certify.float32_sums import LEAVES, MOVED, SUMS
 from lipjax.errors import NotCertifiable
 from lipjax.network import Network
 from lipjax.numerics import ENLARGEMENT32, LARGEST, LEAST_NORMAL32, UNIT_ROUNDOFF32, gamma, gamma32
 
 # Of an operator without sums, generously.
 _TINY = 2.0**-110
-# What the rounding of an operator's input may be multiplied by if it is computed twice, with other roundings: for both
-# numbers that depend on a pair, or for a comparison and for what it chooses between (docs/soundness.md, 13.2).
-_PAIR, _CHOICE = math.sqrt(2) * ENLARGEMENT32, 3.0
-_FOLDS = operators.Householder, operators.Householder2, operators.ProjectionPool
-_PIECES = operators.LeakyReLU, operators.LinearSpline, operators.NActivation, operators.PartialAbs
-_COPIES = {operators.MaxMin: _PAIR, **dict.fromkeys(_FOLDS, _PAIR * _CHOICE), **dict.fromkeys(_PIECES, _CHOICE)}
 
 
 def length_bound(array) -> float:
@@ -80,7 +74,7 @@ def locals_of(network: Network, rows: list[LayerBound]) -> list[Local]:
     Args: rows: of `bounds.operator_bounds`. Raises: NotCertifiable naming the layer of which no bound is known.
     """
     ops = network.normalize, *network.ops
-    return _merged(ops, _locals(ops, rows)[0])[0]
+    return merged(ops, _locals(ops, rows)[0])[0]
 
 
 def _locals(ops: Sequence, rows: list[LayerBound], terms: int = 0) -> tuple[list[Local], int]:
@@ -97,7 +91,7 @@ def _locals(ops: Sequence, rows: list[LayerBound], terms: int = 0) -> tuple[list
             )
         fits = _fits(op) or composite  # of which each part is asked
         local = _local(op, row, terms) if fits else Local(absolute=math.inf)
-        place = _sum_before(ops, i)
+        place = sum_before(ops, i)
         if fits and isinstance(op, operators.Bias) and place is not None:
             # The sum counts it as one more product. (8 roundings are what `_local` takes for it otherwise.)
             bias = np.pad(np.asarray(op.bias), (0, ops[place].out_shape[-1] - len(op.bias)))
@@ -107,75 +101,6 @@ def _locals(ops: Sequence, rows: list[LayerBound], terms: int = 0) -> tuple[list
         terms = terms if local.terms is None else local.terms
         found.append(local)
     return found, terms
-
-
-def _sum_before(ops: Sequence, i: int) -> int | None:
-    """The place of the sum whose values operator i gets, or a part of; None if it gets others."""
-    i -= 1
-    while i >= 0 and isinstance(ops[i], operators.Crop | operators.CropChannels):
-        i -= 1
-    return i if i >= 0 and isinstance(ops[i], SUMS) else None
-
-
-class _Factors(NamedTuple):
-    """By what the operators behind one enlarge what it adds: at most, and if they only meet numbers of it that are as
-    large at one channel as at its partner, in the other half of the channels.
-    """
-
-    most: float = 1.0
-    in_pairs: float = 1.0
-
-    def before(self, op) -> "_Factors":
-        """The factors in front of an operator that is neither a sum nor a composite, from those behind it."""
-        if type(op) is operators.MaxMin:  # afterwards they are as large at both channels, and stay so at the next
-            return _Factors(_PAIR * self.in_pairs, self.in_pairs)
-        factor = _COPIES.get(type(op), 1.0)
-        alone = isinstance(op, operators.Elementwise | operators.Translation)  # each channel by itself
-        return _Factors(factor * self.most, factor * (self.in_pairs if alone else self.most))
-
-    def around(self, block: Local, inner: "_Factors", adds_input: bool) -> "_Factors":
-        """The factors in front of a composite, from those behind it and those in front of its parts."""
-        beside, through = block.shares
-        if adds_input:  # g and the sum may read different versions, whose errors do not cancel
-            ways = zip(self, inner, strict=True)
-            return _Factors(*((beside * own + through * of_g) * ENLARGEMENT32 for own, of_g in ways))
-        if inner.most <= 1:  # of one input, of which the composite's own constant speaks
-            return inner
-        return _Factors(*(max(through, 1.0) * factor * ENLARGEMENT32 for factor in inner))
-
-
-_ALONE = _Factors()
-
-
-def _merged(
-    ops: Sequence, found: Sequence[Local], copies: _Factors = _ALONE, joining: int = 0
-) -> tuple[list[Local], _Factors, int]:
-    """The rounding of merged operators: both numbers of a pair may be computed twice, with other roundings each time,
-    and what follows a sum may join it.
-
-    copies: the factors by which what follows enlarges what the last operator adds. joining: how many biases and inputs
-      of blocks behind all operators may join a sum that ends them. Where more than `MOST_JOINED` may join one sum,
-      nothing is claimed. Returns: the bounds, and both of what lies before all operators.
-    """
-    enlarged = []
-    for i, (op, local) in reversed(list(enumerate(zip(ops, found, strict=True)))):
-        if isinstance(op, SUMS):
-            copies, local = _ALONE, dataclasses.replace(local, whole=not joining)
-            if joining + (local.bias is not None) > MOST_JOINED:
-                local = dataclasses.replace(local, absolute=math.inf)
-            joining = 0
-        absolute, relative, parts = local.absolute * copies.most, local.relative * copies.most, ()
-        if isinstance(op, operators.Composite):
-            parts, inner, joining = _merged(op.parts(), local.parts, copies, joining + op.adds_input)
-            copies = copies.around(local, inner, op.adds_input)
-        else:
-            copies = copies.before(op)
-            if isinstance(op, operators.Translation):  # a Bias right behind a sum is counted there
-                joining += not isinstance(op, operators.Bias) or _sum_before(ops, i) is None
-            elif local.terms is not None:
-                joining = 0
-        enlarged.append(dataclasses.replace(local, absolute=absolute, relative=relative, parts=tuple(parts)))
-    return enlarged[::-1], copies, joining
 
 
 def _fits(part) -> bool:

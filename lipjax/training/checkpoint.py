@@ -220,15 +220,12 @@ class Checkpointer:
             raise self._corrupt(step, _first_line(error)) from error
 
     def lacking(self, abstract_state: Any, step: int | None = None) -> list[str]:
-        """Names of the leaves of a state that a step (default: the latest) was saved without.
-
-        Raises: UserError if the step does not exist or is damaged.
-        """
+        """Names of the leaves of a state that a step was saved without. Raises: UserError as `meta`."""
         step = self._existing(step)
         return sorted(_leaves(abstract_state).keys() - self._saved(step).keys())
 
     def restore_best(self, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """`restore` of the best step, or of the latest if no step was saved with a metric."""
+        """`restore` of the best step, or of the latest if none has a metric."""
         return self.restore(abstract_state, self.best_step())
 
     def close(self) -> None:

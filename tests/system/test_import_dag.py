@@ -56,8 +56,8 @@ INSIDE = {
     "attacks": (("input_gradient",), ("lipschitz_search",), ("pgd",), ("square",), ("search",)),
     "certify": (
         ("certificate", "float32_sums", "float64", "layout", "radius"),
-        ("float32", "mlp"),
-        ("frozen",),
+        ("float32_merging", "mlp"),
+        ("float32", "frozen"),
         ("deployment", "document", "freezing"),
     ),
     "losses": (("logits",), ("balls", "radii", "transport")),

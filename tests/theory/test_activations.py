@@ -12,8 +12,6 @@ from tiers import everyday
 
 from lipjax import activations
 
-pytestmark = pytest.mark.quick_compiles
-
 PI = math.pi
 GOLDEN = Path(__file__).parents[1] / "golden"
 ANGLES = [0.0, 1e-300, 1e-9, 0.7, PI / 2, 2.5, PI, 4.0, 2 * PI - 1e-9, 2 * PI]

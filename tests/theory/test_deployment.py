@@ -13,7 +13,7 @@ from deployment_helpers import NETWORKS, U, apply, evaluate, float32_gap, frozen
 from tiers import everyday
 
 from lipjax import activations, bounds, operators, pooling
-from lipjax.certify import FrozenNetwork, deployment, float32
+from lipjax.certify import FrozenNetwork, deployment, float32, float32_merging
 from lipjax.certify.float32_sums import SUMS, errors_at_images
 from lipjax.certify.float64 import float64_on_cpu
 from lipjax.errors import NotCertifiable, UserError
@@ -176,7 +176,7 @@ def test_what_is_compared_may_be_another_version_than_what_is_chosen(make):
     """A number -b, compared as 0+ and chosen as -2b, is off by (2 - slope) b: more than both versions are."""
     op, b = make((1,)), 2.0**-20
     exact, chosen = float(np.asarray(op(np.array([[-b]])))[0, 0]), -2 * b
-    factor = float32._COPIES[operators.LeakyReLU]
+    factor = float32_merging._COPIES[operators.LeakyReLU]
     assert b < abs(chosen - exact) <= factor * b
     errors = {}
     for kind in (make, lambda s: operators.ReLU(s)):
@@ -193,7 +193,7 @@ def test_the_side_of_a_fold_may_be_that_of_another_version(kind):
     """z = (b, -b) / sqrt(2) below the line of the fold, compared as 0 and reflected as 2 z: off by 3 b."""
     z = np.array([1.0, -1.0]) / math.sqrt(2)
     assert np.linalg.norm(2 * z - z[::-1]) == pytest.approx(3)  # (1, 1) is the line: a fold makes (-1, 1) of it
-    assert float32._COPIES[kind] >= 3
+    assert float32_merging._COPIES[kind] >= 3
 
 
 def test_huge_and_tiny_numbers():

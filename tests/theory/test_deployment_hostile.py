@@ -7,7 +7,7 @@ from deployment_helpers import draw, float32_class, in_order
 from tiers import everyday
 
 from lipjax import operators
-from lipjax.certify import FrozenNetwork, deployment, float32
+from lipjax.certify import FrozenNetwork, deployment, float32, float32_merging
 from lipjax.network import make_network
 
 # Orders of 0 ... n - 1, or None for halves of halves.
@@ -206,7 +206,7 @@ BETWEEN = (
 )
 def test_versions_of_pairs_grow_as_much_as_they_can(ops, growth):
     assert largest_growth(ops, 4) == pytest.approx(growth)
-    bound = float32._merged(ops, [float32.Local() for _ in ops])[1].most
+    bound = float32_merging.merged(ops, [float32.Local() for _ in ops])[1].most
     assert growth <= bound <= growth * (1 + 1e-5)
 
 

@@ -91,7 +91,6 @@ def test_every_field_is_read_by_training_or_certification(tmp_path):
     assert "data.no_such_field" not in read  # control: not everything counts as read
 
 
-@pytest.mark.nightly
 def test_every_field_of_the_model_changes_the_network(key):
     changes = {
         "depth": 2, "width": 6, "stem_kernel": 5, "stem_strides": 1, "stem_padding": 2, "neck_features": 8,
