@@ -270,7 +270,8 @@ def plot_minutes(path: pathlib.Path, records: Sequence[Record], title: str = "",
     for row in records:
         if row["curve"]:
             minutes = [point[2 if processor else 1] for point in row["curve"]]
-            axes.plot(minutes, [100 * point[4] for point in row["curve"]], "o-", markersize=3, label=_label(row))
+            certified = [100 * point[4] for point in row["curve"]]
+            axes.plot(minutes, certified, marker="o", markersize=3, label=_label(row))  # "o-" would undo the dashes
     radius = f" at {radius_label(found[0])}" if found else ""
     unit = "processor minutes" if processor else "minutes"
     axes.set(xlabel=f"{unit} of training steps", ylabel=f"certified{radius}, validation, by estimates (%)", title=title)
