@@ -14,7 +14,7 @@ from lipjax.numerics import ENLARGEMENT32
 _PAIR, _CHOICE = math.sqrt(2) * ENLARGEMENT32, 3.0
 _FOLDS = operators.Householder, operators.Householder2, operators.ProjectionPool
 _PIECES = operators.LeakyReLU, operators.LinearSpline, operators.NActivation, operators.PartialAbs
-_COPIES = {operators.MaxMin: _PAIR, **dict.fromkeys(_FOLDS, _PAIR * _CHOICE), **dict.fromkeys(_PIECES, _CHOICE)}
+_COPIES = {**dict.fromkeys(_FOLDS, _PAIR * _CHOICE), **dict.fromkeys(_PIECES, _CHOICE)}
 
 
 def sum_before(ops: Sequence, i: int) -> int | None:

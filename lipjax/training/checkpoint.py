@@ -224,10 +224,6 @@ class Checkpointer:
         step = self._existing(step)
         return sorted(_leaves(abstract_state).keys() - self._saved(step).keys())
 
-    def restore_best(self, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """`restore` of the best step, or of the latest if none has a metric."""
-        return self.restore(abstract_state, self.best_step())
-
     def close(self) -> None:
         """Waits for the running save and lets go of the directory. Raises: UserError if that save failed."""
         if self._failed:

@@ -95,7 +95,7 @@ class Run:
         self.abstract_state = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, self.shardings
         )
-        # Made whole and then divided, so that it is the same on any mesh, bit for bit.
+        # Without config.init_from. Made whole and then divided, so that it is the same on any mesh, bit for bit.
         self.initial_state = jax.jit(lambda: sharding.gathered(initialise(), self.mesh), out_shardings=self.shardings)
 
     def __str__(self) -> str:

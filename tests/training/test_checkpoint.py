@@ -100,7 +100,7 @@ def test_keeps_the_latest_and_the_best(tmp_path):
     with Checkpointer(tmp_path) as checkpointer:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "5", "6"]
         assert (checkpointer.latest_step(), checkpointer.best_step()) == (6, 3)
-        assert equal(checkpointer.restore_best(abstract(make_state()))[0], make_state(3))
+        assert equal(checkpointer.restore(abstract(make_state()), checkpointer.best_step())[0], make_state(3))
         assert equal(checkpointer.restore(abstract(make_state()), 5)[0], make_state(5))
 
 
@@ -122,7 +122,7 @@ def test_without_a_metric_there_is_no_best_and_evaluation_takes_the_latest(tmp_p
         checkpointer.save(2, make_state(2), {}, float("nan"))
         checkpointer.wait()
         assert checkpointer.best_step() is None
-        assert equal(checkpointer.restore_best(abstract(make_state()))[0], make_state(2))
+        assert equal(checkpointer.restore(abstract(make_state()), checkpointer.best_step())[0], make_state(2))
 
 
 def test_an_existing_step_is_left_as_it_is(saved):

@@ -141,6 +141,6 @@ def test_a_run_by_products_starts_one_by_liplt():
     config = crm_config(lipschitz="product", init_from=str(directory))
     state = loop.Run(config, 0).fresh_state()
     with Checkpointer(directory / "checkpoints", best_metric=steps.METRIC, read_only=True) as checkpointer:
-        theirs, _ = checkpointer.restore_best(loop.Run(crm_config(), 0).abstract_state)
+        theirs, _ = checkpointer.restore(loop.Run(crm_config(), 0).abstract_state, checkpointer.best_step())
     assert jax.tree.all(jax.tree.map(np.array_equal, state.params, theirs.params))
     assert set(state.lip["vectors"]) == {"conv_01/linear", "conv_02/linear", "dense_01/linear"}
