@@ -168,7 +168,7 @@ def compare(
                 print(f"{name}: done already.", flush=True)
                 continue
             print(f"{name}: begins.", flush=True)
-            row = one_run(key, budget, fields, workdir, child)
+            row = one_run(key, budget, fields, workdir, child, results)
             results.put(key, {**row, **key})
             if "failed" in row:
                 failed.append(f"{name}: {row['failed']}")
@@ -210,12 +210,17 @@ def _place(workdir: pathlib.Path, key: dict[str, Any]) -> pathlib.Path:
 
 
 def one_run(
-    key: dict[str, Any], budget: tuple[float, str], fields: Sequence[str], workdir: pathlib.Path, child
+    key: dict[str, Any],
+    budget: tuple[float, str],
+    fields: Sequence[str],
+    workdir: pathlib.Path,
+    child,
+    results: Results | None = None,
 ) -> dict[str, Any]:
     """Trains, certifies and measures one run, or goes on with it. Returns: its row without the key.
 
-    Its directory holds plan.json: how many epochs, where it began, and the commits of all sessions. What the epochs
-    were read from lies beside the directories, for all seeds.
+    Its directory holds plan.json: how many epochs, where it began, and the commits of all sessions. The epochs are
+    those of a row of another seed; without one, what they were read from lies beside the directories, for all seeds.
     """
     about = provenance()
     python, wanted = sys.executable, f"--config={key['config']}"
@@ -225,9 +230,10 @@ def one_run(
     if plan_file.exists():
         plan = json.loads(plan_file.read_text())
     else:
-        step = None
-        if budget[1] != "epochs":
-            timed = _place(workdir, {name: value for name, value in key.items() if name != "seed"}).with_suffix(".json")
+        step, seedless = None, {name: value for name, value in key.items() if name != "seed"}
+        known = results.find(seedless, having="epochs") if results else None
+        if known is None and budget[1] != "epochs":
+            timed = _place(workdir, seedless).with_suffix(".json")
             with locked(timed):
                 if not timed.exists():
                     code, output = child([python, "benchmarks/costs.py", "--steps", wanted, *fields])
@@ -236,7 +242,8 @@ def one_run(
                     write_json(timed, _last_json(output))
             step = json.loads(timed.read_text())
         try:
-            plan = {"epochs": epochs_within(*budget, step), "step": step, "about": about, "commits": []}
+            epochs = known["epochs"] if known else epochs_within(*budget, step)
+            plan = {"epochs": epochs, "step": step, "about": about, "commits": []}
         except UserError as error:
             return {"failed": str(error), **about}
         directory.mkdir(parents=True, exist_ok=True)

@@ -54,8 +54,10 @@ class Results:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path} is damaged ({error}): take it from the repository again.") from error
 
-    def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        return next((row for row in self.rows if all(row.get(name) == value for name, value in key.items())), None)
+    def find(self, key: dict[str, Any], having: str | None = None) -> dict[str, Any] | None:
+        """The first row that agrees with the key, and has the field `having`."""
+        agree = (row for row in self.rows if all(row.get(name) == value for name, value in key.items()))
+        return next((row for row in agree if having is None or having in row), None)
 
     def put(self, key: dict[str, Any], row: dict[str, Any]) -> None:
         """Writes a row in the place of the one with the same key."""

@@ -257,6 +257,11 @@ def test_a_comparison_skips_what_is_done_and_goes_on_with_what_was_stopped(tmp_p
     assert len({directory_of(command) for command in log if "train" in command}) == 1
 
     log.clear()
+    elsewhere = {"results": compare_results.Results(path), "workdir": tmp_path / "another", "child": child_of(log, [])}
+    assert compare.compare(["digits"], (1.0, "processor minutes"), [2], fields, **elsewhere) == []
+    assert "--config.num_epochs=5" in log[0]  # another machine takes the epochs from the rows
+
+    log.clear()
     results = compare_results.Results(path.with_name(f"{path.stem}_costs.json"))
     assert compare.measure_costs(["digits", "compared:xs"], [], results, child=child_of(log, [])) == []
     assert compare.measure_costs(["compared:xs"], [], results, child=child_of(log, [])) == [] and len(log) == 2
