@@ -95,6 +95,7 @@ def _padding(default: str) -> Field:
     return Field(default, "of the layer's convolutions", ("ZERO", "CIRCULAR"))
 
 
+_IDENTITY_START = Field(False, "a sandwich starts near its activation, not at random")
 _RANK = Field(None, "of the projectors; None: half of the channels", optional=int)
 _METHOD = Field("bjorck", "of orthogonalisation", bjorck.METHODS)
 _ROWS = Field("inputs", "channels that are rescaled", aol.ROWS)
@@ -281,6 +282,7 @@ LAYERS: dict[str, Layer] = {
         SandwichConv,
         SandwichDense,
         head=lambda num_classes, name, **fields: SandwichHead(num_classes, name=name),
+        fields={"identity_start": _IDENTITY_START},
         strides=_always,
         inner=True,
     ),
@@ -289,7 +291,7 @@ LAYERS: dict[str, Layer] = {
         SandwichConvSpatial,
         SandwichDense,
         head=lambda num_classes, name, **fields: SandwichHead(num_classes, name=name),
-        fields={"padding": _padding("ZERO")},
+        fields={"padding": _padding("ZERO"), "identity_start": _IDENTITY_START},
         inner=True,
     ),
     "plain": Layer(

@@ -18,6 +18,10 @@ from lipjax.parametrize import cayley, cpl, sandwich, sll
 
 # Steps of power iteration before the first step of training.
 _START_ITERS = 50
+# By how much less than torch's default sandwiches vary around their identity start.
+_NOISE = 0.1
+# The Cayley transform of [0, _HALVES I] is [I, I] / sqrt(2).
+_HALVES = 1 - 2**0.5
 _xavier_normal = nn.initializers.variance_scaling(1.0, "fan_avg", "normal")
 
 
@@ -183,20 +187,39 @@ class CPLConv(nn.Module):
         return _named(self, "step", operators.PotentialStep(linear, factor * bias, activation, nonexpansive=train))
 
 
+def _near_identity(noise: Callable, outputs: int, a: float, b: float) -> Callable:
+    """Where [A B], dense (o, columns) or a kernel (kh, kw, columns, o), starts: [a I, b I] and a tenth of the noise."""
+
+    def start(key, shape, dtype=float):
+        columns, rows = shape[-2:] if len(shape) == 4 else shape[::-1]
+        eyes = (a * jnp.eye(rows, outputs, dtype=dtype), b * jnp.eye(rows, columns - outputs, dtype=dtype))
+        stacked, varied = jnp.concatenate(eyes, 1), _NOISE * noise(key, shape, dtype)
+        if len(shape) == 2:
+            return varied + stacked
+        return varied.at[(shape[0] - 1) // 2, (shape[1] - 1) // 2].add(stacked.T)
+
+    return start
+
+
 class SandwichDense(nn.Module):
     """sqrt(2) A^T e^psi f(sqrt(2) e^-psi B x + b) with orthonormal rows of [A B], by the Cayley transform.
+
+    identity_start: starts near f(x), ours. As published, a layer starts with 2 A^T B at random, which shrinks, so that
+    what tells images apart is lost in a network of more than a few layers; there is no other path around it.
 
     Source: Wang & Manchester 2023, arXiv:2301.11526.
     """
 
     features: int
     activation: Callable = operators.ReLU
+    identity_start: bool = False
 
     @nn.compact
     def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
         _check_vectors(self, in_shape)
         features, columns = self.features, self.features + in_shape[-1]
-        raw = self.param("matrix", torch_linear, (features, columns))
+        start = _near_identity(torch_linear, features, 0.0, _HALVES) if self.identity_start else torch_linear
+        raw = self.param("matrix", start, (features, columns))
         alpha = self.param("alpha", lambda key: jnp.linalg.norm(raw))
         bias, psi = _bias(self, columns, features)
         linear = operators.Dense(sandwich.dense(raw, alpha, outputs=features))
@@ -213,7 +236,8 @@ def _bias(module: nn.Module, fan_in: int, features: int) -> tuple[jax.Array, jax
 class SandwichConv(nn.Module):
     """`SandwichDense` for images, circular: the Cayley transform for each frequency of the response of a kernel.
 
-    strides by space-to-depth; a strided kernel has half the size (at least 1), as `Cayley`'s.
+    strides by space-to-depth; a strided kernel has half the size (at least 1), as `Cayley`'s. identity_start: as of
+    `SandwichDense`.
 
     Source: Wang & Manchester 2023, arXiv:2301.11526.
     """
@@ -222,6 +246,7 @@ class SandwichConv(nn.Module):
     kernel_size: int = 3
     strides: int = 1
     activation: Callable = operators.ReLU
+    identity_start: bool = False
 
     @nn.compact
     def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
@@ -233,7 +258,8 @@ class SandwichConv(nn.Module):
             ops += _named(self, "spacetodepth", reordered)
             shape, side = reordered.out_shape, max(1, side // self.strides)
         size, columns = (shape[0], shape[1]), features + shape[2]
-        raw = self.param("kernel", symmetric_uniform((side**2 * columns) ** -0.5), (side, side, columns, features))
+        start = _near_identity(torch_conv, features, 0.0, _HALVES) if self.identity_start else torch_conv
+        raw = self.param("kernel", start, (side, side, columns, features))
         alpha = self.param("alpha", lambda key: cayley.initial_alpha(raw, size))
         bias, psi = _bias(self, side**2 * columns, features)
 
@@ -250,7 +276,8 @@ class SandwichConvSpatial(nn.Module):
     """A sandwich of convolutions with zero padding: A and B side by side in one kernel, scaled by `sll.conv`.
 
     Without a Fourier transform, for maps of any size; any numbers of channels in, between (`hidden`, None for
-    `features`) and out. strides: of B, so of the map between; the output has the size of the input.
+    `features`) and out. strides: of B, so of the map between; the output has the size of the input. identity_start:
+    as of `SandwichDense`.
 
     Source: Wang & Manchester 2023, arXiv:2301.11526, with the scaling of Araujo et al. 2023, arXiv:2303.03169, in the
     place of the Cayley transform.
@@ -262,6 +289,7 @@ class SandwichConvSpatial(nn.Module):
     strides: int = 1
     padding: conv.Padding = "ZERO"
     activation: Callable = operators.ReLU
+    identity_start: bool = False
 
     @nn.compact
     def __call__(self, in_shape: tuple[int, ...], train: bool = False) -> NamedOperators:
@@ -271,7 +299,8 @@ class SandwichConvSpatial(nn.Module):
             self.kernel_size,
             self.features + in_shape[-1],
         )
-        raw = self.param("kernel", torch_conv, (side, side, columns, hidden))
+        start = _near_identity(torch_conv, self.features, 1.0, 1.0) if self.identity_start else torch_conv
+        raw = self.param("kernel", start, (side, side, columns, hidden))
         theta = self.param("theta", nn.initializers.zeros, (hidden,))
         bias = self.param("bias", symmetric_uniform((side**2 * columns) ** -0.5), (hidden,))
         kernel, scale = sll.conv(raw, theta)

@@ -123,3 +123,53 @@ def test_a_training_step_advances_the_vectors_and_counts_the_constants_as_one():
 def test_what_does_not_fit_is_refused_by_name(layer, shape, message):
     with pytest.raises(ValueError, match=message):
         layer.init(jax.random.key(0), shape)
+
+
+class Stack(LipschitzModel):
+    """Twelve sandwiches, one after the other."""
+
+    identity_start: bool = False
+
+    def layers(self):
+        dense = [nn.SandwichDense(16, identity_start=self.identity_start, name=f"dense{i}") for i in range(12)]
+        return [flatten, *dense], nn.SandwichHead(3, name="head")
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.SandwichDense(5, identity_start=True), (6,)),
+        (nn.SandwichConv(5, identity_start=True), (6, 6, 3)),
+        (nn.SandwichConv(12, strides=2, identity_start=True), (6, 6, 3)),
+        (nn.SandwichConvSpatial(5, hidden=4, identity_start=True), (6, 6, 3)),
+    ],
+)
+def test_a_sandwich_with_an_identity_start_is_nearly_its_activation(layer, shape, key):
+    x = jax.random.normal(key, (4, *shape))
+
+    @jax.jit
+    def apply(x):
+        y = x
+        for _, op in layer.apply(layer.init(key, shape), shape):
+            y = op(y)
+        return y
+
+    y = np.asarray(apply(x))
+    if getattr(layer, "strides", 1) == 2:
+        x = operators.SpaceToDepth(shape, 2)(x)
+    few = min(layer.features, x.shape[-1], getattr(layer, "hidden", None) or layer.features)
+    expected = np.zeros(y.shape)
+    expected[..., :few] = np.maximum(x[..., :few], 0)
+    off = np.linalg.norm(y - expected) / np.linalg.norm(expected)
+    assert 0.001 < off < 0.3, off  # the noise
+
+
+def test_sandwiches_that_start_at_random_lose_what_tells_images_apart(key):
+    x = jax.random.uniform(key, (8, 4, 4, 1))
+
+    def spread(identity_start):
+        model = Stack((4, 4, 1), 3, identity_start=identity_start)
+        logits = np.asarray(jax.jit(model.apply)(initialised(model), x))
+        return np.linalg.norm(logits - logits.mean(0)) / np.linalg.norm(x - x.mean(0))
+
+    assert spread(False) < 1e-3 < 1e-2 < spread(True)
