@@ -147,7 +147,8 @@ class Program:
         Programs for TPUs write an asynchronous one into the fusion that starts it, into each that goes on beside it and
         into the one that ends it: one channel, shape and place in the source. What goes on may be in a loop whose
         turns all carry the same one along, so that it is executed as often as the rarest of them. A channel alone does
-        not tell: those inside `shard_map` all have the same on CPUs.
+        not tell: those inside `shard_map` all have the same on CPUs. They write a reduce-scatter as a fusion of an
+        all-reduce and the slice of it that a device keeps.
         """
         found: dict[tuple, Collective] = {}
         for computation, instruction, times in self._executed():
@@ -159,6 +160,8 @@ class Program:
                 shape = _elements(shape)[1]  # (operands, results, ...)
             group = _group(kind, instruction.rest, self.num_devices)
             size = _bytes(shape) * (group if kind == "reduce-scatter" else 1)
+            if kind == "all-reduce" and computation in self._fused and self._only_sliced(computation, instruction.name):
+                kind = "reduce-scatter"
             channel = re.search(r"\bchannel_id=(\d+)", instruction.rest)
             source = re.search(r'\bop_name="([^"]*)"', instruction.rest)
             key = (kind, instruction.name)
@@ -167,6 +170,10 @@ class Program:
             if group > 1 and (key not in found or found[key].times > times):
                 found[key] = Collective(kind, group, size, times)
         return list(found.values())
+
+    def _only_sliced(self, computation: str, name: str) -> bool:
+        readers = [i.opcode for i in self.computations[computation] if name in i.operands]
+        return readers == ["dynamic-slice"]
 
     def flops(self) -> dict[str, float]:
         """Floating-point operations of one device in products and convolutions, by `flops.KINDS`.

@@ -212,6 +212,32 @@ ENTRY %main (x: f32[2,4]) -> f32[32,4] {
 """
 
 
+# As libtpu writes a reduce-scatter of gradients.
+SCATTERED = """HloModule jit_f, is_scheduled=true, replica_count=1, num_partitions=4
+
+%all-reduce-scatter (input: f32[8,4]) -> f32[2,4] {
+  %input = f32[8,4]{1,0:T(8,128)} parameter(0)
+  %all-reduce.2 = f32[8,4]{1,0:T(8,128)} all-reduce(%input), channel_id=2, replica_groups={{0,1,2,3}}, to_apply=%add
+  %place = s32[]{:T(128)} partition-id()
+  %zero = s32[]{:T(128)} constant(0)
+  ROOT %kept = f32[2,4]{1,0} dynamic-slice(%all-reduce.2, %place, %zero), dynamic_slice_sizes={2,4}
+}
+
+ENTRY %main (x: f32[8,4]) -> f32[2,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  ROOT %fusion = f32[2,4]{1,0:T(8,128)} fusion(%x), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+
+
+def test_an_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
+    (found,) = hlo.Program(SCATTERED).collectives()
+    assert found == hlo.Collective("reduce-scatter", 4, 8 * 4 * 4, 1)
+    assert found.link_bytes() == 3 / 4 * 128
+    used = SCATTERED.replace("  ROOT %kept", "  %sum = f32[8,4]{1,0} add(%all-reduce.2, %all-reduce.2)\n  ROOT %kept")
+    assert hlo.Program(used).collectives() == [hlo.Collective("all-reduce", 4, 8 * 4 * 4, 1)]  # all of it is read
+
+
 def test_what_loops_carry_along_is_sent_once():
     assert [(c.kind, c.bytes, c.times) for c in hlo.Program(CHAIN).collectives()] == [("all-gather", 512, 1)]
     often = CHAIN.replace(
