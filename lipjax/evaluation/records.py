@@ -243,14 +243,14 @@ def markdown(records: Sequence[Record], shown: Sequence[Column] | None = None) -
 def plot_radii(path: pathlib.Path, records: Sequence[Record], title: str = "") -> None:
     """Certified accuracy over the radius, a line for each record, and clean accuracy at radius 0, as a PNG."""
     figure, axes = _figure()
-    for row in records:
-        if row.get("proved"):
-            points = [(0.0, row["clean"]), *zip(row["radii"], row["proved"], strict=True)]
-            points += [tuple(point) for point in row.get("frontier") or ()]
-            points.sort(key=lambda point: (point[0], -point[1]))  # at 0 the accuracy, then what is certified
-            marks = [i for i, (radius, _) in enumerate(points) if radius in row["radii"]]
-            style: dict[str, Any] = {"marker": "o", "markersize": 3, "markevery": marks, "label": _label(row)}
-            axes.plot([radius for radius, _ in points], [100 * accuracy for _, accuracy in points], **style)
+    shown = [row for row in records if row.get("proved")]
+    for row, own in zip(shown, _styles(shown), strict=True):
+        points = [(0.0, row["clean"]), *zip(row["radii"], row["proved"], strict=True)]
+        points += [tuple(point) for point in row.get("frontier") or ()]
+        points.sort(key=lambda point: (point[0], -point[1]))  # at 0 the accuracy, then what is certified
+        marks = [i for i, (radius, _) in enumerate(points) if radius in row["radii"]]
+        x, y = [radius for radius, _ in points], [100 * accuracy for _, accuracy in points]
+        axes.plot(x, y, marker="o", markersize=3, markevery=marks, **own)
     axes.set(xlabel="l2 radius, pixels in [0, 1]", ylabel="certified accuracy, test images (%)", title=title)
     _save(figure, axes, path)
 
@@ -267,31 +267,42 @@ def plot_minutes(path: pathlib.Path, records: Sequence[Record], title: str = "",
             "with the same config.loss.epsilon."
         )
     figure, axes = _figure()
-    for row in records:
-        if row["curve"]:
-            minutes = [point[2 if processor else 1] for point in row["curve"]]
-            certified = [100 * point[4] for point in row["curve"]]
-            axes.plot(minutes, certified, marker="o", markersize=3, label=_label(row))  # "o-" would undo the dashes
+    shown = [row for row in records if row["curve"]]
+    for row, own in zip(shown, _styles(shown), strict=True):
+        minutes = [point[2 if processor else 1] for point in row["curve"]]
+        certified = [100 * point[4] for point in row["curve"]]
+        axes.plot(minutes, certified, marker="o", markersize=3, **own)
     radius = f" at {radius_label(found[0])}" if found else ""
     unit = "processor minutes" if processor else "minutes"
     axes.set(xlabel=f"{unit} of training steps", ylabel=f"certified{radius}, validation, by estimates (%)", title=title)
     _save(figure, axes, path)
 
 
-def _label(row: Record) -> str:
-    return f"{row['name']}, seed {row['seed']}"
+def _styles(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """The look of each record's line: of a run's seeds the first has a label, the others are paler.
+
+    Ten colours, then the same ones dashed, so that no two of twenty runs are alike.
+    """
+    seeds: dict[str, list[int]] = {}
+    for row in records:
+        seeds.setdefault(row["name"], []).append(row["seed"])
+    styles = []
+    for row in records:
+        number, of_run = list(seeds).index(row["name"]), seeds[row["name"]]
+        own: dict[str, Any] = {"color": f"C{number % 10}", "linestyle": ("-", "--")[number // 10 % 2]}
+        if row["seed"] == of_run[0]:
+            own["label"] = f"{row['name']}, seed{'s' * (len(of_run) > 1)} {', '.join(map(str, of_run))}"
+        else:
+            own["alpha"] = 0.4
+        styles.append(own)
+    return styles
 
 
 def _figure():
-    import matplotlib  # here, because it takes half a second
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # here, because it takes half a second
 
     figure = Figure(figsize=(7.6, 4.8), layout="constrained")
-    axes = figure.add_subplot()
-    # Ten colours, then dashed, so that no two of twenty lines are alike.
-    ten = matplotlib.colormaps["tab10"](range(10))
-    axes.set_prop_cycle(linestyle=10 * ["-"] + 10 * ["--"], color=[*ten, *ten])
-    return figure, axes
+    return figure, figure.add_subplot()
 
 
 def _save(figure, axes, path: pathlib.Path) -> None:

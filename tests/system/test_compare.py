@@ -111,6 +111,18 @@ def test_tables_and_pictures_of_records(tmp_path):
         records.plot_minutes(tmp_path / "minutes.png", [first, {**first, "epsilon": 1.0}])
 
 
+def test_lines_of_one_run_have_one_colour_and_one_label():
+    runs = [
+        {"name": name, "seed": seed} for name, seed in (("a", 0), ("b", 0), ("a", 1), *((n, 0) for n in "cdefghijk"))
+    ]
+    a, b, again, *others = records._styles(runs)
+    assert a["label"] == "a, seeds 0, 1" and b["label"] == "b, seed 0"
+    assert "label" not in again and again["alpha"] < 1 and again["color"] == a["color"] != b["color"]
+    assert others[-1]["color"] == a["color"] and others[-1]["linestyle"] != a["linestyle"]  # the eleventh run
+    looks = [(style["color"], style["linestyle"]) for style in (a, b, *others)]
+    assert len(set(looks)) == len(looks) == 11
+
+
 def test_the_clock_counts_steps_alone(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
