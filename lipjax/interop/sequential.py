@@ -180,6 +180,8 @@ _SORTS = {
     "GroupSort": {"pairs": "neighbours", "first": "min"},
     "GroupSort2": {"pairs": "neighbours", "first": "min"},
 }
+# Methods of PyTorch's modules that say what they compute.
+_COMPUTE = ("forward", "_conv_forward", "__call__", "_call_impl", "_wrapped_call_impl")
 _ORTHOGONIUM = {"MaxMin": {"pairs": "halves", "first": "max"}}
 
 
@@ -225,11 +227,15 @@ def _base(layer, names) -> type | None:
 
 def _check_forward(label: str, layer, base: type) -> None:
     """Raises: UserError if a module may compute something else than modules of the class it derives from."""
-    if getattr(type(layer), "forward", None) is not getattr(base, "forward", None):
-        raise UserError(
-            f"{label} computes something of its own, since it overrides forward of {base.__name__}: export it to plain "
-            "layers, or put a tuple (kind, arrays, options) that says what it computes in its place."
+    for method in _COMPUTE:
+        own, theirs = (
+            next((vars(c)[method] for c in cls.__mro__ if method in vars(c)), None) for cls in (type(layer), base)
         )
+        if method in getattr(layer, "__dict__", ()) or own is not theirs:
+            raise UserError(
+                f"{label} computes something of its own, since it overrides {method} of {base.__name__}: export it to "
+                "plain layers, or put a tuple (kind, arrays, options) that says what it computes in its place."
+            )
     if getattr(layer, "_forward_hooks", None) or getattr(layer, "_forward_pre_hooks", None):
         raise UserError(f"{label} has hooks, which may change what it computes: remove them first.")
 

@@ -104,7 +104,11 @@ class Module:
 
 
 class Conv2d(Module):
-    pass
+    def forward(self, x):
+        return self._conv_forward(x)
+
+    def _conv_forward(self, x):
+        raise NotImplementedError
 
 
 class Linear(Module):
@@ -159,6 +163,16 @@ class Parametrized(Conv2d):
 
 class SpectralConv2d(Conv2d):
     def forward(self, x):
+        return 2 * x
+
+
+class Doubled(Conv2d):
+    def _conv_forward(self, x):
+        return 2 * x
+
+
+class Called(Linear):
+    def __call__(self, x):
         return 2 * x
 
 
@@ -218,11 +232,13 @@ def test_modules_between_tuples_are_compared(monkeypatch):
     with pytest.raises(UserError, match="numbers that layers give here and those of the modules 2 to 2 differ"):
         interop.from_sequential([*steps, other, *end], (2, 3, 3))
     interop.from_sequential([*steps, other, *end], (2, 3, 3), compare=False)
-    steps[0].forward = lambda x: x
+    normalize.forward = lambda self, x: x
     with pytest.raises(UserError, match="the modules 0 to 0 differ"):
         interop.from_sequential([*steps, good, *end], (2, 3, 3))
 
 
+PATCHED = Sequential([Conv2d(weight=np.ones((4, 1, 3, 3)))])
+vars(PATCHED)["forward"] = lambda x: x
 KERNEL = np.random.default_rng(0).normal(size=(4, 2, 2, 2))
 WEIGHT = np.ones((4, 1, 3, 3))
 CONV, FLAT = ("conv2d", {"weight": WEIGHT}, {"padding": 1}), ("flatten",)
@@ -235,6 +251,10 @@ STATISTICS = {"running_mean": np.zeros(1), "running_var": np.ones(1)}
         ([MaxPool2d()], "Layer 0 \\(MaxPool2d\\) is not supported"),
         ([SpectralConv2d(weight=WEIGHT)], "overrides forward of Conv2d"),
         ([SameName(weight=WEIGHT)], "Layer 0 \\(Conv2d\\) computes something of its own"),
+        ([Doubled(weight=WEIGHT)], "overrides _conv_forward of Conv2d"),
+        ([Called(weight=np.eye(4))], "overrides __call__ of Linear"),
+        ([Conv2d(weight=WEIGHT, forward=lambda x: 2 * x)], "overrides forward of Conv2d"),
+        (PATCHED, "The network \\(Sequential\\) computes something of its own"),
         (SameSequential([Conv2d(weight=WEIGHT)]), "The network \\(Sequential\\) computes something of its own"),
         ([GroupSort2(_coefficient_lip=0.5)], "Layer 0 \\(GroupSort2\\): expected _coefficient_lip=1, got 0.5"),
         ([OrthogoniumMaxMin(axis=2)], "Layer 0 \\(MaxMin\\): expected axis=1, got 2"),
