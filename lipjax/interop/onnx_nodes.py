@@ -84,7 +84,10 @@ class Reader:
         graph = onnx.helper.make_graph([node], "node", named(given), named(node.output))
         single = onnx.helper.make_model(graph, opset_imports=self._model.opset_import)
         names = [name for name in node.output if name]
-        return dict(zip(names, onnx.reference.ReferenceEvaluator(single).run(names, given), strict=True))
+        try:
+            return dict(zip(names, onnx.reference.ReferenceEvaluator(single).run(names, given), strict=True))
+        except Exception as error:  # of whatever class: of a branch that reads what the network computes, for one
+            raise UserError(f"cannot be computed by itself ({type(error).__name__}: {error}).") from error
 
     def move(self, node: "Node", inputs: list) -> list:
         """Moves the labels of numbers as a node moves the numbers."""

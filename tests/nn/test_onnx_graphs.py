@@ -199,6 +199,19 @@ def test_what_is_not_supported_is_refused_by_the_name_of_its_node(nodes, message
         interop.from_onnx(path)
 
 
+def test_a_branch_that_reads_what_the_network_computes_is_refused(tmp_path):
+    branches = {
+        f"{name}_branch": helper.make_graph(
+            [helper.make_node(op, ["a"], ["out"])], name, [], [helper.make_tensor_value_info("out", 1, None)]
+        )
+        for name, op in (("then", "Relu"), ("else", "Tanh"))
+    }
+    nodes = [CONV, ("If", ("flag",), ("r",), branches), ("Flatten", ("r",), ("f",), {}), DENSE]
+    path = save(tmp_path / "net.onnx", nodes, {**ARRAYS, "flag": np.array(True)})
+    with pytest.raises(UserError, match=r"Node '/1/If' \(If\): cannot be computed by itself"):
+        interop.from_onnx(path)
+
+
 def test_an_output_without_a_name_is_one_that_nothing_reads(tmp_path):
     split = ("Split", ("a", "sizes"), ("", "f", ""), {"axis": 1})
     path = save(tmp_path / "net.onnx", [CONV, split, *END], {**ARRAYS, "sizes": np.array([1, 2, 1])})
