@@ -291,7 +291,7 @@ def _styles(records: Sequence[Record]) -> list[dict[str, Any]]:
         number, of_run = list(seeds).index(row["name"]), seeds[row["name"]]
         own: dict[str, Any] = {"color": f"C{number % 10}", "linestyle": ("-", "--")[number // 10 % 2]}
         if row["seed"] == of_run[0]:
-            own["label"] = f"{row['name']}, seed{'s' * (len(of_run) > 1)} {', '.join(map(str, of_run))}"
+            own["label"] = f"{row['name']}, seed{'s' * (len(of_run) > 1)} {', '.join(map(str, sorted(of_run)))}"
         else:
             own["alpha"] = 0.4
         styles.append(own)
@@ -308,7 +308,8 @@ def _figure():
 def _save(figure, axes, path: pathlib.Path) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(color="0.9")
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside right upper", fontsize="x-small")
+    if labels := axes.get_legend_handles_labels()[1]:
+        figure.set_figheight(figure.get_figheight() + 0.09 * len(labels))
+        figure.legend(loc="outside lower center", fontsize="x-small", ncols=2, handlelength=3)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
