@@ -291,7 +291,8 @@ def _styles(records: Sequence[Record]) -> list[dict[str, Any]]:
         number, of_run = list(seeds).index(row["name"]), seeds[row["name"]]
         own: dict[str, Any] = {"color": f"C{number % 10}", "linestyle": ("-", "--")[number // 10 % 2]}
         if row["seed"] == of_run[0]:
-            own["label"] = f"{row['name']}, seed{'s' * (len(of_run) > 1)} {', '.join(map(str, sorted(of_run)))}"
+            all_of_run = sorted(set(of_run))
+            own["label"] = f"{row['name']}, seed{'s' * (len(all_of_run) > 1)} {', '.join(map(str, all_of_run))}"
         else:
             own["alpha"] = 0.4
         styles.append(own)

@@ -18,7 +18,7 @@ from lipjax.parametrize import cayley, cpl, sandwich, sll
 
 # Steps of power iteration before the first step of training.
 _START_ITERS = 50
-# By how much less than torch's default sandwiches vary around their identity start.
+# The part of torch's default start by which sandwiches vary around their identity start.
 _NOISE = 0.1
 # The Cayley transform of [0, _HALVES I] is [I, I] / sqrt(2).
 _HALVES = 1 - 2**0.5
@@ -188,7 +188,7 @@ class CPLConv(nn.Module):
 
 
 def _near_identity(noise: Callable, outputs: int, a: float, b: float) -> Callable:
-    """Where [A B], dense (o, columns) or a kernel (kh, kw, columns, o), starts: [a I, b I] and a tenth of the noise."""
+    """Where [A B], dense (o, columns) or a kernel (kh, kw, columns, o), starts: [a I, b I] and a part of the noise."""
 
     def start(key, shape, dtype=float):
         columns, rows = shape[-2:] if len(shape) == 4 else shape[::-1]
@@ -205,7 +205,7 @@ class SandwichDense(nn.Module):
     """sqrt(2) A^T e^psi f(sqrt(2) e^-psi B x + b) with orthonormal rows of [A B], by the Cayley transform.
 
     identity_start: starts near f(x), ours. As published, a layer starts with 2 A^T B at random, which shrinks, so that
-    what tells images apart is lost in a network of more than a few layers; there is no other path around it.
+    what tells images apart is lost in a network of more than a few of them: no path leads around a sandwich.
 
     Source: Wang & Manchester 2023, arXiv:2301.11526.
     """
