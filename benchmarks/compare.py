@@ -215,7 +215,7 @@ def one_run(
     fields: Sequence[str],
     workdir: pathlib.Path,
     child,
-    results: Results | None = None,
+    results: Results,
 ) -> dict[str, Any]:
     """Trains, certifies and measures one run, or goes on with it. Returns: its row without the key.
 
@@ -231,7 +231,7 @@ def one_run(
         plan = json.loads(plan_file.read_text())
     else:
         step, seedless = None, {name: value for name, value in key.items() if name != "seed"}
-        known = results.find(seedless, having="epochs") if results else None
+        known = results.find(seedless, having="epochs")
         if known is None and budget[1] != "epochs":
             timed = _place(workdir, seedless).with_suffix(".json")
             with locked(timed):

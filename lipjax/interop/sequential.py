@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -228,9 +229,7 @@ def _base(layer, names) -> type | None:
 def _check_forward(label: str, layer, base: type) -> None:
     """Raises: UserError if a module may compute something else than modules of the class it derives from."""
     for method in _COMPUTE:
-        own, theirs = (
-            next((vars(c)[method] for c in cls.__mro__ if method in vars(c)), None) for cls in (type(layer), base)
-        )
+        own, theirs = (inspect.getattr_static(cls, method, None) for cls in (type(layer), base))
         if method in getattr(layer, "__dict__", ()) or own is not theirs:
             raise UserError(
                 f"{label} computes something of its own, since it overrides {method} of {base.__name__}: export it to "

@@ -34,6 +34,13 @@ def torch_conv(key, shape, dtype=float):
     return jax.random.uniform(key, shape, dtype, -1, 1) * math.prod(shape[:3]) ** -0.5
 
 
+def dirac(key, shape, dtype=float):
+    """The kernel (kh, kw, in, out) of the identity on the first channels of both: one tap of 1 in the middle."""
+    del key
+    kh, kw, channels, features = shape
+    return jnp.zeros(shape, dtype).at[(kh - 1) // 2, (kw - 1) // 2].set(jnp.eye(channels, features, dtype=dtype))
+
+
 def symmetric_uniform(bound: float) -> Initializer:
     """U(-bound, bound)."""
     return lambda key, shape, dtype=float: jax.random.uniform(key, shape, dtype, -bound, bound)

@@ -12,7 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from lipjax import conv, operators
-from lipjax.nn.layers import COLLECTION, NamedOperators, check_counts, symmetric_uniform, torch_conv, torch_linear
+from lipjax.nn.layers import (
+    COLLECTION,
+    NamedOperators,
+    check_counts,
+    dirac,
+    symmetric_uniform,
+    torch_conv,
+    torch_linear,
+)
 from lipjax.operators.grid import on_grid
 from lipjax.parametrize import cayley, cpl, sandwich, sll
 
@@ -191,12 +199,10 @@ def _near_identity(noise: Callable, outputs: int, a: float, b: float) -> Callabl
     """Where [A B], dense (o, columns) or a kernel (kh, kw, columns, o), starts: [a I, b I] and a part of the noise."""
 
     def start(key, shape, dtype=float):
-        columns, rows = shape[-2:] if len(shape) == 4 else shape[::-1]
-        eyes = (a * jnp.eye(rows, outputs, dtype=dtype), b * jnp.eye(rows, columns - outputs, dtype=dtype))
-        stacked, varied = jnp.concatenate(eyes, 1), _NOISE * noise(key, shape, dtype)
-        if len(shape) == 2:
-            return varied + stacked
-        return varied.at[(shape[0] - 1) // 2, (shape[1] - 1) // 2].add(stacked.T)
+        *sides, columns, rows = shape if len(shape) == 4 else (1, 1, *shape[::-1])
+        taps = [scale * dirac(key, (*sides, n, rows), dtype) for scale, n in ((a, outputs), (b, columns - outputs))]
+        stacked = jnp.concatenate(taps, 2)
+        return _NOISE * noise(key, shape, dtype) + (stacked if len(shape) == 4 else stacked[0, 0].T)
 
     return start
 

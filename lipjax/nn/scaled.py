@@ -10,15 +10,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from lipjax import conv, operators
-from lipjax.nn.layers import NamedOperators, check_counts, contraction, with_bias
+from lipjax.nn.layers import NamedOperators, check_counts, contraction, dirac, with_bias
 from lipjax.parametrize import aol
-
-
-def dirac(key, shape, dtype=float):
-    """The kernel (kh, kw, in, out) of the identity on the first channels of both: one tap of 1 in the middle."""
-    del key
-    kh, kw, channels, features = shape
-    return jnp.zeros(shape, dtype).at[(kh - 1) // 2, (kw - 1) // 2].set(jnp.eye(channels, features, dtype=dtype))
 
 
 class AOLConv(nn.Module):
